@@ -1,0 +1,41 @@
+"""Fused kernels, reference policies and a trainer for preference alignment with a moving reference.
+
+The ops need torch alone; transformers is imported when the trainer is asked for.
+"""
+
+from typing import TYPE_CHECKING
+
+from tralign_fast.ema import ema_update_
+from tralign_fast.logprobs import linear_logprobs, logprobs_from_logits
+from tralign_fast.losses import LOSSES, PreferenceLoss, dpo_loss, ipo_loss, kto_loss
+from tralign_fast.reference import TrustRegion
+
+if TYPE_CHECKING:
+    from tralign_fast.config import TRConfig
+    from tralign_fast.trainer import TRTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LOSSES",
+    "PreferenceLoss",
+    "TRConfig",
+    "TRTrainer",
+    "TrustRegion",
+    "dpo_loss",
+    "ema_update_",
+    "ipo_loss",
+    "kto_loss",
+    "linear_logprobs",
+    "logprobs_from_logits",
+]
+
+_LAZY = {"TRConfig": "tralign_fast.config", "TRTrainer": "tralign_fast.trainer"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

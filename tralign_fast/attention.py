@@ -1,0 +1,271 @@
+"""Prefix-shared attention: completions see their prompt and themselves, in one packed row.
+
+Registered with transformers' `AttentionInterface` under one name for each implementation that it wraps:
+"tralign_sdpa" runs a packed batch by its `PrefixLayout` and everything else (generation, a padded
+batch) through "sdpa". The layout comes as the keyword `prefix_layout` of the model's forward, which
+transformers hands down to every attention layer, also when gradient checkpointing runs it again.
+
+No mask of (T, T) exists. With a variable-length kernel (flash-attn, `torch.nn.attention.varlen`) all
+sequences of all groups are one call; without, there is one SDPA call for each.
+
+Letters: T tokens of the packed row, A attention heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tralign_fast._backend import warn_once
+from tralign_fast.data.packing import PrefixLayout
+
+PREFIX = "tralign_"
+# Keywords of an attention layer that change nothing here, or that are honoured below. Any other one
+# that is set (attention sinks, position biases, …) changes the result: such a model is refused.
+_KNOWN = {
+    "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions",
+    "output_hidden_states", "return_dict", "position_embeddings", "past_key_values", "attention_mask",
+}  # fmt: skip
+
+
+def enable_prefix_attention(model: Any) -> Callable[[], None]:
+    """Lets `model(..., prefix_layout=...)` run packed rows; returns the function that undoes it.
+
+    Everything without a layout runs through the model's own attention implementation as before.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    before = original = model.config._attn_implementation
+    if original.startswith(PREFIX):
+        return lambda: None
+    if original == "sdpa" and getattr(model.config, "attn_logit_softcapping", None) is not None:
+        # transformers' SDPA attention drops the softcap that the model was trained with
+        warn_once(
+            "attention logits are soft-capped: eager attention instead of sdpa for generation"
+        )
+        original = "eager"
+    name = PREFIX + original
+    AttentionInterface.register(name, functools.partial(prefix_shared_attention, original))
+    if original in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    _set_implementation(model, name)
+    return lambda: _set_implementation(model, before)
+
+
+def _set_implementation(model: Any, name: str) -> None:
+    # `set_attn_implementation` would look the name up on the hub; the setting itself is one field
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            config._attn_implementation = name
+
+
+def prefix_shared_attention(
+    original: str,
+    module: torch.nn.Module,
+    query: Tensor,  # (1, A, T, D)
+    key: Tensor,  # (1, K, T, D)
+    value: Tensor,  # (1, K, T, D)
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    prefix_layout: PrefixLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(1, T, A, D) attention output in transformers' convention, and no attention weights.
+
+    Raises:
+        NotImplementedError: the layer passes a keyword that this attention does not know.
+    """
+    if prefix_layout is None:
+        return _original_attention(original, module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+            sliding_window=sliding_window, softcap=softcap, **kwargs,
+        )  # fmt: skip
+    unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
+    if unknown or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'is_causal=False'}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    varlen = _varlen_function(query, softcap)
+    if varlen is not None:
+        out = _attend_varlen(
+            varlen, query, key, value, prefix_layout,
+            scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap,
+        )  # fmt: skip
+    else:
+        out = _attend_segments(
+            query, key, value, prefix_layout,
+            scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap,
+        )  # fmt: skip
+    return out, None
+
+
+# --- one call for each sequence: any device -------------------------------------------------------
+
+
+def _attend_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    *,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    attend = functools.partial(
+        _attend_one, layout=layout, scaling=scaling, dropout=dropout, window=window, softcap=softcap
+    )
+    outputs = []
+    for start, prompt, completions in layout.groups:
+        begin = start + prompt
+        first = slice(start, begin + completions[0])
+        outputs.append(attend(query[:, :, first], key[:, :, first], value[:, :, first]))
+        begin += completions[0]
+        for length in completions[1:]:
+            own, shared = slice(begin, begin + length), slice(start, start + prompt)
+            keys = torch.cat([key[:, :, shared], key[:, :, own]], 2)
+            values = torch.cat([value[:, :, shared], value[:, :, own]], 2)
+            outputs.append(attend(query[:, :, own], keys, values))
+            begin += length
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _attend_one(
+    query: Tensor,  # (1, A, Q, D)
+    key: Tensor,  # (1, K, P, D) with P ≥ Q
+    value: Tensor,
+    *,
+    layout: PrefixLayout,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """(1, A, Q, D): causal attention aligned at the bottom right."""
+    queries, keys = query.shape[2], key.shape[2]
+    if window is not None and keys <= window:
+        window = None
+    if queries == 1 and window is None:
+        mask, causal = None, False
+    elif queries == keys and window is None and softcap is None:
+        mask, causal = None, True
+    else:
+        mask, causal = layout.mask(queries, keys, window, query.device), False
+    gqa = query.shape[1] != key.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout, scale=scaling,
+            enable_gqa=gqa,
+        )  # fmt: skip
+    # SDPA knows no softcap (Gemma-2): scores in full, fp32 softmax, as the eager attention has it
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+# --- one call for all sequences: a variable-length kernel -----------------------------------------
+
+
+def _attend_varlen(
+    function: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    *,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Queries stay where they are; keys are gathered so that every sequence has its prompt before it."""
+    arguments = layout.varlen(query.device)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    return function(
+        q,
+        k[arguments.key_index],
+        v[arguments.key_index],
+        arguments,
+        scaling=scaling,
+        dropout=dropout,
+        window=(-1 if window is None else window - 1, 0),
+        softcap=softcap,
+    )[None]
+
+
+def _flash_attn(q, k, v, arguments, *, scaling, dropout, window, softcap) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func(
+        q, k, v, arguments.cu_seqlens_q, arguments.cu_seqlens_k,
+        arguments.max_seqlen_q, arguments.max_seqlen_k,
+        dropout_p=dropout, softmax_scale=scaling, causal=True, window_size=window,
+        softcap=softcap or 0.0,
+    )  # fmt: skip
+
+
+def _torch_varlen(q, k, v, arguments, *, scaling, dropout, window, softcap) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        q, k, v, arguments.cu_seqlens_q, arguments.cu_seqlens_k,
+        arguments.max_seqlen_q, arguments.max_seqlen_k, scale=scaling, window_size=window,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+
+
+def _varlen_function(query: Tensor, softcap: float | None) -> Callable[..., Tensor] | None:
+    """The variable-length kernel for these tensors, or None where there is none."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if importlib.util.find_spec("flash_attn") is not None:
+        return _flash_attn
+    if softcap is not None:
+        warn_once(
+            "torch's varlen attention knows no softcap: one attention call per sequence instead"
+        )
+        return None
+    if _torch_varlen_is_usable():
+        return _torch_varlen
+    warn_once(
+        "no variable-length attention (install flash-attn): one SDPA call per sequence instead"
+    )
+    return None
+
+
+@functools.cache
+def _torch_varlen_is_usable() -> bool:
+    """`window_size` and `enable_gqa` came after the first versions of `varlen_attn`."""
+    import inspect
+
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    parameters = inspect.signature(varlen_attn).parameters
+    return {"window_size", "enable_gqa", "scale"} <= set(parameters)
+
+
+def _original_attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # the eager attention is no entry of the interface: every model file has its own
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)

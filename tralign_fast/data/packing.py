@@ -1,0 +1,284 @@
+"""Tokenised rows to one batch: the prompt once, every completion of it, no padding.
+
+A group is a prompt with its completions, laid out as `[prompt | completion 0 | completion 1 | …]`:
+
+    pairs   [prompt | chosen | rejected]
+    KTO     [prompt | completion | completion of another prompt (for the KL term)]
+
+Groups stand one behind the other in a single row of T tokens. Positions restart after the prompt for
+every completion, and the attention (`tralign_fast.attention`) lets a completion see its prompt and
+itself. Which rows of the hidden states are scored is decided here, on the host.
+
+Letters: T tokens, N scored tokens, S sequences, B examples (pairs, or KTO rows).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("shared", "packed", "padded")
+
+
+class Group(NamedTuple):
+    """A prompt and its completions in the packed row; all numbers in tokens."""
+
+    start: int
+    prompt: int
+    completions: tuple[int, ...]
+
+
+class VarlenArguments(NamedTuple):
+    """What a variable-length attention kernel takes, as flash-attn names it."""
+
+    cu_seqlens_q: Tensor  # (sequences + 1,) int32
+    cu_seqlens_k: Tensor  # (sequences + 1,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_index: Tensor  # (keys,) int64: the packed row's tokens, those of prompts repeated
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Where prompts and completions lie in the packed row; host integers, and what is derived from them.
+
+    The first completion of a group runs on from its prompt: `[prompt | completion 0]` is one causal
+    sequence. Every further completion is a sequence of queries whose keys are `[prompt | completion]`,
+    causal when aligned at the bottom right.
+    """
+
+    groups: tuple[Group, ...]
+    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def varlen(self, device: torch.device) -> VarlenArguments:
+        """Sequence bounds and the gather of keys for flash-attn's varlen interface, made once a batch."""
+        if device not in self._cache:
+            queries, keys, index = [0], [0], []
+            for start, prompt, completions in self.groups:
+                begin = start + prompt
+                for k, length in enumerate(completions):
+                    queries.append(prompt + length if k == 0 else length)
+                    keys.append(prompt + length)
+                    index += [*range(start, start + prompt), *range(begin, begin + length)]
+                    begin += length
+            self._cache[device] = VarlenArguments(
+                torch.tensor(list(accumulate(queries)), dtype=torch.int32).to(device),
+                torch.tensor(list(accumulate(keys)), dtype=torch.int32).to(device),
+                max(queries),
+                max(keys),
+                torch.tensor(index).to(device),
+            )
+        return self._cache[device]
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+        """(queries, keys) bool, causal and aligned at the bottom right, made once a batch and shape.
+
+        `window`: a query sees itself and the `window - 1` keys before it (None: all).
+        """
+        key = (queries, keys, window, device)
+        if key not in self._cache:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            if window is not None:
+                mask &= mask.new_ones(queries, keys).triu(keys - queries - window + 1)
+            self._cache[key] = mask
+        return self._cache[key]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One batch, ready for `modeling.sequence_logps`.
+
+    Sequences are ordered [chosen 0..B-1, rejected 0..B-1] for pairs and [completion 0..B-1,
+    mismatched completion 0..B-1] for KTO; scored tokens follow the order of their sequences.
+    """
+
+    input_ids: Tensor  # (1, T) int64; (S, L) when padded
+    position_ids: Tensor  # like input_ids
+    attention_mask: Tensor | None  # (S, L) int64 when padded, else None
+    layout: PrefixLayout | None  # None when padded
+    score_index: Tensor  # (N,) int64, rows of the flattened hidden states that predict `targets`
+    targets: Tensor  # (N,) int64
+    scored_lengths: tuple[int, ...]  # S scored tokens per sequence, sums to N
+    sequence_index: Tensor  # (N,) int64, place of each scored token in a (S, longest) table
+    completion_lengths: Tensor  # (S,) float32, completion tokens per sequence
+    rows: tuple[int, ...]  # B rows of the dataset
+    is_desirable: Tensor | None  # (B,) bool for KTO, else None
+    grad_tokens: int  # the first so many scored tokens want a gradient (KTO's KL terms do not)
+
+    def __len__(self) -> int:
+        """B, the examples in the batch."""
+        return len(self.rows)
+
+    def __contains__(self, key: str) -> bool:
+        # transformers.Trainer asks `"labels" in batch` to count the tokens of a language-model loss
+        return False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model computes."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        return self._map(lambda t: t.pin_memory())
+
+    def sum_per_sequence(self, token_logps: Tensor) -> Tensor:
+        """(N,) log-probs of tokens to (S,) log-probs of sequences, in one deterministic sum."""
+        sequences = len(self.scored_lengths)
+        longest = max(self.scored_lengths, default=0)
+        if longest == 0:
+            return token_logps.sum() + token_logps.new_zeros(sequences)
+        table = token_logps.new_zeros(sequences * longest)
+        return table.scatter(0, self.sequence_index, token_logps).view(sequences, longest).sum(1)
+
+    def _map(self, function) -> PackedBatch:
+        moved = {
+            f.name: function(value)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass
+class PreferenceCollator:
+    """Tokenised rows (`tokenize_pairs`, `tokenize_unpaired`) to a `PackedBatch`.
+
+    Args:
+        paired: rows hold `chosen_ids` and `rejected_ids`; else `completion_ids` and `label`, and every
+            prompt also gets the completion of the row before it in the batch (the first row that of
+            the last one), from which KTO estimates its KL term.
+        layout: "shared" (a prompt once for all its completions), "packed" (a prompt for each, no
+            padding), "padded" (one row each, for attentions that know no packing).
+        max_length: prompts and completions come cut to it; a borrowed completion is cut here to what
+            its new prompt leaves. None: no limit.
+        pad_token_id: fills padded rows.
+        vocab_size: token ids must be smaller; None: not checked.
+
+    Raises:
+        ValueError: a token id outside the vocabulary, naming the row.
+    """
+
+    paired: bool
+    layout: str = "shared"
+    max_length: int | None = None
+    pad_token_id: int = 0
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> PackedBatch:
+        prompts = [list(e["prompt_ids"]) for e in examples]
+        if self.paired:
+            completions = [[list(e["chosen_ids"]), list(e["rejected_ids"])] for e in examples]
+        else:
+            own = [list(e["completion_ids"]) for e in examples]
+            room = [None if self.max_length is None else self.max_length - len(p) for p in prompts]
+            completions = [[own[i], own[i - 1][: room[i]]] for i in range(len(own))]
+        rows = tuple(int(e.get("row", i)) for i, e in enumerate(examples))
+        self._check_vocabulary(prompts, completions, rows)
+        build = _padded if self.layout == "padded" else _packed
+        tokens = build(prompts, completions, self.layout == "shared", self.pad_token_id)
+        # sequences in the order (all first completions, all second completions)
+        order = [(b, k) for k in range(2) for b in range(len(examples))]
+        scored = [tokens.scored[pair] for pair in order]
+        targets = [
+            completions[b][k][-len(s) :] if s else []
+            for (b, k), s in zip(order, scored, strict=True)
+        ]
+        lengths = tuple(len(s) for s in scored)
+        longest = max(lengths, default=0)
+        return PackedBatch(
+            input_ids=torch.tensor(tokens.input_ids),
+            position_ids=torch.tensor(tokens.position_ids),
+            attention_mask=None if tokens.mask is None else torch.tensor(tokens.mask),
+            layout=tokens.layout,
+            score_index=torch.tensor([i for s in scored for i in s], dtype=torch.int64),
+            targets=torch.tensor([t for s in targets for t in s], dtype=torch.int64),
+            scored_lengths=lengths,
+            sequence_index=torch.tensor(
+                [s * longest + j for s, n in enumerate(lengths) for j in range(n)],
+                dtype=torch.int64,
+            ),
+            completion_lengths=torch.tensor(
+                [len(completions[b][k]) for b, k in order], dtype=torch.float32
+            ),
+            rows=rows,
+            is_desirable=None
+            if self.paired
+            else torch.tensor([bool(e["label"]) for e in examples]),
+            grad_tokens=sum(lengths) if self.paired else sum(lengths[: len(examples)]),
+        )
+
+    def _check_vocabulary(
+        self, prompts: list[list[int]], completions: list[list[list[int]]], rows: tuple[int, ...]
+    ) -> None:
+        if self.vocab_size is None:
+            return
+        for prompt, pair, row in zip(prompts, completions, rows, strict=True):
+            ids = [*prompt, *pair[0], *pair[1]]
+            low, high = min(ids), max(ids)
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(
+                    f"row {row}: token id {low if low < 0 else high} is outside the model's vocabulary "
+                    f"[0, {self.vocab_size}); do the tokenizer and the model belong together?"
+                )
+
+
+class _Tokens(NamedTuple):
+    input_ids: list[list[int]]
+    position_ids: list[list[int]]
+    mask: list[list[int]] | None
+    layout: PrefixLayout | None
+    scored: dict[tuple[int, int], list[int]]  # (example, completion) -> rows of the hidden states
+
+
+def _packed(
+    prompts: list[list[int]], completions: list[list[list[int]]], share: bool, _: int
+) -> _Tokens:
+    ids: list[int] = []
+    positions: list[int] = []
+    groups: list[Group] = []
+    scored: dict[tuple[int, int], list[int]] = {}
+    for b, (prompt, pair) in enumerate(zip(prompts, completions, strict=True)):
+        P = len(prompt)
+        for members in ([0, 1],) if share else ([0], [1]):
+            groups.append(Group(len(ids), P, tuple(len(pair[k]) for k in members)))
+            last = len(ids) + P - 1  # the prompt's last token predicts every completion's first
+            ids += prompt
+            positions += range(P)
+            for k in members:
+                begin, C = len(ids), len(pair[k])
+                scored[b, k] = ([last] if P else []) + list(range(begin, begin + C - 1))
+                ids += pair[k]
+                positions += range(P, P + C)
+    return _Tokens([ids], [positions], None, PrefixLayout(tuple(groups)), scored)
+
+
+def _padded(
+    prompts: list[list[int]], completions: list[list[list[int]]], _: bool, pad: int
+) -> _Tokens:
+    order = [(b, k) for k in range(2) for b in range(len(prompts))]
+    sequences = [prompts[b] + completions[b][k] for b, k in order]
+    L = max(map(len, sequences))
+    scored = {
+        (b, k): list(range(s * L + max(len(prompts[b]) - 1, 0), s * L + len(sequences[s]) - 1))
+        for s, (b, k) in enumerate(order)
+    }
+    return _Tokens(
+        [s + [pad] * (L - len(s)) for s in sequences],
+        [list(range(L)) for _ in sequences],
+        [[1] * len(s) + [0] * (L - len(s)) for s in sequences],
+        None,
+        scored,
+    )

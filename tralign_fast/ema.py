@@ -1,0 +1,157 @@
+"""In-place update of reference weights: `ref ← (1-α)·ref + α·θ`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tralign_fast._backend import pick_backend
+
+# 1M fp32 elements are 4 MB: the temporaries of a chunk stay in the cache of a CPU core, and the
+# peak of the foreach path on a device is bounded whatever the size of the largest weight.
+_CHUNK = 1 << 20
+
+
+@torch.no_grad()
+def ema_update_(
+    ref_tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    alpha: float,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    generator: torch.Generator | None = None,
+) -> None:
+    """Moves `ref_tensors` towards `tensors` in place: `torch._foreach_lerp_(ref_tensors, tensors, alpha)`.
+
+    The arithmetic is fp32 whatever the dtypes (fp32, bf16, fp16; a pair may differ), one rounding at
+    the end. A bf16 weight has 8 bits: a movement under 1/512 of the weight rounds to nothing, so with
+    small α a reference in bf16 hardly moves (with α = 0.01 it makes about a tenth of its way).
+    `rounding="stochastic"` rounds up with probability equal to the part that is cut off, so that
+    the expected update is exact; α = 1 copies, with no rounding noise.
+
+    Memory: no temporary larger than 12 MB beside the tensors (none on a GPU with Triton).
+
+    Args:
+        ref_tensors: reference weights, written in place.
+        tensors: policy weights, the same shapes in the same order.
+        alpha: α in [0, 1]; 1 copies bits, 0 does nothing.
+        rounding: how a bf16 or fp16 reference is rounded.
+        generator: source of the random bits (one draw seeds the whole call); None: torch's default.
+
+    Raises:
+        ValueError: α out of range, unknown rounding, or lists that do not match.
+
+    Source: Gorbatovski et al. 2024, arXiv 2404.09656, eq. 2 (soft update) and 3 (hard update).
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"ema_update_: alpha must lie in [0, 1], got {alpha}")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"ema_update_: rounding must be nearest or stochastic, got {rounding!r}")
+    refs, thetas = [_local(t) for t in ref_tensors], [_local(t) for t in tensors]
+    _check_match(refs, thetas)
+    if alpha == 0.0 or not refs:
+        return
+    if alpha == 1.0:
+        torch._foreach_copy_(refs, thetas)
+        return
+    on_gpu = all(r.is_cuda and t.device == r.device for r, t in zip(refs, thetas, strict=True))
+    if (
+        on_gpu
+        and pick_backend("auto", refs[0].device) == "triton"
+        and _all_contiguous(refs, thetas)
+    ):
+        from tralign_kernels import ema_update_ as fused_update_
+
+        fused_update_(refs, thetas, alpha, rounding=rounding, seed=_draw_seed(generator))
+        return
+    _foreach_update_(refs, thetas, alpha, rounding, generator)
+
+
+def _foreach_update_(
+    refs: list[Tensor],
+    thetas: list[Tensor],
+    alpha: float,
+    rounding: str,
+    generator: torch.Generator | None,
+) -> None:
+    """The torch backend: foreach for full-precision pairs, chunks in fp32 for the others."""
+    exact = [r.dtype == t.dtype == torch.float32 for r, t in zip(refs, thetas, strict=True)]
+    pairs = list(zip(refs, thetas, exact, strict=True))
+    if any(exact):
+        torch._foreach_lerp_([r for r, _, e in pairs if e], [t for _, t, e in pairs if e], alpha)
+    random = None
+    for ref, theta, is_exact in pairs:
+        if is_exact:
+            continue
+        if rounding == "stochastic" and ref.dtype != torch.float32 and random is None:
+            random = torch.Generator(ref.device).manual_seed(_draw_seed(generator))
+        flat_ref, flat_theta = ref.view(-1), theta.reshape(-1)
+        for start in range(0, flat_ref.numel(), _CHUNK):
+            part = flat_ref[start : start + _CHUNK]
+            moved = part.float()
+            # lerp_ on a copy even for an fp32 reference of a bf16 policy: `float()` is no copy there
+            moved = moved.lerp(flat_theta[start : start + _CHUNK].float(), alpha)
+            if random is not None and part.dtype != torch.float32:
+                _round_stochastically_(moved, part.dtype, random)
+            part.copy_(moved)
+
+
+def _round_stochastically_(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Moves fp32 `x` in place to one of its two neighbours in `dtype`, unbiased.
+
+    bf16 is the upper half of fp32: random bits are added under its last bit and the rest is cut.
+    fp16 shares no exponent range with fp32, so the cut is made in units of its own spacing.
+    """
+    if dtype == torch.bfloat16:
+        bits = x.view(torch.int32)
+        noise = torch.randint(
+            0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32
+        )
+        finite = torch.isfinite(x)
+        bits.add_(noise.masked_fill_(~finite, 0)).bitwise_and_(-(1 << 16))
+        return
+    assert dtype == torch.float16, dtype
+    # spacing of fp16 at |x|: 2^(exponent - 10), no finer than the smallest subnormal 2^-24
+    _, exponent = torch.frexp(x)  # |x| = m·2^exponent with m in [0.5, 1)
+    spacing = torch.ldexp(torch.ones_like(x), exponent.sub_(11).clamp_(min=-24))
+    noise = torch.rand(x.shape, generator=generator, device=x.device)
+    rounded = torch.floor(x / spacing + noise) * spacing
+    x.copy_(torch.where(torch.isfinite(x), rounded, x))
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    device = generator.device if generator is not None else "cpu"
+    return int(torch.randint(0, 2**31 - 1, (), generator=generator, device=device).item())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor (its storage, not a copy): an update needs no communication."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def _all_contiguous(refs: list[Tensor], thetas: list[Tensor]) -> bool:
+    return all(t.is_contiguous() for t in (*refs, *thetas))
+
+
+def _check_match(refs: list[Tensor], thetas: list[Tensor]) -> None:
+    if len(refs) != len(thetas):
+        raise ValueError(f"ema_update_: {len(refs)} reference tensors for {len(thetas)} tensors")
+    for index, (ref, theta) in enumerate(zip(refs, thetas, strict=True)):
+        if ref.shape != theta.shape:
+            raise ValueError(
+                f"ema_update_: tensor {index} has shape {tuple(theta.shape)}, its reference "
+                f"{tuple(ref.shape)}; with sharded weights both must be sharded alike"
+            )
+        if not (ref.is_floating_point() and theta.is_floating_point()):
+            raise ValueError(
+                f"ema_update_: tensor {index} is {theta.dtype}, reference {ref.dtype}; expected "
+                "floating point (quantised weights cannot move)"
+            )
+
+
+def ema_reference(ref: Tensor, tensor: Tensor, alpha: float) -> Tensor:
+    """The update in fp64, for tests."""
+    return ref.double() * (1 - alpha) + tensor.double() * alpha

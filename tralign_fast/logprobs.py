@@ -1,0 +1,577 @@
+"""Log-probabilities of target tokens without a matrix of log-probabilities.
+
+Letters: N scored tokens, H hidden size, V vocabulary, W columns of one vocabulary tile.
+
+The logits are made tile by tile, (N, W) at a time, and every tile passes through two tile operations:
+
+    forward    running logsumexp over the tiles, and the target's logit where its column falls
+    backward   in place, logits → gradient of the logits
+
+Both exist twice with one signature: here in PyTorch (any device) and in `tralign_kernels.logprob`
+(Triton). Everything around them, the matrix products, is shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tralign_fast._backend import pick_backend
+
+# A CPU tile of 16 MB stays in the last-level cache between the product that makes it and the
+# reduction that reads it; a GPU wants its products large.
+_CPU_TILE_BYTES = 16 << 20
+# Rows of a tile are reduced in blocks whose fp32 copy (1 MB) stays in the cache of a core.
+_ROW_BLOCK_ELEMENTS = 1 << 18
+
+
+# --- the tile operations in PyTorch -----------------------------------------------------------------
+
+
+def _tile_forward_(
+    logits: Tensor,  # (N, W)
+    targets: Tensor,  # (N,) int64
+    start: int,
+    logsumexp: Tensor,  # (N,) float32, running
+    target_logit: Tensor,  # (N,) float32
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    inverse_temperature: float,
+) -> None:
+    """Folds the tile at columns [start, start + W) into `logsumexp`; notes targets that lie in it."""
+    width = logits.shape[1]
+    local = targets - start
+    inside = (local >= 0) & (local < width)
+    picked = logits.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].float()
+    picked = _transform(picked, logit_scale, softcap, inverse_temperature)
+    target_logit.copy_(torch.where(inside, picked, target_logit))
+    for rows in _row_blocks(logits):
+        z = _transform(logits[rows].float(), logit_scale, softcap, inverse_temperature)
+        running = logsumexp[rows]
+        top = torch.maximum(z.amax(1), running)
+        # a row of -inf has no finite maximum: exp(-inf - 0) = 0 instead of exp(-inf + inf) = NaN
+        shift = top.masked_fill(top == float("-inf"), 0.0)
+        total = (z - shift[:, None]).exp_().sum(1) + (running - shift).exp_()
+        running.copy_(total.log_().add_(shift))
+
+
+def _tile_backward_(
+    logits: Tensor,  # (N, W), overwritten
+    targets: Tensor,  # (N,) int64
+    start: int,
+    logsumexp: Tensor,  # (N,) float32
+    grad: Tensor,  # (N,) float32
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    inverse_temperature: float,
+) -> None:
+    """logits ← grad · d(z[target] - logsumexp)/d(logits), in place, fp32 inside."""
+    width = logits.shape[1]
+    local = targets - start
+    inside = (local >= 0) & (local < width)
+    local = local.clamp(0, width - 1)[:, None]
+    at_target = torch.where(inside, grad, 0.0)[:, None]
+    chain = logit_scale * inverse_temperature
+    for rows in _row_blocks(logits):
+        z = logits[rows].float()  # fp32 logits: the tile itself
+        slope = None
+        if softcap is not None:
+            capped = (z * (logit_scale / softcap)).tanh_()
+            slope = 1 - capped.square()
+            z = capped.mul_(softcap * inverse_temperature)
+        elif chain != 1.0:
+            z = z.mul_(chain)
+        z.sub_(logsumexp[rows, None]).exp_().mul_(-grad[rows, None])
+        z.scatter_add_(1, local[rows], at_target[rows])
+        if slope is not None:
+            z.mul_(slope)
+        if chain != 1.0:
+            z.mul_(chain)
+        if z.data_ptr() != logits[rows].data_ptr():
+            logits[rows].copy_(z)
+
+
+def _transform(
+    x: Tensor, logit_scale: float, softcap: float | None, inverse_temperature: float
+) -> Tensor:
+    """Raw logits to the scores of the softmax: scale (Cohere, Granite), softcap (Gemma), temperature."""
+    if softcap is not None:
+        return (x * (logit_scale / softcap)).tanh_().mul_(softcap * inverse_temperature)
+    chain = logit_scale * inverse_temperature
+    return x if chain == 1.0 else x * chain
+
+
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    rows = logits.shape[0]
+    step = (
+        max(1, _ROW_BLOCK_ELEMENTS // max(1, logits.shape[1]))
+        if logits.device.type == "cpu"
+        else rows
+    )
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, max(1, step)))
+
+
+def _tile_ops(backend: str) -> tuple[Any, Any]:
+    if backend == "triton":
+        from tralign_kernels import logprob_backward_, logprob_forward_
+
+        return logprob_forward_, logprob_backward_
+    return _tile_forward_, _tile_backward_
+
+
+# --- hidden states to log-probs, registered with torch.library ------------------------------------
+
+
+@torch.library.custom_op("tralign_fast::linear_logprobs", mutates_args=())
+def _linear_logprobs_op(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+    inverse_temperature: float,
+    backend: str,
+    compute_dtype: torch.dtype,
+    tile: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs (N,) fp32, logsumexp (N,) fp32, kept logits: tile after tile, flat, or empty)."""
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    _check_targets(targets, vocab)
+    logsumexp = torch.full((rows,), float("-inf"), device=hidden.device)
+    target_logit = torch.full((rows,), float("nan"), device=hidden.device)
+    x = hidden.to(compute_dtype)
+    kept = x.new_empty(rows * vocab if keep else 0)
+    if rows == 0:
+        return logsumexp, logsumexp.clone(), kept
+    tile_forward_, _ = _tile_ops(backend)
+    scratch = None if keep else x.new_empty(rows * min(tile, vocab))
+    with _autocast_off(hidden.device):
+        for start, stop in _tiles(vocab, tile):
+            logits = _tile_view(kept if keep else scratch, rows, start, stop, keep)
+            _project(x, weight[start:stop], None if bias is None else bias[start:stop], logits)
+            tile_forward_(
+                logits, targets, start, logsumexp, target_logit,
+                logit_scale=logit_scale, softcap=softcap, inverse_temperature=inverse_temperature,
+            )  # fmt: skip
+    return target_logit - logsumexp, logsumexp, kept
+
+
+@_linear_logprobs_op.register_fake
+def _(hidden, weight, targets, bias, logit_scale, softcap, inverse_temperature, backend,
+      compute_dtype, tile, keep):  # fmt: skip
+    rows = hidden.shape[0]
+    # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
+    size = rows * (weight.shape[0] if keep else min(tile, weight.shape[0]))
+    logits = hidden.new_empty(size, dtype=compute_dtype)
+    per_row = hidden.new_empty(rows, dtype=torch.float32)
+    return per_row, torch.empty_like(per_row), logits if keep else logits.new_empty(0)
+
+
+@torch.library.custom_op("tralign_fast::linear_logprobs_backward", mutates_args=("kept",))
+def _linear_logprobs_backward_op(
+    grad: Tensor,  # (N,) float32
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    logsumexp: Tensor,  # (N,) float32
+    kept: Tensor,  # (N·V,) or (0,): consumed
+    logit_scale: float,
+    softcap: float | None,
+    inverse_temperature: float,
+    backend: str,
+    tile: int,
+    needs: list[bool],  # gradient of hidden, of weight, of bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d hidden, d weight, d bias), empty where not needed.
+
+    d weight is written tile by tile, each in one product over all N tokens, in the weight's dtype;
+    d hidden is summed over the tiles in fp32.
+    """
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    needs_hidden, needs_weight, needs_bias = needs
+    keep = kept.numel() > 0
+    tiles = list(_tiles(vocab, tile))
+    grad_weight = weight.new_empty(weight.shape if needs_weight else (0,))
+    grad_bias = weight.new_empty(vocab if needs_bias else 0)
+    if rows == 0:
+        return torch.zeros_like(hidden), grad_weight.zero_(), grad_bias.zero_()
+    x = hidden.to(kept.dtype)
+    sum_dtype = x.dtype if len(tiles) == 1 else torch.float32
+    grad_hidden = x.new_zeros(hidden.shape if needs_hidden else (0,), dtype=sum_dtype)
+    _, tile_backward_ = _tile_ops(backend)
+    scratch = None if keep else x.new_empty(rows * min(tile, vocab))
+    with _autocast_off(hidden.device):
+        for start, stop in tiles:
+            part = weight[start:stop]
+            logits = _tile_view(kept if keep else scratch, rows, start, stop, keep)
+            if not keep:
+                _project(x, part, None if bias is None else bias[start:stop], logits)
+            tile_backward_(
+                logits, targets, start, logsumexp, grad,
+                logit_scale=logit_scale, softcap=softcap, inverse_temperature=inverse_temperature,
+            )  # fmt: skip
+            if needs_hidden:
+                _accumulate_(grad_hidden, logits, part.to(x.dtype), first=start == 0)
+            if needs_weight:
+                _product_into_(grad_weight[start:stop], logits.t(), x)
+            if needs_bias:
+                grad_bias[start:stop] = logits.sum(0, dtype=torch.float32)
+    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+@_linear_logprobs_backward_op.register_fake
+def _(grad, hidden, weight, targets, bias, logsumexp, kept, logit_scale, softcap,
+      inverse_temperature, backend, tile, needs):  # fmt: skip
+    if kept.numel() == 0:
+        kept.new_empty(hidden.shape[0] * min(tile, weight.shape[0]))
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        weight.new_empty(weight.shape[0] if needs[2] else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, targets, bias, *options = inputs
+    ctx.options = options
+    _, logsumexp, kept = output
+    # without this, autograd would make (N, V) zeros as the gradient of the kept logits
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(logsumexp, kept)
+    ctx.save_for_backward(hidden, weight, targets, bias, logsumexp, kept)
+
+
+def _backward(ctx, grad, *_):
+    try:
+        hidden, weight, targets, bias, logsumexp, kept = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "linear_logprobs: the first backward consumed the kept logits (or its inputs were changed "
+            "in place); call it again, or pass logits_budget_mb=0 to recompute them"
+        ) from error
+    logit_scale, softcap, inverse_temperature, backend, _, tile, _ = ctx.options
+    nothing = (None,) * len(ctx.options)
+    if grad is None:
+        return (None, None, None, None, *nothing)
+    if kept.numel() == 0:  # the operator declares that it writes here: nothing saved may be named
+        kept = kept.new_empty(0)
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = _linear_logprobs_backward_op(
+        grad.float(), hidden, weight, targets, bias, logsumexp, kept,
+        logit_scale, softcap, inverse_temperature, backend, tile, needs,
+    )  # fmt: skip
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return (d_hidden, d_weight, None, d_bias, *nothing)
+
+
+_linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    logits_budget_mb: float = 1024,
+) -> Tensor:
+    """Log-probabilities of `targets` under the LM head, without holding log-probabilities of (N, V).
+
+    Equals, in fp32 whatever the dtype of the inputs:
+
+        z = logit_scale * (hidden @ weight.T + bias)
+        z = softcap * tanh(z / softcap)                    # if softcap
+        log_softmax(z.float() / temperature, -1)[arange(N), targets]
+
+    Logits are rounded to the dtype of the inputs (to that of autocast inside autocast), as a Linear
+    layer does; sums, log-probs and the gradient of the logits are computed in fp32.
+
+    Memory: at most `logits_budget_mb` of logits. If all N·V fit and a gradient is wanted, they are kept
+    and the backward overwrites them: three matrix products in all. Else they are recomputed tile by
+    tile: four. No fp32 buffer of (V, H); the gradient of a frozen tensor is not computed.
+
+    Args:
+        hidden: (N, H) hidden states of the scored positions, fp32, bf16 or fp16.
+        weight: (V, H) of the LM head, the dtype of `hidden` (any, inside autocast).
+        targets: (N,) int64 token ids in [0, V).
+        bias: (V,) of the LM head.
+        softcap: cap of the logits (Gemma-2: 30).
+        logit_scale: factor of the logits (Cohere: logit_scale; Granite: 1 / logits_scaling).
+        temperature: the scores are divided by it, after the cap.
+        backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
+        logits_budget_mb: MiB of logits that may exist at a time; 0 recomputes in the smallest tiles.
+
+    Returns:
+        (N,) float32. N = 0 gives an empty tensor that can be differentiated.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a target lies outside the vocabulary (on a
+            GPU, where looking would stall, such a target's log-prob is NaN).
+        RuntimeError: a second backward through logits that the first one has overwritten.
+    """
+    _check_arguments(hidden, weight, targets, bias, softcap, temperature)
+    device = hidden.device
+    compute_dtype = hidden.dtype
+    if torch.is_autocast_enabled(device.type):
+        compute_dtype = torch.get_autocast_dtype(device.type)
+    elif weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"linear_logprobs: hidden is {hidden.dtype}, weight {weight.dtype}; expected one dtype"
+        )
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    budget = int(logits_budget_mb * 2**20)
+    row_bytes = max(1, rows) * compute_dtype.itemsize
+    keep = wants_grad and 0 < rows * vocab * compute_dtype.itemsize <= budget
+    tile_bytes = min(budget, _CPU_TILE_BYTES) if device.type == "cpu" else budget
+    # at least 256 columns: thinner products waste the hardware however small the budget
+    tile = min(vocab, max(256, tile_bytes // row_bytes))
+    logps, _, _ = _linear_logprobs_op(
+        hidden, weight, targets, bias,
+        float(logit_scale), None if softcap is None else float(softcap), 1.0 / temperature,
+        pick_backend(backend, device), compute_dtype, tile, keep,
+    )  # fmt: skip
+    return logps
+
+
+# --- logits to log-probs --------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tralign_fast::logprobs_from_logits", mutates_args=())
+def _from_logits_op(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N,)
+    inverse_temperature: float,
+    backend: str,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_targets(targets, logits.shape[1])
+    logsumexp = torch.full(targets.shape, float("-inf"), device=logits.device)
+    target_logit = torch.full(targets.shape, float("nan"), device=logits.device)
+    if targets.numel():
+        _tile_ops(backend)[0](
+            logits, targets, 0, logsumexp, target_logit,
+            logit_scale=1.0, softcap=None, inverse_temperature=inverse_temperature,
+        )  # fmt: skip
+    return target_logit - logsumexp, logsumexp
+
+
+@_from_logits_op.register_fake
+def _(logits, targets, inverse_temperature, backend, inplace):
+    per_row = logits.new_empty(targets.shape, dtype=torch.float32)
+    return per_row, torch.empty_like(per_row)
+
+
+@torch.library.custom_op("tralign_fast::logprobs_from_logits_backward_", mutates_args=("logits",))
+def _from_logits_backward_op(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    inverse_temperature: float,
+    backend: str,
+) -> None:
+    if targets.numel():
+        _tile_ops(backend)[1](
+            logits, targets, 0, logsumexp, grad,
+            logit_scale=1.0, softcap=None, inverse_temperature=inverse_temperature,
+        )  # fmt: skip
+
+
+@_from_logits_backward_op.register_fake
+def _(grad, logits, targets, logsumexp, inverse_temperature, backend):
+    return None
+
+
+def _from_logits_setup(ctx, inputs, output) -> None:
+    logits, targets, ctx.inverse_temperature, ctx.backend, ctx.inplace = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def _from_logits_backward(ctx, grad, _):
+    try:
+        logits, targets, logsumexp = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "logprobs_from_logits: the logits were overwritten before this backward, by an earlier "
+            "backward or another operation; pass inplace=False to keep them"
+        ) from error
+    if grad is None:
+        return (None,) * 5
+    buffer = logits.detach() if ctx.inplace else logits.detach().clone()
+    _from_logits_backward_op(
+        grad.float(), buffer, targets, logsumexp, ctx.inverse_temperature, ctx.backend
+    )
+    return (buffer, None, None, None, None)
+
+
+_from_logits_op.register_autograd(_from_logits_backward, setup_context=_from_logits_setup)
+
+
+def logprobs_from_logits(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...)
+    *,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    inplace: bool = True,
+) -> Tensor:
+    """`log_softmax(logits.float() / temperature, -1).gather(-1, targets[..., None])[..., 0]`.
+
+    Memory: nothing of the size of the logits. The backward overwrites the logits with their gradient
+    (not those of a leaf tensor, which are the caller's own); `inplace=False` takes a copy instead.
+
+    Args:
+        logits: (..., V) fp32, bf16 or fp16.
+        targets: (...) int64 in [0, V).
+
+    Returns:
+        (...) float32.
+
+    Raises:
+        ValueError: shapes do not fit, or a target lies outside the vocabulary (NaN on a GPU).
+        RuntimeError: backward after the logits were overwritten.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logprobs_from_logits: logits {tuple(logits.shape)} need targets of shape "
+            f"{tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    flat = logits.reshape(-1, logits.shape[-1])
+    logps, _ = _from_logits_op(
+        flat,
+        targets.reshape(-1),
+        1.0 / temperature,
+        pick_backend(backend, logits.device),
+        inplace and not (logits.is_leaf and logits.requires_grad),
+    )
+    return logps.view(targets.shape)
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+def _tiles(vocab: int, tile: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + tile, vocab)) for start in range(0, vocab, tile))
+
+
+def _tile_view(buffer: Tensor, rows: int, start: int, stop: int, keep: bool) -> Tensor:
+    """The (N, W) tile: its own place among the kept logits, or the scratch that all tiles share."""
+    offset = rows * start if keep else 0
+    return buffer[offset : offset + rows * (stop - start)].view(rows, stop - start)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    weight = weight.to(x.dtype)
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+
+
+def _accumulate_(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, with an fp32 total of half-precision products."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    else:
+        total.add_(a @ b)
+
+
+def _product_into_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _check_targets(targets: Tensor, vocab: int) -> None:
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= vocab:
+        bad = low if low < 0 else high
+        row = int((targets == bad).nonzero()[0, 0])
+        raise ValueError(f"target {bad} of row {row} is outside the vocabulary [0, {vocab})")
+
+
+def _check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "linear_logprobs: expected hidden (N, H) and weight (V, H), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"linear_logprobs: expected int64 targets ({hidden.shape[0]},), got {targets.dtype} "
+            f"{tuple(targets.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_logprobs: expected bias ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
+    devices = {t.device for t in (hidden, weight, targets, bias) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"linear_logprobs: tensors on several devices: {sorted(map(str, devices))}"
+        )
+    if not hidden.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(
+            f"linear_logprobs: expected floating point, got hidden {hidden.dtype}, weight {weight.dtype}"
+        )
+    if (softcap is not None and softcap <= 0) or temperature <= 0:
+        raise ValueError(
+            f"linear_logprobs: softcap and temperature must be positive, got {softcap}, {temperature}"
+        )
+
+
+def linear_logprobs_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The equation, with full logits in `dtype`, for tests and benchmarks."""
+    z = hidden.to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return (z / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]

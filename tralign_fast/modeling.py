@@ -1,0 +1,260 @@
+"""A causal language model whose forward returns log-probabilities of tokens instead of logits.
+
+The change lives inside `forward`, so that whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT,
+autocast) wraps the LM head's work too. Without the keyword `score_index` the forward is the model's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from tralign_fast._backend import warn_once
+from tralign_fast.attention import enable_prefix_attention
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator
+from tralign_fast.logprobs import linear_logprobs
+
+
+@dataclass
+class LogprobOutput(ModelOutput):
+    """What a model returns when it was given `score_index`."""
+
+    logps: Tensor | None = None  # (N,) float32
+    hidden: Tensor | None = None  # (N, H), instead of logps when asked for
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What stands between the LM head's product and the softmax, read from a model's config."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> HeadOptions:
+        config = config.get_text_config()
+        scale = getattr(config, "logit_scale", None)  # Cohere
+        scaling = getattr(config, "logits_scaling", None)  # Granite divides
+        if scale is None and scaling is not None:
+            scale = 1.0 / scaling
+        return cls(
+            softcap=getattr(config, "final_logit_softcapping", None),  # Gemma-2, Gemma-3
+            logit_scale=1.0 if scale is None else float(scale),
+        )
+
+
+def enable_logprobs(
+    model: PreTrainedModel, *, logits_budget_mb: float = 1024, backend: str = "auto"
+) -> Callable[[], None]:
+    """Lets `model(**batch_inputs)` return a `LogprobOutput`; returns the function that undoes it.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one.
+        logits_budget_mb, backend: as in `linear_logprobs`.
+
+    Raises:
+        ValueError: the model has no linear output embedding.
+    """
+    causal_lm = _causal_lm(model)
+    head = causal_lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(causal_lm).__name__}: expected a linear output embedding (lm_head), got "
+            f"{type(head).__name__}"
+        )
+    disable_logprobs(causal_lm)
+    before = causal_lm.__dict__.get("forward")  # set by whoever wrapped this instance, or None
+    original = getattr(causal_lm.forward, "__func__", causal_lm.forward)
+    options = HeadOptions.of(causal_lm.config)
+
+    # the original's signature stays: `generate` checks its arguments against it
+    @functools.wraps(type(causal_lm).forward)
+    def forward(self, *args, score_index=None, score_targets=None, grad_tokens=None, **kwargs):
+        if score_index is None:
+            return original(self, *args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
+        if score_targets is None:
+            return LogprobOutput(hidden=hidden)
+        lm_head = self.get_output_embeddings()
+
+        def score(rows: slice) -> Tensor:
+            return linear_logprobs(
+                hidden[rows], lm_head.weight, score_targets[rows], bias=lm_head.bias,
+                softcap=options.softcap, logit_scale=options.logit_scale,
+                logits_budget_mb=logits_budget_mb, backend=backend,
+            )  # fmt: skip
+
+        if grad_tokens is None or grad_tokens == hidden.shape[0]:
+            return LogprobOutput(logps=score(slice(None)))
+        logps = score(slice(0, grad_tokens))
+        with torch.no_grad():  # KTO's KL term: no gradient, so no backward of its logits either
+            rest = score(slice(grad_tokens, None))
+        return LogprobOutput(logps=torch.cat([logps, rest]))
+
+    forward.tralign_before = before  # pyright: ignore[reportFunctionMemberAccess]
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+    return lambda: disable_logprobs(causal_lm)
+
+
+def disable_logprobs(model: Any) -> None:
+    """Gives a model its own forward back; does nothing to a model that has it."""
+    causal_lm = _causal_lm(model)
+    bound = causal_lm.__dict__.get("forward")
+    if not hasattr(bound, "tralign_before"):
+        return
+    del causal_lm.forward
+    if bound.tralign_before is not None:
+        causal_lm.forward = bound.tralign_before
+
+
+def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """(S,) float32 summed log-probabilities of the batch's sequences, under a model that went through
+    `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not."""
+    output = model(**_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens)
+    return batch.sum_per_sequence(output.logps)
+
+
+@torch.no_grad()
+def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Scalar: `KL(π_model(·|x, y<t) || π_other(·|x, y<t))` summed over the batch's own scored tokens.
+
+    Exact over the vocabulary, at the contexts of the batch; in blocks of 64 MB of logits. Both models
+    went through `prepare_model`.
+    """
+    tokens = batch.grad_tokens
+    index = batch.score_index[:tokens]
+    head = _causal_lm(_unwrapped(model))
+    options = HeadOptions.of(head.config)
+    hidden = model(**{**_inputs(batch), "score_index": index}).hidden
+    reference = other(**{**_inputs(batch), "score_index": index}).hidden
+
+    def log_softmax(h: Tensor, lm_head: Any) -> Tensor:
+        z = nn.functional.linear(h, lm_head.weight, lm_head.bias).float() * options.logit_scale
+        if options.softcap is not None:
+            z = options.softcap * torch.tanh(z / options.softcap)
+        return z.log_softmax(-1)
+
+    p_head, q_head = head.get_output_embeddings(), _causal_lm(other).get_output_embeddings()
+    total = hidden.new_zeros((), dtype=torch.float32)
+    step = max(1, (64 << 20) // (4 * p_head.weight.shape[0]))
+    for start in range(0, tokens, step):
+        p = log_softmax(hidden[start : start + step], p_head)
+        q = log_softmax(reference[start : start + step], q_head)
+        total += (p.exp() * (p - q)).sum()
+    return total
+
+
+def _inputs(batch: PackedBatch) -> dict[str, Any]:
+    """The keywords of the model's forward, but for what is scored how."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if batch.layout is None:
+        inputs["attention_mask"] = batch.attention_mask
+    else:
+        # transformers passes a 4-D mask on as it is: none of (T, T) is built, and ours is not read
+        inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+        inputs["prefix_layout"] = batch.layout
+    inputs["score_index"] = batch.score_index
+    return inputs
+
+
+def prepare_model(
+    model: PreTrainedModel,
+    *,
+    packing: bool = True,
+    logits_budget_mb: float = 1024,
+    backend: str = "auto",
+) -> bool:
+    """Makes `sequence_logps` work on `model`; returns whether it can run packed rows.
+
+    Both are tried on twelve tokens: the log-probs must equal those of the model's own logits, and the
+    hidden states of a packed row those of separate sequences. An attention that cannot do packed rows
+    (a recurrent layer, sinks, position biases, …) is left alone with one warning, and the caller uses
+    padded batches.
+
+    Raises:
+        ValueError: the model's head is not `softcap(scale · (W h + b))`.
+    """
+    enable_logprobs(model, logits_budget_mb=logits_budget_mb, backend=backend)
+    if next(model.parameters()).device.type == "meta":
+        return packing
+    was_training = model.training
+    model.eval()
+    try:
+        _check_head(model)
+        return packing and _enable_packing(model)
+    finally:
+        model.train(was_training)
+
+
+# Two prompts with two completions each: a sharing error shows as an error of order one.
+_PROBE = [
+    {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]},
+    {"prompt_ids": [3, 1], "chosen_ids": [9], "rejected_ids": [2, 5]},
+]
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    batch = _probe(model, "padded")
+    ours = sequence_logps(model, batch)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    own = logits.flatten(0, 1)[batch.score_index].float().log_softmax(-1)
+    theirs = batch.sum_per_sequence(own.gather(1, batch.targets[:, None])[:, 0])
+    if not _close(ours, theirs, model.dtype):
+        raise ValueError(
+            f"{type(_causal_lm(model)).__name__}: its logits are not softcap(scale · (W h + b)) as far as "
+            f"its config tells (log-probs {theirs.tolist()}, expected {ours.tolist()})"
+        )
+
+
+@torch.no_grad()
+def _enable_packing(model: PreTrainedModel) -> bool:
+    # first: the attention that padded batches then run through is also the one that is compared with
+    undo = enable_prefix_attention(_causal_lm(model))
+    separate = sequence_logps(model, _probe(model, "padded"))
+    try:
+        shared = sequence_logps(model, _probe(model, "shared"))
+        reason = (
+            None if _close(shared, separate, model.dtype) else "packed rows give other log-probs"
+        )
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+    if reason is None:
+        return True
+    undo()
+    warn_once(
+        f"{type(_causal_lm(model)).__name__} cannot share prompts in a packed row ({reason}): "
+        "tralign-fast uses padded batches"
+    )
+    return False
+
+
+def _probe(model: PreTrainedModel, layout: str) -> PackedBatch:
+    device = next(model.parameters()).device
+    return PreferenceCollator(paired=True, layout=layout)(_PROBE).to(device)
+
+
+def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    # rounding of the hidden states, over up to three tokens; a wrong mask or scale is off by 1e-2 and more
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.15
+    return bool(((a - b).abs() <= tolerance * (1 + b.abs())).all())
+
+
+def _unwrapped(model: Any) -> Any:
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model)
+
+
+def _causal_lm(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

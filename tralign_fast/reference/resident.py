@@ -1,0 +1,70 @@
+"""A second model on the device, run at every step: the baseline that every other place must equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from tralign_fast.data.packing import PackedBatch
+from tralign_fast.ema import ema_update_
+from tralign_fast.modeling import sequence_logps
+from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.trust_region import TrustRegion
+
+
+class ResidentReference(ReferencePolicy):
+    """Weights: a second model beside the policy. Exact for every schedule.
+
+    Args:
+        model: the reference model, prepared like the policy (`modeling.prepare_model`); frozen here.
+        rounding: how weights in bf16 or fp16 are rounded at a sync (`ema_update_`).
+        seed: of the random bits of stochastic rounding.
+    """
+
+    name = "resident"
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        schedule: TrustRegion,
+        model: nn.Module,
+        *,
+        rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(policy, schedule)
+        self.model = model.eval()
+        self.rounding = rounding
+        self._generator = torch.Generator().manual_seed(seed)
+        # what the policy does not train never differs: quantised and frozen weights stay as they are
+        theirs = dict(model.named_parameters())
+        self._moving = [
+            (theirs[name], parameter)
+            for name, parameter in policy.named_parameters()
+            if parameter.requires_grad
+        ]
+        model.requires_grad_(False)
+
+    @torch.no_grad()
+    def logps(self, batch: PackedBatch) -> Tensor:
+        return sequence_logps(self.model, batch)
+
+    def sync(self) -> None:
+        ema_update_(
+            [ref for ref, _ in self._moving],
+            [theta for _, theta in self._moving],
+            self.schedule.alpha,
+            rounding=self.rounding,  # pyright: ignore[reportArgumentType]
+            generator=self._generator,
+        )
+
+    def save_weights(self, folder: Path) -> None:
+        save_model(self.model, str(folder / "model.safetensors"))
+        torch.save(self._generator.get_state(), folder / "rounding_rng.pt")
+
+    def load_weights(self, folder: Path) -> None:
+        load_model(self.model, folder / "model.safetensors")
+        self._generator.set_state(torch.load(folder / "rounding_rng.pt", weights_only=True))

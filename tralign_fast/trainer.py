@@ -1,0 +1,350 @@
+"""`transformers.Trainer` for TR-DPO, TR-IPO and TR-KTO.
+
+The loop, optimizers, checkpoints and distribution are transformers'. Here: what goes into a batch, the
+loss of a batch, when the reference moves, and what is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+
+from tralign_fast.config import TRConfig
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator
+from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
+from tralign_fast.losses import PreferenceLoss
+from tralign_fast.metrics import MeanMetrics
+from tralign_fast.modeling import hidden_kl, prepare_model, sequence_logps
+from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.resident import ResidentReference
+
+REFERENCE_FOLDER = "reference"
+
+
+class TRTrainer(Trainer):
+    """Preference alignment with a moving reference.
+
+    Args:
+        model: a causal LM of transformers, or its name or folder.
+        ref_model: the first reference; None: a copy of `model` as it is.
+        args: a `TRConfig`.
+        train_dataset, eval_dataset: rows with TRL's columns (`prompt, chosen, rejected` or `prompt,
+            completion, label`), text or conversational; `eval_dataset` may be a dict of them.
+        processing_class: the tokenizer; None: the one of `model`.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Metrics are TRL's: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`,
+    `logps/chosen`, `logps/rejected`, `kl` (KTO), `num_tokens`; and `tr/syncs`, and in evaluation
+    `kl/initial` with `log_kl_initial=True`.
+
+    Raises:
+        ValueError: unusable rows, options or models; the message names them and what was expected.
+    """
+
+    args: TRConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | None = None,
+        args: TRConfig | None = None,
+        data_collator: Callable[..., PackedBatch] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if model is None:
+            raise ValueError(
+                "TRTrainer needs a model: a transformers causal LM, its name or its folder"
+            )
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself; leave it out and a copy is made")
+        args = args if args is not None else TRConfig("tr-output")
+        if processing_class is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            processing_class = _load(AutoTokenizer, name)
+        if isinstance(model, str):
+            model = _load(AutoModelForCausalLM, model, **_init_kwargs(args))
+        if processing_class.pad_token_id is None:
+            processing_class.pad_token = processing_class.eos_token
+        self._paired = args.loss_spec.paired
+        self._tokenizer = processing_class
+        self._max_length = args.max_length
+        train_dataset = self._tokenize(train_dataset, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {k: self._tokenize(d, args, k) for k, d in eval_dataset.items()}
+        else:
+            eval_dataset = self._tokenize(eval_dataset, args, "eval")
+        if hasattr(
+            train_dataset, "_ex_iterable"
+        ):  # IterableDataset: a PackedBatch cannot be cut up
+            args.accelerator_config.dispatch_batches = False  # pyright: ignore
+        collator = data_collator or PreferenceCollator(
+            paired=self._paired,
+            max_length=args.max_length,
+            pad_token_id=processing_class.pad_token_id or 0,
+            vocab_size=model.get_input_embeddings().num_embeddings,
+        )
+        ref_model = copy.deepcopy(model) if ref_model is None else ref_model
+        if args.disable_dropout:
+            _disable_dropout(model)
+            _disable_dropout(ref_model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
+        self.model_accepts_loss_kwargs = False
+        self._initial = copy.deepcopy(model).eval() if args.log_kl_initial else None
+        packs = self._prepare(self.model)
+        if isinstance(collator, PreferenceCollator):
+            collator.layout = ("shared" if args.prefix_sharing else "packed") if packs else "padded"
+        self.reference = self._build_reference(ref_model)
+        if self._initial is not None:
+            self._prepare(self._initial)
+        self.add_callback(_SyncReference(self.reference))
+        self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
+        self._num_tokens = 0
+
+    # --- data -------------------------------------------------------------------------------------
+
+    def _tokenize(self, dataset: Any, args: TRConfig, name: str) -> Any:
+        if dataset is None:
+            return None
+        tokenize = tokenize_pairs if self._paired else tokenize_unpaired
+        return tokenize(
+            dataset,
+            self._tokenizer,
+            max_length=args.max_length,
+            name=name,
+            on_bad_rows=args.on_bad_rows,
+            num_proc=args.dataset_num_proc,
+        )
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = self._tokenize(eval_dataset, self.args, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: PackedBatch) -> int:
+        # 2 for the forward, 4 for the backward, per parameter and token
+        return 6 * inputs.num_tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    # --- models -----------------------------------------------------------------------------------
+
+    def _prepare(self, model: PreTrainedModel) -> bool:
+        return prepare_model(
+            model, packing=self.args.packing, logits_budget_mb=self.args.logits_budget_mb
+        )
+
+    def _build_reference(self, ref_model: PreTrainedModel) -> ReferencePolicy:
+        self._prepare(ref_model)
+        ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        return ResidentReference(
+            self.model,
+            self.args.trust_region,
+            ref_model,
+            rounding=self.args.ema_rounding,
+            seed=self.args.seed,
+        )
+
+    # --- the loss ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: PackedBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a batch: policy and reference log-probs, then one function of `LOSSES`.
+
+        Raises:
+            ValueError: a log-prob is NaN or infinite; nothing is trained on it.
+        """
+        batch = inputs
+        ref_logps = self.reference.logps(batch)
+        logps = sequence_logps(model, batch)
+        self._check_finite(batch, logps, ref_logps)
+        result, kl = self._loss(batch, logps, ref_logps)
+        self._record(batch, logps.detach(), result, kl)
+        return (result.loss, {"logps": logps}) if return_outputs else result.loss
+
+    def _loss(
+        self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor
+    ) -> tuple[PreferenceLoss, Tensor | None]:
+        spec = self.args.loss_spec
+        options = {name: getattr(self.args, name) for name in spec.options}
+        lengths = batch.completion_lengths if self.args.normalizes_length else None
+        if lengths is not None:
+            logps, ref_logps = logps / lengths, ref_logps / lengths
+        if not spec.paired:
+            (own, mismatched), (ref_own, ref_mismatched) = logps.chunk(2), ref_logps.chunk(2)
+            kl = (mismatched.detach() - ref_mismatched).mean()
+            kl = self.accelerator.reduce(kl, reduction="mean").clamp(min=0)
+            return spec.function(own, ref_own, batch.is_desirable, kl, **options), kl
+        result = spec.function(*logps.chunk(2), *ref_logps.chunk(2), **options)
+        if lengths is not None:  # rewards are reported for whole completions, as TRL does
+            chosen, rejected = lengths.chunk(2)
+            result = PreferenceLoss(
+                result.loss, result.chosen_rewards * chosen, result.rejected_rewards * rejected
+            )
+        return result, None
+
+    def _check_finite(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> None:
+        finite = torch.isfinite(logps.detach()) & torch.isfinite(ref_logps)
+        if bool(finite.all()):
+            return
+        examples = (~finite).view(2, -1).any(0).nonzero()[:, 0].tolist()
+        rows = ", ".join(str(batch.rows[i]) for i in examples[:5])
+        who = "policy" if not bool(torch.isfinite(logps).all()) else "reference"
+        raise ValueError(
+            f"step {self.state.global_step + 1}: the {who}'s log-probs of row {rows} are NaN or infinite; "
+            "expected finite numbers (check the model's weights, the learning rate, or fp16 overflow)"
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, batch)
+            if self._initial is not None:
+                if next(self._initial.parameters()).device != self.args.device:
+                    self._initial.to(self.args.device)
+                kl = hidden_kl(model, self._initial, batch)
+                self._means["eval"].add("kl/initial", kl, batch.grad_tokens)
+        return loss.detach(), None, None
+
+    # --- metrics ----------------------------------------------------------------------------------
+
+    def _record(
+        self, batch: PackedBatch, logps: Tensor, result: PreferenceLoss, kl: Tensor | None
+    ) -> None:
+        training = self.model.training
+        means = self._means["train" if training else "eval"]
+        if training:
+            self._num_tokens += batch.num_tokens
+        own = logps[: len(batch)] if batch.is_desirable is not None else logps
+        if batch.is_desirable is None:
+            chosen, rejected = own.chunk(2)
+            margins = result.chosen_rewards - result.rejected_rewards
+            means.add_mean("rewards/accuracies", (margins > 0).float())
+            means.add_mean("rewards/margins", margins)
+        else:
+            chosen = own.masked_fill(~batch.is_desirable, float("nan"))
+            rejected = own.masked_fill(batch.is_desirable, float("nan"))
+        means.add_mean("rewards/chosen", result.chosen_rewards)
+        means.add_mean("rewards/rejected", result.rejected_rewards)
+        means.add_mean("logps/chosen", chosen)
+        means.add_mean("logps/rejected", rejected)
+        if kl is not None:
+            means.add_mean("kl", kl[None])
+
+    def _averages(self, mode: str) -> dict[str, float]:
+        averages = self._means[mode].pop(self.accelerator)
+        if not self._paired and {"rewards/chosen", "rewards/rejected"} <= averages.keys():
+            averages["rewards/margins"] = averages["rewards/chosen"] - averages["rewards/rejected"]
+        return averages
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._averages("train"))
+            tokens = torch.tensor(float(self._num_tokens), device=self.args.device)
+            logs["num_tokens"] = float(self.accelerator.reduce(tokens, reduction="sum"))
+            schedule = self.reference.schedule
+            logs["tr/syncs"] = 0 if schedule.is_frozen else self.state.global_step // schedule.every
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        averages = self._averages("eval")
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in averages.items()})
+        return output
+
+    # --- runs and checkpoints ---------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if not resume_from_checkpoint and not self.args.overwrite_output_dir:
+            check_output_dir(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            self.reference.save(folder / REFERENCE_FOLDER)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class _SyncReference(TrainerCallback):
+    """Moves the reference after the optimizer step, as TRL's `SyncRefModelCallback` does."""
+
+    def __init__(self, reference: ReferencePolicy) -> None:
+        self.reference = reference
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.reference.schedule.should_sync(state.global_step):
+            self.reference.sync()
+
+
+def check_output_dir(output_dir: str | None) -> None:
+    """Raises ValueError if the folder holds a run."""
+    folder = Path(output_dir or ".")
+    traces = ["checkpoint-*", "model*.safetensors", "adapter_model.safetensors", "summary.json"]
+    found = [file.name for pattern in traces for file in folder.glob(pattern)]
+    if found:
+        raise ValueError(
+            f"output_dir {folder} holds another run ({found[0]}): choose another folder, resume it with "
+            "resume_from_checkpoint, or pass overwrite_output_dir"
+        )
+
+
+def _load(factory: Any, name: str, **kwargs: Any) -> Any:
+    try:
+        return factory.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        what = "tokenizer" if factory is AutoTokenizer else "model"
+        raise ValueError(
+            f"cannot load {what} {name!r}: expected a hub id or a folder made by save_pretrained "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _init_kwargs(args: TRConfig) -> dict[str, Any]:
+    kwargs = dict(args.model_init_kwargs or {})  # pyright: ignore[reportCallIssue]
+    kwargs.setdefault("dtype", torch.float32)  # TRL's default
+    return kwargs
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
+            module.attention_dropout = 0.0
