@@ -11,14 +11,6 @@ import torch
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
-    """SmolLM2's tokenizer, from the package that ships the model."""
-    from tralign_fast.smollm2 import load_tokenizer
-
-    return load_tokenizer()
-
-
-@pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct in fp32; copy the model before training it."""
     from tralign_fast.smollm2 import load_smollm2
@@ -26,23 +18,67 @@ def smollm2():
     return load_smollm2()
 
 
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    return smollm2[1]
+
+
+WORDS = (
+    "the a red blue green cat dog bird house river stone runs sings sleeps slowly never always under "
+    "over near bright old small and but"
+).split()
+
+
+def words(count: int, generator: torch.Generator) -> str:
+    picks = torch.randint(0, len(WORDS), (count,), generator=generator).tolist()
+    return " ".join(WORDS[i] for i in picks)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    """A byte-level BPE tokenizer of 320 tokens with a chat template: losses over a real vocabulary of
+    49,152 would take most of the time of the tests that train."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<start>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokenizer.train_from_iterator([words(200, generator)], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<start>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+    )
+    return fast
+
+
 @pytest.fixture
-def tiny_llama(tokenizer):
-    """A two-layer Llama with SmolLM2's vocabulary, weights of a fixed seed, fp32."""
+def tiny_llama(small_tokenizer):
+    """A two-layer Llama with the small tokenizer's vocabulary, weights of a fixed seed, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=len(small_tokenizer),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=small_tokenizer.pad_token_id,
+            eos_token_id=small_tokenizer.eos_token_id,
+            bos_token_id=small_tokenizer.bos_token_id,
         )
     )

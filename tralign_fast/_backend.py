@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 
 import torch
@@ -33,4 +34,6 @@ def pick_backend(backend: str, device: torch.device) -> str:
         return "torch"
     if backend == "auto":
         return "triton" if device.type == "cuda" else "torch"
+    if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError('backend="triton" runs on a GPU (or, for tests, with TRITON_INTERPRET=1)')
     return backend

@@ -125,7 +125,6 @@ class TRTrainer(Trainer):
             self._prepare(self._initial)
         self.add_callback(_SyncReference(self.reference))
         self._means = {"train": MeanMetrics(), "eval": MeanMetrics()}
-        self._num_tokens = 0
 
     # --- data -------------------------------------------------------------------------------------
 
@@ -245,8 +244,8 @@ class TRTrainer(Trainer):
     ) -> None:
         training = self.model.training
         means = self._means["train" if training else "eval"]
-        if training:
-            self._num_tokens += batch.num_tokens
+        if training:  # in the state, so that a resumed run goes on counting
+            self.state.num_input_tokens_seen += batch.num_tokens
         own = logps[: len(batch)] if batch.is_desirable is not None else logps
         if batch.is_desirable is None:
             chosen, rejected = own.chunk(2)
@@ -272,7 +271,7 @@ class TRTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._averages("train"))
-            tokens = torch.tensor(float(self._num_tokens), device=self.args.device)
+            tokens = torch.tensor(float(self.state.num_input_tokens_seen), device=self.args.device)
             logs["num_tokens"] = float(self.accelerator.reduce(tokens, reduction="sum"))
             schedule = self.reference.schedule
             logs["tr/syncs"] = 0 if schedule.is_frozen else self.state.global_step // schedule.every

@@ -1,0 +1,122 @@
+import pickle
+
+import pytest
+import torch
+
+from tralign_fast.data.packing import Group, PreferenceCollator
+
+PAIRS = [
+    {"row": 7, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]},
+    {"row": 9, "prompt_ids": [10], "chosen_ids": [11], "rejected_ids": [12, 13]},
+]
+ROWS = [
+    {"row": 0, "prompt_ids": [1, 2, 3], "completion_ids": [4, 5], "label": True},
+    {"row": 1, "prompt_ids": [6], "completion_ids": [7, 8, 9], "label": False},
+    {"row": 2, "prompt_ids": [10, 11], "completion_ids": [12], "label": True},
+]
+
+
+def test_a_pair_is_one_row_with_its_prompt_once():
+    batch = PreferenceCollator(paired=True)(PAIRS)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1, 2]]
+    assert batch.layout.groups == (Group(0, 3, (2, 3)), Group(8, 1, (1, 2)))
+    # chosen of both pairs, then rejected of both; the prompt's last token predicts both firsts
+    assert batch.score_index.tolist() == [2, 3, 8, 2, 5, 6, 8, 10]
+    assert batch.targets.tolist() == [4, 5, 11, 6, 7, 8, 12, 13]
+    assert batch.scored_lengths == (2, 1, 3, 2)
+    assert batch.completion_lengths.tolist() == [2, 1, 3, 2]
+    assert batch.rows == (7, 9)
+    assert len(batch) == 2
+    assert batch.grad_tokens == 8
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_every_layout_scores_the_same_tokens(layout):
+    batch = PreferenceCollator(paired=True, layout=layout, pad_token_id=99)(PAIRS)
+    flat = batch.input_ids.flatten()
+    previous = flat[batch.score_index].tolist()
+    assert batch.targets.tolist() == [4, 5, 11, 6, 7, 8, 12, 13]
+    assert previous == [3, 4, 10, 3, 6, 7, 10, 12]
+    assert batch.position_ids.flatten()[batch.score_index].tolist() == [2, 3, 0, 2, 3, 4, 0, 1]
+    assert (batch.layout is None) == (layout == "padded")
+    tokens = {"shared": 12, "packed": 16, "padded": 24}[layout]
+    assert batch.num_tokens == tokens
+    if layout == "padded":
+        assert batch.input_ids.tolist()[1] == [10, 11, 99, 99, 99, 99]
+        assert batch.attention_mask.sum() == 16
+
+
+def test_kto_borrows_the_completion_of_the_row_before():
+    batch = PreferenceCollator(paired=False)(ROWS)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 12, 6, 7, 8, 9, 4, 5, 10, 11, 12, 7, 8, 9]]
+    assert batch.targets.tolist() == [4, 5, 7, 8, 9, 12, 12, 4, 5, 7, 8, 9]
+    assert batch.grad_tokens == 6  # the matched completions
+    assert batch.is_desirable.tolist() == [True, False, True]
+
+
+def test_a_borrowed_completion_is_cut_to_what_its_prompt_leaves():
+    batch = PreferenceCollator(paired=False, max_length=4)(ROWS)
+    # row 2 has a prompt of 2 tokens and borrows [7, 8, 9]: two of them fit; row 1 borrows [4, 5]
+    assert batch.scored_lengths == (2, 3, 1, 1, 2, 2)
+
+
+def test_sums_per_sequence():
+    batch = PreferenceCollator(paired=True)(PAIRS)
+    logps = torch.arange(8, dtype=torch.float32, requires_grad=True)
+    sums = batch.sum_per_sequence(logps)
+    assert sums.tolist() == [0 + 1, 2, 3 + 4 + 5, 6 + 7]
+    sums[2].backward()
+    assert logps.grad.tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_an_empty_prompt_leaves_the_first_token_unscored(layout):
+    rows = [{"prompt_ids": [], "chosen_ids": [4, 5], "rejected_ids": [6]}]
+    batch = PreferenceCollator(paired=True, layout=layout)(rows)
+    assert batch.targets.tolist() == [5]
+    assert batch.scored_lengths == (1, 0)
+    assert batch.sum_per_sequence(torch.tensor([-2.0])).tolist() == [-2.0, 0.0]
+
+
+def test_nothing_scored_at_all_is_still_a_differentiable_sum():
+    rows = [{"prompt_ids": [], "chosen_ids": [4], "rejected_ids": [6]}]
+    batch = PreferenceCollator(paired=True)(rows)
+    logps = torch.zeros(0, requires_grad=True)
+    sums = batch.sum_per_sequence(logps)
+    assert sums.tolist() == [0.0, 0.0]
+    sums.sum().backward()
+
+
+def test_varlen_arguments():
+    layout = PreferenceCollator(paired=True)(PAIRS).layout
+    arguments = layout.varlen(torch.device("cpu"))
+    assert arguments.cu_seqlens_q.tolist() == [0, 5, 8, 10, 12]
+    assert arguments.cu_seqlens_k.tolist() == [0, 5, 11, 13, 16]
+    assert arguments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 8, 10, 11]
+    assert (arguments.max_seqlen_q, arguments.max_seqlen_k) == (5, 6)
+    assert arguments.cu_seqlens_q.dtype == torch.int32
+
+
+def test_mask_is_causal_at_the_bottom_right_and_slides():
+    layout = PreferenceCollator(paired=True)(PAIRS).layout
+    mask = layout.mask(2, 5, None, torch.device("cpu"))
+    assert mask.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    mask = layout.mask(2, 5, 3, torch.device("cpu"))
+    assert mask.int().tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+
+
+def test_batches_travel_between_processes_and_dtypes_stay():
+    batch = pickle.loads(pickle.dumps(PreferenceCollator(paired=False)(ROWS)))
+    moved = batch.to("cpu")
+    assert moved.rows == batch.rows
+    assert moved.input_ids.dtype == torch.int64
+    assert "labels" not in batch
+
+
+def test_a_token_outside_the_vocabulary_names_the_row():
+    collate = PreferenceCollator(paired=True, vocab_size=13)
+    with pytest.raises(ValueError, match=r"row 9: token id 13 is outside .* \[0, 13\)"):
+        collate(PAIRS)
+    with pytest.raises(ValueError, match="layout must be one of"):
+        PreferenceCollator(paired=True, layout="dense")

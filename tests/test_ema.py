@@ -1,0 +1,145 @@
+import pytest
+import torch
+
+from tralign_fast import ema_update_
+from tralign_fast.ema import ema_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(3, 5), (1,), (0,), (257, 129), ()]
+
+
+def make(ref_dtype, dtype, seed=0, shapes=SHAPES):
+    g = torch.Generator().manual_seed(seed)
+    refs = [torch.randn(s, generator=g).to(ref_dtype) for s in shapes]
+    thetas = [(r.float() + 0.01 * torch.randn(r.shape, generator=g)).to(dtype) for r in refs]
+    return refs, thetas
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.3, 0.6, 0.999])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ref_dtype", DTYPES)
+def test_nearest_is_the_equation_rounded_once(ref_dtype, dtype, alpha):
+    refs, thetas = make(ref_dtype, dtype)
+    expected = [ema_reference(r, t, alpha) for r, t in zip(refs, thetas, strict=True)]
+    ema_update_(refs, thetas, alpha)
+    for ref, exact in zip(refs, expected, strict=True):
+        assert ref.dtype == ref_dtype
+        # half a unit in the last place of the result's dtype, and fp32 arithmetic before it
+        bound = (torch.finfo(ref_dtype).eps / 2 + 3 * 2**-24) * exact.abs() + 2**-25
+        assert ((ref.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alpha_one_copies_bits_and_alpha_zero_does_nothing(dtype, rounding):
+    refs, thetas = make(dtype, dtype)
+    before = [r.clone() for r in refs]
+    ema_update_(refs, thetas, 0.0, rounding=rounding)
+    assert all(torch.equal(a, b) for a, b in zip(refs, before, strict=True))
+    ema_update_(refs, thetas, 1.0, rounding=rounding)
+    assert all(torch.equal(a, b) for a, b in zip(refs, thetas, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [0.6, 0.01, 0.001])
+def test_stochastic_rounding_is_unbiased(dtype, alpha):
+    """Mean residual against the exact update within five standard errors; TRL's way is far outside."""
+    n = 400_000
+    g = torch.Generator().manual_seed(0)
+    ref = (torch.randn(n, generator=g) + 3).to(dtype)
+    theta = (ref.float() * (1 + 2e-3 * torch.randn(n, generator=g))).to(dtype)
+    exact = ema_reference(ref, theta, alpha)
+    moved = ref.clone()
+    ema_update_([moved], [theta], alpha, rounding="stochastic", generator=g)
+    residual = moved.double() - exact
+    assert abs(residual.mean()) < 5 * residual.std() / n**0.5
+    # each element lands on one of the two neighbours of the exact value
+    spacing = torch.finfo(dtype).eps * 2 ** exact.abs().log2().floor()
+    assert (residual.abs() <= spacing * 1.001).all()
+
+
+def test_stochastic_movement_in_bf16_is_whole_where_nearest_stalls():
+    """α = 0.01 from a reference one step of a typical fine-tune away."""
+    g = torch.Generator().manual_seed(0)
+    ref = (0.02 * torch.randn(200_000, generator=g)).bfloat16()
+    theta = (ref.float() + 1e-4 * torch.randn(200_000, generator=g)).bfloat16()
+    way = (theta.double() - ref.double()).abs().sum() * 0.01
+    progress = {}
+    for rounding in ("nearest", "stochastic"):
+        moved = ref.clone()
+        ema_update_([moved], [theta], 0.01, rounding=rounding, generator=g)
+        direction = torch.sign(theta.double() - ref.double())
+        progress[rounding] = float(((moved.double() - ref.double()) * direction).sum() / way)
+    assert progress["stochastic"] == pytest.approx(1.0, abs=0.05)
+    assert progress["nearest"] < 0.5
+
+
+def test_stochastic_is_reproducible_from_the_generator():
+    results = []
+    for seed in (1, 1, 2):
+        refs, thetas = make(torch.bfloat16, torch.bfloat16)
+        ema_update_(refs, thetas, 0.1, rounding="stochastic", generator=torch.Generator().manual_seed(seed))
+        results.append(refs)
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
+
+
+def test_fp32_reference_of_a_bf16_policy_is_left_unrounded():
+    refs, thetas = make(torch.float32, torch.bfloat16)
+    expected = [torch.lerp(r, t.float(), 0.1) for r, t in zip(refs, thetas, strict=True)]
+    ema_update_(refs, thetas, 0.1, rounding="stochastic")
+    assert all(torch.equal(a, b) for a, b in zip(refs, expected, strict=True))
+
+
+def test_thetas_are_not_touched_and_infinities_stay():
+    ref = torch.tensor([1.0, float("inf"), float("-inf"), float("nan")]).bfloat16()
+    theta = torch.tensor([2.0, 1.0, 1.0, 1.0]).bfloat16()
+    before = theta.clone()
+    ema_update_([ref], [theta], 0.5, rounding="stochastic")
+    assert torch.equal(theta, before)
+    assert ref[0] == 1.5
+    assert ref[1:].isnan().tolist() == [False, False, True]
+    assert ref[1:3].isinf().all()
+
+
+def test_parameters_that_require_grad_are_updated_without_a_graph():
+    ref, theta = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(4))
+    ema_update_([ref], [theta], 0.25)
+    assert torch.equal(ref.detach(), torch.full((4,), 0.25))
+    assert ref.grad_fn is None
+
+
+def test_a_whole_model_equals_trl(tiny_llama):
+    """TRL's SyncRefModelCallback on the same two models, fp32."""
+    import copy
+
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    reference = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        for p in tiny_llama.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    theirs = copy.deepcopy(reference)
+    SyncRefModelCallback._sync_target_model(tiny_llama, theirs, 0.6)
+    ema_update_(list(reference.parameters()), list(tiny_llama.parameters()), 0.6)
+    for a, b in zip(reference.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([torch.zeros(2)], [torch.zeros(2)], 1.5), r"alpha must lie in \[0, 1\]"),
+        (([torch.zeros(2)], [], 0.5), "1 reference tensors for 0 tensors"),
+        (([torch.zeros(2)], [torch.zeros(3)], 0.5), "tensor 0 has shape"),
+        (([torch.zeros(2, dtype=torch.int8)], [torch.zeros(2)], 0.5), "quantised weights cannot move"),
+    ],
+)
+def test_bad_arguments_say_what_was_expected(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ema_update_(*arguments)
+
+
+def test_unknown_rounding():
+    with pytest.raises(ValueError, match="rounding must be nearest or stochastic"):
+        ema_update_([torch.zeros(2)], [torch.zeros(2)], 0.5, rounding="up")

@@ -1,0 +1,166 @@
+"""What a user meets before training: imports, the command line, the folder called kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **env},
+    )  # fmt: skip
+
+
+def test_importing_the_package_stays_light_and_patches_nothing():
+    out = python(
+        "import sys, torch; before = set(sys.modules); import tralign_fast\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
+        "print(sorted(new & {'transformers', 'datasets', 'accelerate', 'triton', 'trl', 'peft'}))\n"
+        "print(tralign_fast.TrustRegion().every)"
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.split() == ["[]", "512"]
+
+
+def test_all_public_names_exist():
+    import tralign_fast
+
+    for name in tralign_fast.__all__:
+        assert getattr(tralign_fast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = tralign_fast.nothing
+
+
+def test_works_without_triton_and_says_so_once():
+    """macOS and Windows have no Triton: a finder that hides it stands for them."""
+    out = python(
+        "import sys, warnings, torch\n"
+        "class Hide:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'triton': raise ModuleNotFoundError(name)\n"
+        "import importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda n, p=None: None if n == 'triton' else real(n, p)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+        "from tralign_fast import linear_logprobs, ema_update_\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(3):\n"
+        "        lp = linear_logprobs(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([0, 1]))\n"
+        "    ema_update_([torch.zeros(2)], [torch.ones(2)], 0.5)\n"
+        "assert torch.isfinite(lp).all() and 'triton' not in sys.modules\n"
+        "print([str(w.message) for w in caught])\n"
+        "try: linear_logprobs(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([0, 1]), backend='triton')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("Triton is not installed: tralign-fast runs its PyTorch backend") == 1
+    assert "needs the triton package" in out.stdout
+
+
+def test_triton_on_a_cpu_is_refused_in_one_line(monkeypatch):
+    from tralign_fast import linear_logprobs
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match='backend="triton" runs on a GPU'):
+        linear_logprobs(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), backend="triton")
+
+
+def test_the_folder_kernels_does_not_shadow_hugging_faces_kernels():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert importlib.util.find_spec("kernels") is not None
+    out = python(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import kernels, tralign_kernels\n"
+        "print(kernels.get_kernel.__module__.split('.')[0], 'site-packages' in kernels.__file__)\n"
+        "print('tralign_kernels' in tralign_kernels.__file__)"
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.split() == ["kernels", "True", "True"]
+
+
+def run_cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "tralign_fast.cli", *arguments],
+        capture_output=True, text=True, timeout=300, cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_llama, small_tokenizer):
+    """A recipe, a model and a data file as a user has them."""
+    import json
+
+    tiny_llama.save_pretrained(tmp_path / "model")
+    small_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": f"the cat {i}", "chosen": " sings", "rejected": " sleeps slowly"}
+        for i in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tmp_path}/model\ndataset: {tmp_path}/rows.jsonl\noutput_dir: {tmp_path}/run\n"
+        "max_steps: 2\nper_device_train_batch_size: 2\nref_model_sync_steps: 1\nuse_cpu: true\n"
+        "report_to: none\nlogging_steps: 1\nlearning_rate: 1.0e-3\n"
+    )
+    return tmp_path / "recipe.yaml"
+
+
+def test_train_from_a_recipe(recipe, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    out = run_cli("train", "--config", str(recipe), "--max_steps", "3", "--save_steps", "2")
+    assert out.returncode == 0, out.stderr
+    assert "'tr/syncs': 3" in out.stdout
+    assert (tmp_path / "run" / "checkpoint-2" / "reference" / "reference.json").is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    again = run_cli("train", "--config", str(recipe))
+    assert again.returncode == 2
+    assert "holds another run" in again.stderr.splitlines()[-1]
+    resumed = run_cli("train", "--config", str(recipe), "--max_steps", "4", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "'tr/syncs': 4" in resumed.stdout
+    assert "'tr/syncs': 2" not in resumed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "no.yaml"], "--config no.yaml: "),
+        (["train", "--config", "RECIPE", "--ref_model_sync_steps", "0"], "ref_model_sync_steps must be"),
+        (["train", "--config", "RECIPE", "--ref_model_mixup_alpha", "2"], "ref_model_mixup_alpha must"),
+        (["train", "--config", "RECIPE", "--dataset", "no.jsonl"], "no.jsonl"),
+        (["train", "--config", "RECIPE", "--model", "no/model"], "cannot load tokenizer 'no/model'"),
+        (["train", "--config", "RECIPE", "--loss_type", "hinge"], "loss_type: expected one of"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_and_exit_code_2(arguments, message, recipe, tmp_path):
+    arguments = [str(recipe) if a == "RECIPE" else a for a in arguments]
+    out = run_cli(*arguments, cwd=tmp_path)
+    assert out.returncode == 2
+    last = out.stderr.strip().splitlines()[-1]
+    assert last.startswith("tralign-fast: error: ")
+    assert message in last
+    assert "Traceback" not in out.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_options_of_a_recipe_are_named(recipe, tmp_path):
+    recipe.write_text(recipe.read_text() + "ref_sync: 3\n")
+    out = run_cli("train", "--config", str(recipe))
+    assert out.returncode == 2
+    assert "unknown options ref_sync" in out.stderr
+    assert run_cli("nothing").returncode == 2

@@ -1,0 +1,241 @@
+"""TRTrainer on its own: schedules, checkpoints, precision, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.test_trl_parity import history, kto_rows, options, pair_rows
+from tralign_fast import TRConfig, TRTrainer
+
+METHODS = ["dpo", "ipo", "kto"]
+SCHEDULES = {
+    "frozen": {"sync_ref_model": False},
+    "soft": {"ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 1},
+    "hard": {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2},
+    "hybrid": {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 2},
+}
+
+
+def make(model, tokenizer, output_dir, method="dpo", rows=None, held_out=None, **extra):
+    rows = rows if rows is not None else (kto_rows() if method == "kto" else pair_rows())
+    config = TRConfig(**options(output_dir, loss_type=method, **extra))
+    return TRTrainer(
+        copy.deepcopy(model),
+        args=config,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_reference_follows_its_schedule(method, schedule, tiny_llama, small_tokenizer, tmp_path):
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, method, max_steps=4, **SCHEDULES[schedule])
+    start = [p.detach().clone() for p in trainer.reference.model.parameters()]
+    expected = [p.clone() for p in start]
+    region = trainer.args.trust_region
+    seen = []
+
+    class Watch(__import__("transformers").TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if region.should_sync(state.global_step):
+                for ref, theta in zip(expected, model.parameters(), strict=True):
+                    ref.lerp_(theta.detach(), region.alpha)
+            seen.append(state.global_step)
+
+    trainer.add_callback(Watch())
+    losses = history(trainer)
+    assert seen == [1, 2, 3, 4]
+    assert len(losses) == 4
+    for ref, truth in zip(trainer.reference.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(ref.detach(), truth, rtol=1e-6, atol=1e-7)
+        assert not ref.requires_grad
+    moved = any(not torch.equal(a, b) for a, b in zip(start, expected, strict=True))
+    assert moved == (schedule != "frozen")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_gives_the_losses_of_an_uninterrupted_run(method, tiny_llama, small_tokenizer, tmp_path):
+    extra = {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ref_model_sync_steps": 2,
+        "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "random",
+    }  # fmt: skip
+    whole = make(tiny_llama, small_tokenizer, tmp_path, method, **extra)
+    expected = history(whole)
+    again = make(tiny_llama, small_tokenizer, tmp_path, method, **extra)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed = [log["loss"] for log in again.state.log_history if "loss" in log]
+    assert resumed == expected  # the log history comes with the checkpoint
+    assert again.state.log_history[-2]["num_tokens"] == whole.state.log_history[-2]["num_tokens"]
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_without_its_reference_or_of_another_schedule_is_refused(
+    tiny_llama, small_tokenizer, tmp_path
+):
+    extra = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    history(make(tiny_llama, small_tokenizer, tmp_path, ref_model_sync_steps=2, **extra))
+    other = make(tiny_llama, small_tokenizer, tmp_path, ref_model_sync_steps=1, **extra)
+    with pytest.raises(ValueError, match=r"was trained with reference .*'every': 2.*'every': 1"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / "reference" / "reference.json").unlink()
+    same = make(tiny_llama, small_tokenizer, tmp_path, ref_model_sync_steps=2, **extra)
+    with pytest.raises(ValueError, match="holds no reference policy"):
+        same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_evaluation_of_several_datasets_and_the_kl_to_the_start(tiny_llama, small_tokenizer, tmp_path):
+    trainer = make(
+        tiny_llama, small_tokenizer, tmp_path, held_out={"a": pair_rows(5), "b": pair_rows(3)},
+        max_steps=3, eval_strategy="steps", eval_steps=3, log_kl_initial=True,
+        per_device_eval_batch_size=2,
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_a_kl/initial"] == pytest.approx(0, abs=1e-5)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_b_loss" in log]
+    assert logs[0]["eval_b_kl/initial"] > 1e-5
+    assert {"eval_b_rewards/accuracies", "eval_b_rewards/margins"} <= logs[0].keys()
+    fresh = trainer.evaluate(pair_rows(4))
+    assert fresh["eval_loss"] > 0
+
+
+def test_bf16_autocast_trains_close_to_fp32(tiny_llama, small_tokenizer, tmp_path):
+    full = history(make(tiny_llama, small_tokenizer, tmp_path / "a", ref_model_sync_steps=2))
+    half = history(make(tiny_llama, small_tokenizer, tmp_path / "b", ref_model_sync_steps=2, bf16=True))
+    assert half == pytest.approx(full, rel=0.02)
+    assert half != full
+
+
+def test_bf16_weights_train_and_the_reference_moves(tiny_llama, small_tokenizer, tmp_path):
+    model = tiny_llama.bfloat16()
+    trainer = make(
+        model, small_tokenizer, tmp_path, ref_model_mixup_alpha=0.01, ref_model_sync_steps=1, max_steps=4
+    )
+    start = torch.cat([p.detach().float().flatten() for p in trainer.reference.model.parameters()])
+    losses = history(trainer)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    ref = torch.cat([p.float().flatten() for p in trainer.reference.model.parameters()])
+    assert (ref != start).any()
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_llama, small_tokenizer, tmp_path):
+    plain = history(make(tiny_llama, small_tokenizer, tmp_path / "a", max_steps=3))
+    again = history(make(tiny_llama, small_tokenizer, tmp_path / "b", max_steps=3, gradient_checkpointing=True))
+    assert again == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_streamed_dataset_trains_alike(tiny_llama, small_tokenizer, tmp_path):
+    plain = history(make(tiny_llama, small_tokenizer, tmp_path / "a", max_steps=3))
+    stream = pair_rows().to_iterable_dataset()
+    trainer = make(tiny_llama, small_tokenizer, tmp_path / "b", rows=stream, max_steps=3)
+    assert history(trainer) == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_model_by_its_folder(tiny_llama, small_tokenizer, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    small_tokenizer.save_pretrained(tmp_path / "model")
+    trainer = TRTrainer(
+        str(tmp_path / "model"),
+        args=TRConfig(**options(tmp_path / "run", max_steps=1)),
+        train_dataset=pair_rows(4),
+    )
+    assert len(history(trainer)) == 1
+    trainer.save_model()
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_nan_is_not_trained_on(tiny_llama, small_tokenizer, tmp_path):
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, max_steps=2)
+    with torch.no_grad():
+        trainer.model.model.norm.weight[0] = float("nan")
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(ValueError, match=r"step 1: the policy's log-probs of row 0, 1, 2, 3 are NaN"):
+        trainer.train()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+
+
+def test_an_output_folder_that_holds_a_run_is_kept(tiny_llama, small_tokenizer, tmp_path):
+    extra = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    history(make(tiny_llama, small_tokenizer, tmp_path, **extra))
+    with pytest.raises(ValueError, match=r"holds another run \(checkpoint-1\)"):
+        make(tiny_llama, small_tokenizer, tmp_path, **extra).train()
+    history(make(tiny_llama, small_tokenizer, tmp_path, overwrite_output_dir=True, **extra))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_type": "hinge"}, "loss_type: expected one of dpo, ipo, kto, sigmoid, got 'hinge'"),
+        ({"loss_type": ["sigmoid", "ipo"]}, "expected one loss"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be a whole number"),
+        ({"ref_model_sync_steps": -1}, "ref_model_sync_steps must be a whole number"),
+        ({"ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha must lie in \[0, 1\]"),
+        ({"beta": 0.0}, "beta must be positive"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\)"),
+        ({"reference": "cloud"}, "reference: expected one of auto, resident"),
+        ({"max_length": 1}, "max_length must be at least 2"),
+        ({"on_bad_rows": "ignore"}, "on_bad_rows: expected one of raise, drop"),
+        ({"ema_rounding": "up"}, "ema_rounding: expected one of nearest, stochastic"),
+    ],
+)
+def test_options_out_of_range(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TRConfig(str(tmp_path), **change)
+
+
+def test_trl_defaults_and_ours(tmp_path):
+    from trl import DPOConfig
+
+    ours, theirs = (c(str(tmp_path), use_cpu=True) for c in (TRConfig, DPOConfig))
+    for name in (
+        "learning_rate", "logging_steps", "gradient_checkpointing", "beta", "label_smoothing",
+        "ref_model_mixup_alpha", "ref_model_sync_steps", "max_length", "disable_dropout",
+        "optim", "weight_decay", "warmup_steps", "per_device_train_batch_size",
+    ):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.sync_ref_model
+    assert TRConfig(str(tmp_path), loss_type=["sigmoid"]).loss_type == "sigmoid"
+    assert json.loads(ours.to_json_string())["loss_type"] == "dpo"
+
+
+def test_models_and_rows_that_cannot_be_used(tiny_llama, small_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="TRTrainer needs a model"):
+        TRTrainer(args=TRConfig(str(tmp_path)), train_dataset=pair_rows(2))
+    with pytest.raises(ValueError, match="cannot load tokenizer 'no-such/model'"):
+        TRTrainer("no-such/model", args=TRConfig(str(tmp_path)), train_dataset=pair_rows(2))
+    with pytest.raises(ValueError, match="ref_model is the model itself"):
+        TRTrainer(tiny_llama, tiny_llama, TRConfig(str(tmp_path)), processing_class=small_tokenizer)
+    rows = Dataset.from_list([{"prompt": "the cat", "chosen": " runs", "rejected": " runs"}])
+    with pytest.raises(ValueError, match="train row 0"):
+        make(tiny_llama, small_tokenizer, tmp_path, rows=rows)
+    alike = Dataset.from_list([{"prompt": "a", "completion": " b", "label": True}] * 4)
+    with pytest.raises(ValueError, match="label"):
+        make(tiny_llama, small_tokenizer, tmp_path, "kto", rows=alike)
+
+
+def test_a_token_outside_the_models_vocabulary_names_the_row(tiny_llama, small_tokenizer, tmp_path):
+    rows = Dataset.from_list(
+        [{"row": 5, "prompt_ids": [1], "chosen_ids": [400], "rejected_ids": [3]}]
+    )
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, rows=rows, max_steps=1)
+    with pytest.raises(ValueError, match="row 5: token id 400 is outside the model's vocabulary"):
+        trainer.train()
+
+
+def test_dropout_is_off(small_tokenizer, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(small_tokenizer), n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.5)
+    )
+    trainer = make(model, small_tokenizer, tmp_path, max_steps=1, learning_rate=0.0)
+    assert history(trainer)[0] == pytest.approx(0.693147, rel=1e-5)  # log 2: policy = reference

@@ -1,0 +1,106 @@
+"""`tralign-fast demo | train`: one line and exit code 2 for whatever cannot be run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tralign-fast", description="Preference alignment with a moving reference."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train")
+    commands.add_parser(
+        "demo", add_help=False, help="align a small chat model on this machine's CPU, in minutes"
+    )
+    commands.add_parser(
+        "train", add_help=False, help="align a model of yours: --config recipe.yaml [--option value]"
+    )
+    arguments = sys.argv[1:] if argv is None else argv
+    chosen, rest = parser.parse_known_args(arguments[:1])[0], arguments[1:]
+    try:
+        return {"demo": _demo, "train": _train}[chosen.command](rest)
+    except (ValueError, ImportError) as error:
+        print(f"tralign-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tralign-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _demo(arguments: list[str]) -> int:
+    from tralign_fast.demo import DemoOptions, run_demo
+
+    return run_demo(_parse("demo", [DemoOptions], arguments)[0])
+
+
+@dataclass
+class TrainOptions:
+    """What to train on what."""
+
+    model: str = field(metadata={"help": "Hub id or folder of the policy."})
+    dataset: str = field(metadata={"help": "File (jsonl, parquet, csv), folder or hub id."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "As dataset; None: none."})
+    eval_split: str = field(default="test", metadata={"help": "Split of the eval dataset."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in output_dir."}
+    )
+
+
+def _train(arguments: list[str]) -> int:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from tralign_fast import TRConfig, TRTrainer
+    from tralign_fast.data import load_rows
+    from tralign_fast.trainer import check_output_dir
+
+    options, config = _parse("train", [TrainOptions, TRConfig], arguments)
+    checkpoint = None
+    if options.resume:
+        checkpoint = get_last_checkpoint(config.output_dir)
+        if checkpoint is None:
+            raise ValueError(f"--resume: {config.output_dir} holds no checkpoint")
+    elif not config.overwrite_output_dir:
+        check_output_dir(config.output_dir)  # before hours of loading
+    rows = load_rows(options.dataset, options.dataset_split)
+    held_out = load_rows(options.eval_dataset, options.eval_split) if options.eval_dataset else None
+    trainer = TRTrainer(options.model, args=config, train_dataset=rows, eval_dataset=held_out)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    return 0
+
+
+def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
+    """Dataclasses from a YAML file (--config) and the command line, which wins."""
+    import yaml
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(classes, prog=f"tralign-fast {command}")
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config")
+    given, rest = first.parse_known_args(arguments)
+    if given.config is not None:
+        try:
+            with open(given.config, encoding="utf-8") as file:
+                recipe = yaml.safe_load(file)
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"--config {given.config}: {error}") from error
+        if not isinstance(recipe, dict):
+            raise ValueError(f"--config {given.config}: expected lines of `option: value`")
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(recipe) - known)
+        if unknown:
+            raise ValueError(f"--config {given.config}: unknown options {', '.join(unknown)}")
+        for action in parser._actions:
+            if action.dest in recipe:
+                action.required = False
+        parser.set_defaults(**recipe)
+    return parser.parse_args_into_dataclasses(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
