@@ -239,3 +239,20 @@ def test_dropout_is_off(small_tokenizer, tmp_path):
     )
     trainer = make(model, small_tokenizer, tmp_path, max_steps=1, learning_rate=0.0)
     assert history(trainer)[0] == pytest.approx(0.693147, rel=1e-5)  # log 2: policy = reference
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_token_budget_changes_no_loss(method, tiny_llama, small_tokenizer, tmp_path):
+    extra = {"max_steps": 4, "ref_model_sync_steps": 2, "gradient_accumulation_steps": 2}
+    rows = (kto_rows if method == "kto" else pair_rows)(32)
+    held_out = rows.select(range(8))
+    whole = make(tiny_llama, small_tokenizer, tmp_path / "a", method, rows, held_out, **extra)
+    split = make(
+        tiny_llama, small_tokenizer, tmp_path / "b", method, rows, held_out, token_budget=100, **extra
+    )
+    assert len(next(iter(split.get_train_dataloader())).parts) > 1
+    assert history(split) == pytest.approx(history(whole), rel=1e-5)
+    for a, b in zip(split.state.log_history[:4], whole.state.log_history[:4], strict=True):
+        for key in a.keys() & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+    assert split.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], rel=1e-5)

@@ -70,6 +70,12 @@ class TRConfig(TrainingArguments):
     prefix_sharing: bool = _option(True, "Compute a prompt once for all its completions.")
     packing: bool = _option(True, "One row without padding; False: padded rows as TRL has them.")
 
+    token_budget: int | None = _option(
+        None,
+        "Tokens of a packed row; a batch that needs more runs in several, one after the other, to "
+        "the same loss. None: one row.",
+    )
+
     # the model
     model_init_kwargs: dict[str, Any] | str | None = _option(
         None, "Keywords of from_pretrained, for a model given by its name."
@@ -108,6 +114,8 @@ class TRConfig(TrainingArguments):
             )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget must be positive, got {self.token_budget}")
         if self.logits_budget_mb < 0:
             raise ValueError(f"logits_budget_mb must not be negative, got {self.logits_budget_mb}")
         # batches are PackedBatch, made from columns that no model's forward names

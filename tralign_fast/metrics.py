@@ -14,7 +14,7 @@ class MeanMetrics:
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}  # name -> (2,) float32: sum, count
 
-    def add(self, name: str, total: Tensor, count: int | Tensor) -> None:
+    def add(self, name: str, total: Tensor, count: float | Tensor) -> None:
         pair = torch.stack([total.float(), torch.as_tensor(count, device=total.device).float()])
         self._totals[name] = self._totals[name] + pair if name in self._totals else pair
 

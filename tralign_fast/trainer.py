@@ -6,7 +6,9 @@ loss of a batch, when the reference moves, and what is measured.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from tralign_fast.config import TRConfig
-from tralign_fast.data.packing import PackedBatch, PreferenceCollator
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
 from tralign_fast.losses import PreferenceLoss
 from tralign_fast.metrics import MeanMetrics
@@ -97,6 +99,7 @@ class TRTrainer(Trainer):
         collator = data_collator or PreferenceCollator(
             paired=self._paired,
             max_length=args.max_length,
+            token_budget=args.token_budget,
             pad_token_id=processing_class.pad_token_id or 0,
             vocab_size=model.get_input_embeddings().num_embeddings,
         )
@@ -146,10 +149,10 @@ class TRTrainer(Trainer):
             eval_dataset = self._tokenize(eval_dataset, self.args, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:
+    def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
 
-    def floating_point_ops(self, inputs: PackedBatch) -> int:
+    def floating_point_ops(self, inputs: PackedBatch | SplitBatch) -> int:
         # 2 for the forward, 4 for the backward, per parameter and token
         return 6 * inputs.num_tokens * self.model.num_parameters(exclude_embeddings=True)
 
@@ -173,6 +176,35 @@ class TRTrainer(Trainer):
 
     # --- the loss ---------------------------------------------------------------------------------
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: PackedBatch | SplitBatch,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Forward and backward of a micro-batch, part after part where it is split."""
+        parts = self._with_common_kl(model, inputs)
+        losses = []
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def _with_common_kl(
+        self, model: nn.Module, inputs: PackedBatch | SplitBatch
+    ) -> tuple[PackedBatch, ...]:
+        """The parts of a batch. KTO's KL term is the whole batch's: split, it is computed first."""
+        if self._paired or len(inputs.parts) == 1:
+            return inputs.parts
+        total = 0.0
+        with self.compute_loss_context_manager():
+            for part in inputs.to(self.args.device).parts:
+                gap = sequence_logps(model, part) - self.reference.logps(part)
+                total = total + part.share * gap.chunk(2)[1].mean()
+        return tuple(dataclasses.replace(part, kl=total) for part in inputs.parts)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -191,7 +223,8 @@ class TRTrainer(Trainer):
         self._check_finite(batch, logps, ref_logps)
         result, kl = self._loss(batch, logps, ref_logps)
         self._record(batch, logps.detach(), result, kl)
-        return (result.loss, {"logps": logps}) if return_outputs else result.loss
+        loss = result.loss * batch.share
+        return (loss, {"logps": logps}) if return_outputs else loss
 
     def _loss(
         self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor
@@ -203,7 +236,9 @@ class TRTrainer(Trainer):
             logps, ref_logps = logps / lengths, ref_logps / lengths
         if not spec.paired:
             (own, mismatched), (ref_own, ref_mismatched) = logps.chunk(2), ref_logps.chunk(2)
-            kl = (mismatched.detach() - ref_mismatched).mean()
+            kl = batch.kl
+            if kl is None:
+                kl = (mismatched.detach() - ref_mismatched).mean()
             kl = self.accelerator.reduce(kl, reduction="mean").clamp(min=0)
             return spec.function(own, ref_own, batch.is_desirable, kl, **options), kl
         result = spec.function(*logps.chunk(2), *ref_logps.chunk(2), **options)
@@ -227,15 +262,15 @@ class TRTrainer(Trainer):
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch)
-            if self._initial is not None:
-                if next(self._initial.parameters()).device != self.args.device:
-                    self._initial.to(self.args.device)
-                kl = hidden_kl(model, self._initial, batch)
-                self._means["eval"].add("kl/initial", kl, batch.grad_tokens)
-        return loss.detach(), None, None
+        loss = torch.zeros((), device=self.args.device)
+        for part in self._with_common_kl(model, inputs):
+            batch = self._prepare_inputs(part)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss += self.compute_loss(model, batch)
+                if self._initial is not None:
+                    kl = hidden_kl(model, self._initial.to(self.args.device), batch)
+                    self._means["eval"].add("kl/initial", kl, batch.grad_tokens)
+        return loss, None, None
 
     # --- metrics ----------------------------------------------------------------------------------
 
@@ -260,7 +295,7 @@ class TRTrainer(Trainer):
         means.add_mean("logps/chosen", chosen)
         means.add_mean("logps/rejected", rejected)
         if kl is not None:
-            means.add_mean("kl", kl[None])
+            means.add("kl", kl * batch.share, batch.share)
 
     def _averages(self, mode: str) -> dict[str, float]:
         averages = self._means[mode].pop(self.accelerator)

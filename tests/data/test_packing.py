@@ -57,8 +57,9 @@ def test_kto_borrows_the_completion_of_the_row_before():
 
 def test_a_borrowed_completion_is_cut_to_what_its_prompt_leaves():
     batch = PreferenceCollator(paired=False, max_length=4)(ROWS)
-    # row 2 has a prompt of 2 tokens and borrows [7, 8, 9]: two of them fit; row 1 borrows [4, 5]
-    assert batch.scored_lengths == (2, 3, 1, 1, 2, 2)
+    # row 0 has a prompt of 3 tokens: one token of [4, 5] fits; row 1 borrows both of them; row 2 has a
+    # prompt of 2 tokens and borrows [7, 8, 9]: two of them fit
+    assert batch.scored_lengths == (1, 3, 1, 1, 2, 2)
 
 
 def test_sums_per_sequence():
@@ -120,3 +121,18 @@ def test_a_token_outside_the_vocabulary_names_the_row():
         collate(PAIRS)
     with pytest.raises(ValueError, match="layout must be one of"):
         PreferenceCollator(paired=True, layout="dense")
+
+
+def test_a_batch_over_the_token_budget_is_split_in_order():
+    whole = PreferenceCollator(paired=True)([*PAIRS, *PAIRS])
+    split = PreferenceCollator(paired=True, token_budget=13)([*PAIRS, *PAIRS])
+    assert [part.num_tokens for part in split.parts] == [12, 12]
+    assert [part.share for part in split.parts] == [0.5, 0.5]
+    assert [r for part in split.parts for r in part.rows] == list(whole.rows)
+    assert (len(split), split.num_tokens) == (len(whole), whole.num_tokens)
+    alone = PreferenceCollator(paired=True, token_budget=2)(PAIRS)  # longer than the budget each
+    assert [len(part) for part in alone.parts] == [1, 1]
+    # the borrowed completions of KTO are those of the unsplit batch
+    parts = PreferenceCollator(paired=False, token_budget=6)(ROWS).parts
+    assert parts[0].targets.tolist() == [4, 5, 12]
+    assert PreferenceCollator(paired=True, token_budget=24)(PAIRS).parts[0].share == 1.0

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +110,12 @@ class PackedBatch:
     rows: tuple[int, ...]  # B rows of the dataset
     is_desirable: Tensor | None  # (B,) bool for KTO, else None
     grad_tokens: int  # the first so many scored tokens want a gradient (KTO's KL terms do not)
+    share: float = 1.0  # of the examples of the batch that this is a part of
+    kl: Tensor | None = None  # (), KTO's KL term of the whole batch where this is a part of one
+
+    @property
+    def parts(self) -> tuple[PackedBatch, ...]:
+        return (self,)
 
     def __len__(self) -> int:
         """B, the examples in the batch."""
@@ -148,6 +154,29 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class SplitBatch:
+    """A batch of more tokens than one packed row may have: parts that run one after the other."""
+
+    parts: tuple[PackedBatch, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __contains__(self, key: str) -> bool:
+        return False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.parts)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SplitBatch:
+        return SplitBatch(tuple(part.to(device, non_blocking) for part in self.parts))
+
+    def pin_memory(self) -> SplitBatch:
+        return SplitBatch(tuple(part.pin_memory() for part in self.parts))
+
+
 @dataclass
 class PreferenceCollator:
     """Tokenised rows (`tokenize_pairs`, `tokenize_unpaired`) to a `PackedBatch`.
@@ -158,8 +187,10 @@ class PreferenceCollator:
             the last one), from which KTO estimates its KL term.
         layout: "shared" (a prompt once for all its completions), "packed" (a prompt for each, no
             padding), "padded" (one row each, for attentions that know no packing).
-        max_length: prompts and completions come cut to it; a borrowed completion is cut here to what
-            its new prompt leaves. None: no limit.
+        max_length: KTO's completions, own and borrowed, are cut to what their prompt leaves of it
+            (those of pairs come cut). None: no limit.
+        token_budget: tokens of a packed row; a batch that needs more becomes a `SplitBatch`, whose
+            parts hold at most so many (a group that is longer stands alone). None: one row.
         pad_token_id: fills padded rows.
         vocab_size: token ids must be smaller; None: not checked.
 
@@ -170,6 +201,7 @@ class PreferenceCollator:
     paired: bool
     layout: str = "shared"
     max_length: int | None = None
+    token_budget: int | None = None
     pad_token_id: int = 0
     vocab_size: int | None = None
 
@@ -177,27 +209,59 @@ class PreferenceCollator:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> PackedBatch:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> PackedBatch | SplitBatch:
         prompts = [list(e["prompt_ids"]) for e in examples]
         if self.paired:
             completions = [[list(e["chosen_ids"]), list(e["rejected_ids"])] for e in examples]
         else:
             own = [list(e["completion_ids"]) for e in examples]
             room = [None if self.max_length is None else self.max_length - len(p) for p in prompts]
-            completions = [[own[i], own[i - 1][: room[i]]] for i in range(len(own))]
+            completions = [[own[i][: room[i]], own[i - 1][: room[i]]] for i in range(len(own))]
         rows = tuple(int(e.get("row", i)) for i, e in enumerate(examples))
         self._check_vocabulary(prompts, completions, rows)
+        labels = None if self.paired else [bool(e["label"]) for e in examples]
+        cuts = self._cuts(prompts, completions)
+        parts = tuple(
+            self._pack(
+                prompts[a:b], completions[a:b], rows[a:b], None if labels is None else labels[a:b],
+                share=(b - a) / len(examples),
+            )
+            for a, b in pairwise(cuts)
+        )  # fmt: skip
+        return parts[0] if len(parts) == 1 else SplitBatch(parts)
+
+    def _cuts(self, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[int]:
+        """Bounds of runs of examples whose tokens fit the budget, in order."""
+        cuts, used = [0], 0
+        for index, (prompt, pair) in enumerate(zip(prompts, completions, strict=True)):
+            copies = 1 if self.layout == "shared" else 2
+            need = copies * len(prompt) + len(pair[0]) + len(pair[1])
+            if self.token_budget is not None and used and used + need > self.token_budget:
+                cuts.append(index)
+                used = 0
+            used += need
+        return [*cuts, len(prompts)]
+
+    def _pack(
+        self,
+        prompts: list[list[int]],
+        completions: list[list[list[int]]],
+        rows: tuple[int, ...],
+        labels: list[bool] | None,
+        share: float,
+    ) -> PackedBatch:
         build = _padded if self.layout == "padded" else _packed
         tokens = build(prompts, completions, self.layout == "shared", self.pad_token_id)
         # sequences in the order (all first completions, all second completions)
-        order = [(b, k) for k in range(2) for b in range(len(examples))]
+        order = [(b, k) for k in range(2) for b in range(len(prompts))]
         scored = [tokens.scored[pair] for pair in order]
         targets = [
             completions[b][k][-len(s) :] if s else []
             for (b, k), s in zip(order, scored, strict=True)
         ]
-        lengths = tuple(len(s) for s in scored)
+        lengths = tuple(map(len, scored))
         longest = max(lengths, default=0)
+        places = [s * longest + j for s, n in enumerate(lengths) for j in range(n)]
         return PackedBatch(
             input_ids=torch.tensor(tokens.input_ids),
             position_ids=torch.tensor(tokens.position_ids),
@@ -206,18 +270,12 @@ class PreferenceCollator:
             score_index=torch.tensor([i for s in scored for i in s], dtype=torch.int64),
             targets=torch.tensor([t for s in targets for t in s], dtype=torch.int64),
             scored_lengths=lengths,
-            sequence_index=torch.tensor(
-                [s * longest + j for s, n in enumerate(lengths) for j in range(n)],
-                dtype=torch.int64,
-            ),
-            completion_lengths=torch.tensor(
-                [len(completions[b][k]) for b, k in order], dtype=torch.float32
-            ),
+            sequence_index=torch.tensor(places, dtype=torch.int64),
+            completion_lengths=torch.tensor([float(len(completions[b][k])) for b, k in order]),
             rows=rows,
-            is_desirable=None
-            if self.paired
-            else torch.tensor([bool(e["label"]) for e in examples]),
-            grad_tokens=sum(lengths) if self.paired else sum(lengths[: len(examples)]),
+            is_desirable=None if labels is None else torch.tensor(labels),
+            grad_tokens=sum(lengths) if labels is None else sum(lengths[: len(prompts)]),
+            share=share,
         )
 
     def _check_vocabulary(

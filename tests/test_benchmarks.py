@@ -1,0 +1,107 @@
+"""The step benchmark measures what it says: same work, in turn, one CSV row an arm."""
+
+from __future__ import annotations
+
+import csv
+import math
+from itertools import pairwise
+
+import pytest
+
+from benchmarks import common, step
+
+COLUMNS = {
+    "distribution", "arm", "steps", "median_s", "p20_s", "p80_s", "ratio_to_trl", "tokens_computed",
+    "useful_tokens_per_s", "peak_rss_mb", "delta_rss_mb", "max_rel_loss_diff", "shapes", "commit",
+    "date", "cpu", "cores", "torch", "transformers", "trl", "tralign_fast",
+}  # fmt: skip
+
+
+def jobs(arms=step.MAIN_ARMS):
+    return [step.Job(arm, "chat", steps=2, pairs=1, dtype="fp32", model="tiny") for arm in arms]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return step.measure(jobs())
+
+
+def test_both_arms_compute_the_same(runs):
+    trl, ours = runs
+    assert len(trl.losses) == len(ours.losses) == 2
+    assert trl.losses[0] == pytest.approx(math.log(2), rel=1e-6)  # the policy is the reference
+    assert ours.losses == pytest.approx(trl.losses, rel=1e-4)
+    assert ours.gradient_norms == pytest.approx(trl.gradient_norms, rel=1e-3)
+    assert ours.lengths == trl.lengths
+    # by policy and reference: TRL pads a pair's sequences to one length, ours share the prompt
+    for computed, (chosen, rejected) in zip(trl.computed, trl.lengths, strict=True):
+        assert computed == 2 * 2 * max(chosen, rejected)
+    assert all(n < 2 * useful for n, useful in zip(ours.computed, ours.useful, strict=True))
+
+
+def test_arms_step_in_turn(runs):
+    spans = sorted((*span, run.arm) for run in runs for span in run.spans)
+    assert [arm for _, _, arm in spans] == ["trl", "tralign_fast"] * 2
+    assert all(end <= begin for (_, end, _), (begin, _, _) in pairwise(spans))
+
+
+def test_csv_has_a_row_an_arm(runs, tmp_path):
+    system = common.environment()
+    records = [{**record, **system} for record in step.make_records(jobs(), runs)]
+    common.write_csv(tmp_path / "step.csv", records)
+    step.plot(tmp_path / "step.png", records)
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+    with (tmp_path / "step.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) >= COLUMNS
+    assert [row["arm"] for row in rows] == ["trl", "tralign_fast"]
+    assert [row["steps"] for row in rows] == ["1", "1"]  # the warm-up is not among them
+    trl, ours = rows
+    assert float(trl["ratio_to_trl"]) == 1.0
+    assert float(ours["ratio_to_trl"]) == pytest.approx(
+        float(trl["median_s"]) / float(ours["median_s"]), rel=1e-4
+    )
+    assert all(float(row["peak_rss_mb"]) > float(row["delta_rss_mb"]) >= 0 for row in rows)
+    assert "/" not in "".join(v for row in rows for k, v in row.items() if k != "cpu")
+    assert step.table(records).count("\n") == 3
+
+
+def test_disagreement_ends_the_benchmark(monkeypatch, tmp_path, capsys):
+    def run(arm, loss):
+        return step.Run(arm, losses=[0.7, loss], gradient_norms=[1.0, 1.0], lengths=[[5], [6]])
+
+    step.check_agreement([run("trl", 0.69), run("tralign_fast", 0.6905)])
+    with pytest.raises(step.Disagreement, match=r"step 2.*loss"):
+        step.check_agreement([run("trl", 0.69), run("tralign_fast", 0.70)])
+    with pytest.raises(step.Disagreement, match="loss nan"):
+        step.check_agreement([run("trl", 0.69), run("tralign_fast", math.nan)])
+
+    def disagree(*_):
+        raise step.Disagreement("step 1: loss 1 and 2")
+
+    monkeypatch.setattr(step, "measure", disagree)
+    assert step.main(["--distribution", "chat", "--output_dir", str(tmp_path)]) == 1
+    assert "loss 1 and 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_keep_the_stated_lengths():
+    for name, words in step.DISTRIBUTIONS.items():
+        rows = step.make_rows(name, 20)
+        assert rows[:5] == step.make_rows(name, 5)
+        for row in rows:
+            assert words.prompt[0] <= len(row["prompt"].split()) <= words.prompt[1]
+            for completion in (row["chosen"], row["rejected"]):
+                assert words.completion[0] <= len(completion.split()) <= words.completion[1]
+                assert completion.startswith(" ")
+
+
+@pytest.mark.slow
+def test_ablations_compute_the_same_with_less_and_less_work():
+    runs = {run.arm: run for run in step.measure(jobs(tuple(step.ARMS)))}
+    for run in runs.values():
+        assert run.losses == pytest.approx(runs["trl"].losses, rel=1e-4)
+    assert runs["full_logits"].computed == runs["padded"].computed == runs["trl"].computed
+    for more, less in (("padded", "packed"), ("packed", "tralign_fast")):
+        for a, b in zip(runs[more].computed, runs[less].computed, strict=True):
+            assert a > b or more == "padded"

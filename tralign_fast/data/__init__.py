@@ -1,0 +1,6 @@
+"""Rows to tokenised rows to batches."""
+
+from tralign_fast.data.loading import load_rows
+from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
+
+__all__ = ["load_rows", "tokenize_pairs", "tokenize_unpaired"]
