@@ -23,10 +23,11 @@ def tokenizer(smollm2):
     return smollm2[1]
 
 
-WORDS = (
-    "the a red blue green cat dog bird house river stone runs sings sleeps slowly never always under "
-    "over near bright old small and but"
-).split()
+WORDS = [
+    "the", "a", "red", "blue", "green", "cat", "dog", "bird", "house", "river", "stone", "runs",
+    "sings", "sleeps", "slowly", "never", "always", "under", "over", "near", "bright", "old",
+    "small", "and", "but",
+]  # fmt: skip
 
 
 def words(count: int, generator: torch.Generator) -> str:
@@ -36,8 +37,8 @@ def words(count: int, generator: torch.Generator) -> str:
 
 @pytest.fixture(scope="session")
 def small_tokenizer():
-    """A byte-level BPE tokenizer of 320 tokens with a chat template: losses over a real vocabulary of
-    49,152 would take most of the time of the tests that train."""
+    """A byte-level BPE tokenizer of 320 tokens with a chat template: losses over a real vocabulary
+    of 49,152 would take most of the time of the tests that train."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,12 +1,14 @@
-"""Packed rows against separate padded sequences: log-probs and every gradient, real architectures."""
+"""Packed rows against separate padded sequences: log-probs, every gradient, real architectures."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
 
 import tralign_fast.attention as attention
-from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.modeling import prepare_model, sequence_logps
 
 V = 97
@@ -34,9 +36,14 @@ def build(name):
         "gemma2": (
             t.Gemma2ForCausalLM,
             t.Gemma2Config,
-            {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6,
-             "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
-        ),  # fmt: skip
+            {
+                "head_dim": 8,
+                "query_pre_attn_scalar": 8,
+                "sliding_window": 6,
+                "attn_logit_softcapping": 5.0,
+                "final_logit_softcapping": 8.0,
+            },
+        ),
         "cohere": (t.CohereForCausalLM, t.CohereConfig, {}),
         "granite": (t.GraniteForCausalLM, t.GraniteConfig, {"logits_scaling": 3.0}),
         "gpt-oss": (
@@ -64,10 +71,15 @@ def examples(seed=1):
     ]
 
 
+def collate(layout="shared") -> PackedBatch:
+    (batch,) = PreferenceCollator(paired=True, layout=layout)(examples()).parts
+    return batch
+
+
 def run(model, layout, **checkpointing):
     model.train()
     model.zero_grad()
-    batch = PreferenceCollator(paired=True, layout=layout)(examples())
+    batch = collate(layout)
     logps = sequence_logps(model, batch)
     weights = torch.linspace(-1, 1, len(logps))
     (logps * weights).sum().backward()
@@ -99,7 +111,7 @@ def run_before_preparing(model):
     """Padded sequences through the model's own forward and logits, nothing of ours in between."""
     model.train()
     model.zero_grad()
-    batch = PreferenceCollator(paired=True, layout="padded")(examples())
+    batch = collate("padded")
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     token_logps = logits.flatten(0, 1)[batch.score_index].log_softmax(-1)
     logps = batch.sum_per_sequence(token_logps.gather(1, batch.targets[:, None])[:, 0])
@@ -120,8 +132,9 @@ def test_gradient_checkpointing_gives_the_same(reentrant):
 
 def flash_attn_stand_in(q, k, v, arguments, *, scaling, dropout, window, softcap):
     """flash-attn 2's documented semantics in plain PyTorch: sequence i has queries
-    cu_q[i]:cu_q[i+1] and keys cu_k[i]:cu_k[i+1], the causal mask aligned at the bottom right; window
-    (left, 0) lets query j see keys in [j + Lk - Lq - left, j + Lk - Lq]; GQA repeats heads."""
+    cu_q[i]:cu_q[i+1] and keys cu_k[i]:cu_k[i+1], the causal mask aligned at the bottom right;
+    window (left, 0) lets query j see keys in [j + Lk - Lq - left, j + Lk - Lq]; GQA repeats heads.
+    """
     assert dropout == 0.0
     out = torch.full_like(q, float("nan"))
     cu_q, cu_k = arguments.cu_seqlens_q.tolist(), arguments.cu_seqlens_k.tolist()
@@ -129,7 +142,7 @@ def flash_attn_stand_in(q, k, v, arguments, *, scaling, dropout, window, softcap
     assert cu_k[-1] == k.shape[0] == v.shape[0]
     repeat = q.shape[1] // k.shape[1]
     pieces = []
-    for (a, b), (c, d) in zip(zip(cu_q, cu_q[1:], strict=False), zip(cu_k, cu_k[1:], strict=False), strict=True):
+    for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
         assert b - a <= arguments.max_seqlen_q
         assert d - c <= arguments.max_seqlen_k
         keys, values = (t[c:d].repeat_interleave(repeat, 1) for t in (k, v))
@@ -160,7 +173,7 @@ def test_variable_length_indices(name, layout, monkeypatch):
         calls.append(1)
         return flash_attn_stand_in(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "_varlen_function", lambda query, softcap: stand_in)
+    monkeypatch.setattr(attention, "_varlen_function", lambda *_: stand_in)
     packed = run(model, layout)
     assert len(calls) == COMMON["num_hidden_layers"]
     assert_same(packed, separate)
@@ -183,7 +196,7 @@ def test_a_model_that_cannot_share_falls_back_with_one_warning(name):
         assert not prepare_model(model)
     assert len([w for w in caught if "packed row" in str(w.message)]) == 1
     assert model.config._attn_implementation == before
-    logps = sequence_logps(model, PreferenceCollator(paired=True, layout="padded")(examples()))
+    logps = sequence_logps(model, collate("padded"))
     assert torch.isfinite(logps).all()
 
 

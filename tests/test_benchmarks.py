@@ -70,7 +70,7 @@ def test_disagreement_ends_the_benchmark(monkeypatch, tmp_path, capsys):
     def run(arm, loss):
         return step.Run(arm, losses=[0.7, loss], gradient_norms=[1.0, 1.0], lengths=[[5], [6]])
 
-    step.check_agreement([run("trl", 0.69), run("tralign_fast", 0.6905)])
+    step.check_agreement([run("trl", 0.69), run("tralign_fast", 0.69005)])
     with pytest.raises(step.Disagreement, match=r"step 2.*loss"):
         step.check_agreement([run("trl", 0.69), run("tralign_fast", 0.70)])
     with pytest.raises(step.Disagreement, match="loss nan"):

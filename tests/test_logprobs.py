@@ -44,7 +44,7 @@ def run(function, inputs, targets, grad, dtype=None, **options):
 
 
 def assert_as_good_as_pytorch(ours, theirs, exact, dtype):
-    """Error against fp64 at most twice PyTorch's in the same dtype, plus one rounding of the result."""
+    """Error against fp64 at most twice PyTorch's in the same dtype, plus one rounding."""
     for mine, other, truth in zip(ours, theirs, exact, strict=True):
         scale = truth.abs().max().clamp(min=1e-30) if truth.numel() else 1.0
         error = (mine.double() - truth).abs()
@@ -61,7 +61,8 @@ SHAPES = [(1, 8, 1), (1, 16, 7), (3, 33, 257), (17, 64, 1000), (130, 48, 3001)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape, dtype, budget):
-    hidden, weight, targets, grad = make(*shape, dtype)
+    N, H, V = shape
+    hidden, weight, targets, grad = make(N, H, V, dtype)
     inputs = (hidden, weight)
     ours = run(linear_logprobs, inputs, targets, grad, logits_budget_mb=budget)
     theirs = run(naive, inputs, targets, grad)
@@ -101,7 +102,8 @@ def test_head_options(options, dtype, budget):
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
 def test_frozen_tensors_get_no_gradient_and_cost_no_product(needs, budget, monkeypatch):
     hidden, weight, targets, grad = make(19, 24, 500, torch.float32)
-    hidden.requires_grad_(needs[0]), weight.requires_grad_(needs[1])
+    hidden.requires_grad_(needs[0])
+    weight.requires_grad_(needs[1])
     products = {"hidden": 0, "weight": 0}
 
     def counting(name, original):
@@ -113,9 +115,7 @@ def test_frozen_tensors_get_no_gradient_and_cost_no_product(needs, budget, monke
 
     monkeypatch.setattr(module, "_accumulate_", counting("hidden", module._accumulate_))
     monkeypatch.setattr(module, "_product_into_", counting("weight", module._product_into_))
-    out, grad_given = run(
-        linear_logprobs, (hidden, weight), targets, grad, logits_budget_mb=budget
-    )
+    out, grad_given = run(linear_logprobs, (hidden, weight), targets, grad, logits_budget_mb=budget)
     assert (products["hidden"] > 0, products["weight"] > 0) == needs
     exact = run(linear_logprobs_reference, (hidden, weight), targets, grad, dtype=torch.float64)
     torch.testing.assert_close(out.double(), exact[0], rtol=1e-5, atol=1e-5)
@@ -127,7 +127,9 @@ def test_no_scored_token_gives_a_differentiable_zero():
     out = linear_logprobs(hidden, weight, targets)
     assert out.shape == (0,)
     out.sum().backward()
+    assert hidden.grad is not None
     assert hidden.grad.shape == (0, 16)
+    assert weight.grad is not None
     assert torch.equal(weight.grad, torch.zeros(50, 16))
 
 
@@ -136,9 +138,11 @@ def test_tied_embeddings_sum_both_gradients():
     ids, targets = torch.randint(0, 90, (40,)), torch.randint(0, 90, (40,))
     table = torch.randn(90, 12)
     results = []
-    for function, dtype in ((linear_logprobs, torch.float32), (linear_logprobs_reference, torch.float64)):
+    ours, exact = (linear_logprobs, torch.float32), (linear_logprobs_reference, torch.float64)
+    for function, dtype in (ours, exact):
         leaf = table.to(dtype, copy=True).requires_grad_()
         function(torch.tanh(F.embedding(ids, leaf)), leaf, targets).sum().backward()
+        assert leaf.grad is not None
         results.append(leaf.grad.double())
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
@@ -162,9 +166,8 @@ def test_strided_inputs(budget):
 @pytest.mark.parametrize("budget", [KEPT, RECOMPUTED])
 def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32(budget):
     hidden, weight, targets, grad = make(40, 64, 800, torch.float32)
-    half = run(
-        linear_logprobs, (hidden.bfloat16(), weight.bfloat16()), targets, grad, logits_budget_mb=budget
-    )
+    rounded = (hidden.bfloat16(), weight.bfloat16())
+    half = run(linear_logprobs, rounded, targets, grad, logits_budget_mb=budget)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         auto = run(linear_logprobs, (hidden, weight), targets, grad, logits_budget_mb=budget)
     assert torch.equal(auto[0], half[0])
@@ -272,6 +275,7 @@ def test_fake_tensors_pass_through():
         weight = torch.empty(128256, 4096, dtype=torch.bfloat16, requires_grad=True)
         out = linear_logprobs(hidden, weight, torch.zeros(100, dtype=torch.int64))
         out.sum().backward()
+        assert weight.grad is not None
         assert weight.grad.shape == weight.shape
         assert weight.grad.dtype == torch.bfloat16
 
@@ -282,8 +286,10 @@ def test_registered_with_torch_library(op):
     targets = torch.randint(0, 20, (6,))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     if op == "linear_logprobs":
-        args = (torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), targets,
-                None, 1.0, None, 1.0, "torch", torch.float32, 8, True)  # fmt: skip
+        args = (
+            torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), targets,
+            None, 1.0, None, 1.0, "torch", torch.float32, 8, True,
+        )  # fmt: skip
         torch.library.opcheck(module._linear_logprobs_op, args, test_utils=checks)
     else:
         args = (torch.randn(6, 20, requires_grad=True), targets, 1.0, "torch", True)
@@ -306,8 +312,9 @@ def test_from_logits(dtype, temperature):
     exact = (z / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     exact.backward(grad.double())
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
-    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-8}
-    torch.testing.assert_close(source.grad.double(), exact_source.grad, **tolerance)
+    rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (2**-6, 2**-8)
+    assert source.grad is not None
+    torch.testing.assert_close(source.grad.double(), exact_source.grad, rtol=rtol, atol=atol)
     assert logits.data_ptr() == pointer
     assert not torch.equal(logits, source * 3)  # consumed
 
@@ -334,7 +341,10 @@ def test_from_logits_second_backward_raises():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": torch.tensor([0, 50])}, r"target 50 of row 1 is outside the vocabulary \[0, 50\)"),
+        (
+            {"targets": torch.tensor([0, 50])},
+            r"target 50 of row 1 is outside the vocabulary \[0, 50\)",
+        ),
         ({"targets": torch.tensor([-100, 1])}, "target -100 of row 0 is outside"),
         ({"targets": torch.tensor([0.0, 1.0])}, "expected int64 targets"),
         ({"targets": torch.tensor([0])}, r"expected int64 targets \(2,\)"),
@@ -349,6 +359,10 @@ def test_from_logits_second_backward_raises():
     ],
 )
 def test_bad_arguments_say_what_was_expected(change, message):
-    arguments = {"hidden": torch.randn(2, 4), "weight": torch.randn(50, 4), "targets": torch.tensor([0, 1])}
+    arguments = {
+        "hidden": torch.randn(2, 4),
+        "weight": torch.randn(50, 4),
+        "targets": torch.tensor([0, 1]),
+    }
     with pytest.raises(ValueError, match=message):
         linear_logprobs(**{**arguments, **change})

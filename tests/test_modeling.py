@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from tests.test_attention import build, examples
+from tests.test_attention import build, collate
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.modeling import (
     HeadOptions,
@@ -22,7 +22,7 @@ def test_kto_terms_without_gradient_cost_no_backward_of_their_logits():
     ]
     model = build("llama")
     prepare_model(model)
-    batch = PreferenceCollator(paired=False)(rows)
+    (batch,) = PreferenceCollator(paired=False)(rows).parts
     logps = sequence_logps(model, batch)
     logps[:2].sum().backward()
     own = model.lm_head.weight.grad.clone()
@@ -30,7 +30,7 @@ def test_kto_terms_without_gradient_cost_no_backward_of_their_logits():
     model.zero_grad()
     sequence_logps(model, batch).sum().backward()  # the mismatched ones add nothing
     torch.testing.assert_close(model.lm_head.weight.grad, own)
-    padded = PreferenceCollator(paired=False, layout="padded")(rows)
+    (padded,) = PreferenceCollator(paired=False, layout="padded")(rows).parts
     torch.testing.assert_close(sequence_logps(model, padded), logps, rtol=1e-5, atol=2e-5)
 
 
@@ -54,7 +54,7 @@ def test_copies_run_their_own_weights():
             p.mul_(1.5)
     ids = torch.tensor([[1, 2, 3]])
     assert not torch.equal(model(ids).logits, other(ids).logits)
-    batch = PreferenceCollator(paired=True)(examples())
+    batch = collate()
     assert not torch.equal(sequence_logps(model, batch), sequence_logps(other, batch))
 
 
@@ -86,10 +86,10 @@ def test_kl_between_two_models(name):
     with torch.no_grad():
         for parameter in q.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    prepare_model(p), prepare_model(q)
-    p.eval(), q.eval()
-    batch = PreferenceCollator(paired=True)(examples())
-    padded = PreferenceCollator(paired=True, layout="padded")(examples())
+    for model in (p, q):
+        prepare_model(model)
+        model.eval()
+    batch, padded = collate(), collate("padded")
     inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
     with torch.no_grad():
         log_p, log_q = (

@@ -60,7 +60,8 @@ def test_works_without_triton_and_says_so_once():
         "    ema_update_([torch.zeros(2)], [torch.ones(2)], 0.5)\n"
         "assert torch.isfinite(lp).all() and 'triton' not in sys.modules\n"
         "print([str(w.message) for w in caught])\n"
-        "try: linear_logprobs(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([0, 1]), backend='triton')\n"
+        "x, w, y = torch.ones(2, 4), torch.ones(8, 4), torch.tensor([0, 1])\n"
+        "try: linear_logprobs(x, w, y, backend='triton')\n"
         "except ValueError as e: print(e)\n"
     )
     assert out.returncode == 0, out.stderr
@@ -140,10 +141,19 @@ def test_train_from_a_recipe(recipe, tmp_path):
     ("arguments", "message"),
     [
         (["train", "--config", "no.yaml"], "--config no.yaml: "),
-        (["train", "--config", "RECIPE", "--ref_model_sync_steps", "0"], "ref_model_sync_steps must be"),
-        (["train", "--config", "RECIPE", "--ref_model_mixup_alpha", "2"], "ref_model_mixup_alpha must"),
+        (
+            ["train", "--config", "RECIPE", "--ref_model_sync_steps", "0"],
+            "ref_model_sync_steps must be",
+        ),
+        (
+            ["train", "--config", "RECIPE", "--ref_model_mixup_alpha", "2"],
+            "ref_model_mixup_alpha must",
+        ),
         (["train", "--config", "RECIPE", "--dataset", "no.jsonl"], "no.jsonl"),
-        (["train", "--config", "RECIPE", "--model", "no/model"], "cannot load tokenizer 'no/model'"),
+        (
+            ["train", "--config", "RECIPE", "--model", "no/model"],
+            "cannot load tokenizer 'no/model'",
+        ),
         (["train", "--config", "RECIPE", "--loss_type", "hinge"], "loss_type: expected one of"),
     ],
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests.test_trl_parity import history, kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
@@ -21,7 +23,7 @@ SCHEDULES = {
 }
 
 
-def make(model, tokenizer, output_dir, method="dpo", rows=None, held_out=None, **extra):
+def make(model, tokenizer, output_dir, method="dpo", rows=None, held_out=None, **extra) -> Any:
     rows = rows if rows is not None else (kto_rows() if method == "kto" else pair_rows())
     config = TRConfig(**options(output_dir, loss_type=method, **extra))
     return TRTrainer(
@@ -35,17 +37,21 @@ def make(model, tokenizer, output_dir, method="dpo", rows=None, held_out=None, *
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_reference_follows_its_schedule(method, schedule, tiny_llama, small_tokenizer, tmp_path):
-    trainer = make(tiny_llama, small_tokenizer, tmp_path, method, max_steps=4, **SCHEDULES[schedule])
+def test_the_reference_follows_its_schedule(
+    method, schedule, tiny_llama, small_tokenizer, tmp_path
+):
+    extra = {"max_steps": 4, **SCHEDULES[schedule]}
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, method, **extra)
     start = [p.detach().clone() for p in trainer.reference.model.parameters()]
     expected = [p.clone() for p in start]
     region = trainer.args.trust_region
     seen = []
 
-    class Watch(__import__("transformers").TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
             if region.should_sync(state.global_step):
-                for ref, theta in zip(expected, model.parameters(), strict=True):
+                thetas = kwargs["model"].parameters()
+                for ref, theta in zip(expected, thetas, strict=True):
                     ref.lerp_(theta.detach(), region.alpha)
             seen.append(state.global_step)
 
@@ -61,7 +67,9 @@ def test_the_reference_follows_its_schedule(method, schedule, tiny_llama, small_
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_gives_the_losses_of_an_uninterrupted_run(method, tiny_llama, small_tokenizer, tmp_path):
+def test_resume_gives_the_losses_of_an_uninterrupted_run(
+    method, tiny_llama, small_tokenizer, tmp_path
+):
     extra = {
         "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ref_model_sync_steps": 2,
         "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
@@ -92,7 +100,9 @@ def test_a_checkpoint_without_its_reference_or_of_another_schedule_is_refused(
         same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_evaluation_of_several_datasets_and_the_kl_to_the_start(tiny_llama, small_tokenizer, tmp_path):
+def test_evaluation_of_several_datasets_and_the_kl_to_the_start(
+    tiny_llama, small_tokenizer, tmp_path
+):
     trainer = make(
         tiny_llama, small_tokenizer, tmp_path, held_out={"a": pair_rows(5), "b": pair_rows(3)},
         max_steps=3, eval_strategy="steps", eval_steps=3, log_kl_initial=True,
@@ -108,17 +118,17 @@ def test_evaluation_of_several_datasets_and_the_kl_to_the_start(tiny_llama, smal
 
 
 def test_bf16_autocast_trains_close_to_fp32(tiny_llama, small_tokenizer, tmp_path):
-    full = history(make(tiny_llama, small_tokenizer, tmp_path / "a", ref_model_sync_steps=2))
-    half = history(make(tiny_llama, small_tokenizer, tmp_path / "b", ref_model_sync_steps=2, bf16=True))
+    extra: dict[str, Any] = {"ref_model_sync_steps": 2}
+    full = history(make(tiny_llama, small_tokenizer, tmp_path / "a", **extra))
+    half = history(make(tiny_llama, small_tokenizer, tmp_path / "b", bf16=True, **extra))
     assert half == pytest.approx(full, rel=0.02)
     assert half != full
 
 
 def test_bf16_weights_train_and_the_reference_moves(tiny_llama, small_tokenizer, tmp_path):
     model = tiny_llama.bfloat16()
-    trainer = make(
-        model, small_tokenizer, tmp_path, ref_model_mixup_alpha=0.01, ref_model_sync_steps=1, max_steps=4
-    )
+    extra = {"ref_model_mixup_alpha": 0.01, "ref_model_sync_steps": 1, "max_steps": 4}
+    trainer = make(model, small_tokenizer, tmp_path, **extra)
     start = torch.cat([p.detach().float().flatten() for p in trainer.reference.model.parameters()])
     losses = history(trainer)
     assert all(torch.isfinite(torch.tensor(losses)))
@@ -128,7 +138,8 @@ def test_bf16_weights_train_and_the_reference_moves(tiny_llama, small_tokenizer,
 
 def test_gradient_checkpointing_changes_nothing(tiny_llama, small_tokenizer, tmp_path):
     plain = history(make(tiny_llama, small_tokenizer, tmp_path / "a", max_steps=3))
-    again = history(make(tiny_llama, small_tokenizer, tmp_path / "b", max_steps=3, gradient_checkpointing=True))
+    extra: dict[str, Any] = {"max_steps": 3, "gradient_checkpointing": True}
+    again = history(make(tiny_llama, small_tokenizer, tmp_path / "b", **extra))
     assert again == pytest.approx(plain, rel=1e-5)
 
 
@@ -157,7 +168,8 @@ def test_nan_is_not_trained_on(tiny_llama, small_tokenizer, tmp_path):
     with torch.no_grad():
         trainer.model.model.norm.weight[0] = float("nan")
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(ValueError, match=r"step 1: the policy's log-probs of row 0, 1, 2, 3 are NaN"):
+    message = r"step 1: the policy's log-probs of row 0, 1, 2, 3 are NaN"
+    with pytest.raises(ValueError, match=message):
         trainer.train()
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
@@ -203,7 +215,8 @@ def test_trl_defaults_and_ours(tmp_path):
     ):  # fmt: skip
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.sync_ref_model
-    assert TRConfig(str(tmp_path), loss_type=["sigmoid"]).loss_type == "sigmoid"
+    as_trl: Any = ["sigmoid"]
+    assert TRConfig(str(tmp_path), loss_type=as_trl).loss_type == "sigmoid"
     assert json.loads(ours.to_json_string())["loss_type"] == "dpo"
 
 
@@ -247,9 +260,8 @@ def test_a_token_budget_changes_no_loss(method, tiny_llama, small_tokenizer, tmp
     rows = (kto_rows if method == "kto" else pair_rows)(32)
     held_out = rows.select(range(8))
     whole = make(tiny_llama, small_tokenizer, tmp_path / "a", method, rows, held_out, **extra)
-    split = make(
-        tiny_llama, small_tokenizer, tmp_path / "b", method, rows, held_out, token_budget=100, **extra
-    )
+    extra["token_budget"] = 100
+    split = make(tiny_llama, small_tokenizer, tmp_path / "b", method, rows, held_out, **extra)
     assert len(next(iter(split.get_train_dataloader())).parts) > 1
     assert history(split) == pytest.approx(history(whole), rel=1e-5)
     for a, b in zip(split.state.log_history[:4], whole.state.log_history[:4], strict=True):

@@ -1,8 +1,9 @@
-"""The same losses as TRL 1.16's trainers: same rows, same order, eight optimizer steps with syncs."""
+"""The losses of TRL 1.16's trainers: same rows, same order, eight optimizer steps with syncs."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from datasets import Dataset
 
 from tests.conftest import words
 from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.data.packing import PreferenceCollator
 
 STEPS = 8
+
+
 def number(low, high, g):
     return int(torch.randint(low, high, (1,), generator=g))
 
@@ -20,7 +24,8 @@ def pair_rows(n=STEPS * 4, conversational=False):
     g = torch.Generator().manual_seed(3)
     rows = []
     for _ in range(n):
-        prompt, chosen, rejected = (words(number(low, high, g), g) for low, high in ((3, 20), (2, 12), (2, 12)))
+        ranges = ((3, 20), (2, 12), (2, 12))
+        prompt, chosen, rejected = (words(number(low, high, g), g) for low, high in ranges)
         if conversational:
             rows.append({
                 "prompt": [{"role": "user", "content": prompt}],
@@ -69,12 +74,16 @@ def history(trainer, key="loss"):
     return [log[key] for log in trainer.state.log_history if key in log]
 
 
-def run_both(method, model, tokenizer, tmp_path, rows, ours=None, held_out=None, **extra):
+def trl_classes(method) -> tuple[Any, Any]:
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-    theirs_config, theirs_trainer = (
-        (KTOConfig, KTOTrainer) if method == "kto" else (DPOConfig, DPOTrainer)
-    )
+    return (KTOConfig, KTOTrainer) if method == "kto" else (DPOConfig, DPOTrainer)
+
+
+def run_both(
+    method, model, tokenizer, tmp_path, rows, ours=None, held_out=None, **extra
+) -> tuple[Any, Any]:
+    theirs_config, theirs_trainer = trl_classes(method)
     name = {"dpo": "sigmoid"}.get(method, method)
     theirs = theirs_trainer(
         copy.deepcopy(model),
@@ -92,6 +101,7 @@ def run_both(method, model, tokenizer, tmp_path, rows, ours=None, held_out=None,
         processing_class=tokenizer,
     )
     if not {"packing", "prefix_sharing"} & (ours or {}).keys():
+        assert isinstance(mine.data_collator, PreferenceCollator)
         assert mine.data_collator.layout == "shared"
     return theirs, mine
 
@@ -107,13 +117,14 @@ SCHEDULES = {
 @pytest.mark.parametrize("method", ["dpo", "ipo", "kto"])
 def test_losses_equal_trl_at_every_step(method, schedule, tiny_llama, small_tokenizer, tmp_path):
     rows = kto_rows() if method == "kto" else pair_rows()
-    theirs, mine = run_both(method, tiny_llama, small_tokenizer, tmp_path, rows, **SCHEDULES[schedule])
+    schedule = SCHEDULES[schedule]
+    theirs, mine = run_both(method, tiny_llama, small_tokenizer, tmp_path, rows, **schedule)
     expected, losses = history(theirs), history(mine)
     assert len(losses) == len(expected) == STEPS
     assert losses == pytest.approx(expected, rel=1e-4)
     # the run is worth comparing: it moved, and the reference with it
     assert len(set(losses)) > 2
-    assert mine.state.log_history[-2]["tr/syncs"] == STEPS // SCHEDULES[schedule]["ref_model_sync_steps"]
+    assert mine.state.log_history[-2]["tr/syncs"] == STEPS // schedule["ref_model_sync_steps"]
     for a, b in zip(mine.reference.model.parameters(), theirs.ref_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -132,24 +143,28 @@ def test_kto_with_cut_completions_equals_trl(tiny_llama, small_tokenizer, tmp_pa
 
 
 def test_metrics_have_trls_names_and_values(tiny_llama, small_tokenizer, tmp_path):
-    theirs, mine = run_both(
-        "dpo", tiny_llama, small_tokenizer, tmp_path, pair_rows(conversational=True), ref_model_sync_steps=3,
-        max_length=256
-    )
-    history(theirs), history(mine)
+    rows = pair_rows(conversational=True)
+    extra = {"ref_model_sync_steps": 3, "max_length": 256}
+    theirs, mine = run_both("dpo", tiny_llama, small_tokenizer, tmp_path, rows, **extra)
+    for trainer in (theirs, mine):
+        trainer.train()
     keys = [
         "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
         "rewards/margins", "logps/chosen", "logps/rejected",
     ]  # fmt: skip
-    for step, (a, b) in enumerate(zip(mine.state.log_history[:-1], theirs.state.log_history[:-1], strict=True)):
+    logs = zip(mine.state.log_history[:-1], theirs.state.log_history[:-1], strict=True)
+    for step, (a, b) in enumerate(logs):
         for key in keys:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=2e-5), (step, key)
 
 
 def test_ipo_and_kto_metrics(tiny_llama, small_tokenizer, tmp_path):
     for method, rows in (("ipo", pair_rows()), ("kto", kto_rows())):
-        theirs, mine = run_both(method, tiny_llama, small_tokenizer, tmp_path / method, rows, ref_model_sync_steps=3)
-        history(theirs), history(mine)
+        theirs, mine = run_both(
+            method, tiny_llama, small_tokenizer, tmp_path / method, rows, ref_model_sync_steps=3
+        )
+        for trainer in (theirs, mine):
+            trainer.train()
         keys = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "kl"}
         for a, b in zip(mine.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
             assert keys & a.keys() == keys & b.keys()
@@ -159,8 +174,9 @@ def test_ipo_and_kto_metrics(tiny_llama, small_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("layout", [{"prefix_sharing": False}, {"packing": False}])
 def test_other_layouts_equal_trl_too(layout, tiny_llama, small_tokenizer, tmp_path):
+    rows, extra = pair_rows(), {"ref_model_sync_steps": 3}
     theirs, mine = run_both(
-        "dpo", tiny_llama, small_tokenizer, tmp_path, pair_rows(), ours=layout, ref_model_sync_steps=3
+        "dpo", tiny_llama, small_tokenizer, tmp_path, rows, ours=layout, **extra
     )
     assert mine.data_collator.layout == ("packed" if "prefix_sharing" in layout else "padded")
     assert history(mine) == pytest.approx(history(theirs), rel=1e-4)
@@ -182,7 +198,8 @@ def test_accumulation_and_evaluation_equal_trl(tiny_llama, small_tokenizer, tmp_
     )
     expected, losses = history(theirs), history(mine)
     assert losses == pytest.approx(expected, rel=1e-4)
-    for key in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"):
+    keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen")
+    for key in keys:
         a = [log[key] for log in mine.state.log_history if key in log]
         b = [log[key] for log in theirs.state.log_history if key in log]
         assert len(a) == 2

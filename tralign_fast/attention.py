@@ -1,12 +1,13 @@
 """Prefix-shared attention: completions see their prompt and themselves, in one packed row.
 
-Registered with transformers' `AttentionInterface` under one name for each implementation that it wraps:
-"tralign_sdpa" runs a packed batch by its `PrefixLayout` and everything else (generation, a padded
-batch) through "sdpa". The layout comes as the keyword `prefix_layout` of the model's forward, which
-transformers hands down to every attention layer, also when gradient checkpointing runs it again.
+Registered with transformers' `AttentionInterface` under one name for each implementation that it
+wraps: "tralign_sdpa" runs a packed batch by its `PrefixLayout` and everything else (generation, a
+padded batch) through "sdpa". The layout comes as the keyword `prefix_layout` of the model's
+forward, which transformers hands down to every attention layer, also when gradient checkpointing
+runs it again.
 
-No mask of (T, T) exists. With a variable-length kernel (flash-attn, `torch.nn.attention.varlen`) all
-sequences of all groups are one call; without, there is one SDPA call for each.
+No mask of (T, T) exists. With a variable-length kernel (flash-attn, `torch.nn.attention.varlen`)
+all sequences of all groups are one call; without, there is one SDPA call for each.
 
 Letters: T tokens of the packed row, A attention heads, K key-value heads, D head size.
 """
@@ -31,7 +32,8 @@ PREFIX = "tralign_"
 # that is set (attention sinks, position biases, …) changes the result: such a model is refused.
 _KNOWN = {
     "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions",
-    "output_hidden_states", "return_dict", "position_embeddings", "past_key_values", "attention_mask",
+    "output_hidden_states", "return_dict", "position_embeddings", "past_key_values",
+    "attention_mask",
 }  # fmt: skip
 
 
@@ -64,7 +66,7 @@ def _set_implementation(model: Any, name: str) -> None:
     # `set_attn_implementation` would look the name up on the hub; the setting itself is one field
     for module in model.modules():
         config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
+        if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = name
 
 
@@ -96,17 +98,17 @@ def prefix_shared_attention(
     unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if unknown or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'is_causal=False'}")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    varlen = _varlen_function(query, softcap)
+    scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
+    varlen = _varlen_function(query, softcap, dropout)
     if varlen is not None:
         out = _attend_varlen(
             varlen, query, key, value, prefix_layout,
-            scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap,
+            scaling=scale, dropout=dropout, window=sliding_window, softcap=softcap,
         )  # fmt: skip
     else:
         out = _attend_segments(
             query, key, value, prefix_layout,
-            scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap,
+            scaling=scale, dropout=dropout, window=sliding_window, softcap=softcap,
         )  # fmt: skip
     return out, None
 
@@ -195,7 +197,7 @@ def _attend_varlen(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Queries stay where they are; keys are gathered so that every sequence has its prompt before it."""
+    """Queries stay in place; keys are gathered so that every sequence has its prompt before it."""
     arguments = layout.varlen(query.device)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
     return function(
@@ -224,22 +226,25 @@ def _flash_attn(q, k, v, arguments, *, scaling, dropout, window, softcap) -> Ten
 def _torch_varlen(q, k, v, arguments, *, scaling, dropout, window, softcap) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
+    return varlen_attn(  # pyright: ignore[reportReturnType]
         q, k, v, arguments.cu_seqlens_q, arguments.cu_seqlens_k,
         arguments.max_seqlen_q, arguments.max_seqlen_k, scale=scaling, window_size=window,
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
 
 
-def _varlen_function(query: Tensor, softcap: float | None) -> Callable[..., Tensor] | None:
+def _varlen_function(
+    query: Tensor, softcap: float | None, dropout: float
+) -> Callable[..., Tensor] | None:
     """The variable-length kernel for these tensors, or None where there is none."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return None
     if importlib.util.find_spec("flash_attn") is not None:
         return _flash_attn
-    if softcap is not None:
+    if softcap is not None or dropout > 0:
         warn_once(
-            "torch's varlen attention knows no softcap: one attention call per sequence instead"
+            "torch's varlen attention knows no softcap and no dropout: one attention call per "
+            "sequence instead (flash-attn does both)"
         )
         return None
     if _torch_varlen_is_usable():
@@ -268,4 +273,4 @@ def _original_attention(name: str, module: torch.nn.Module) -> Callable[..., Any
 
     # the eager attention is no entry of the interface: every model file has its own
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # pyright: ignore[reportArgumentType]

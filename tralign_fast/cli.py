@@ -17,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
         "demo", add_help=False, help="align a small chat model on this machine's CPU, in minutes"
     )
     commands.add_parser(
-        "train", add_help=False, help="align a model of yours: --config recipe.yaml [--option value]"
+        "train",
+        add_help=False,
+        help="align a model of yours: --config recipe.yaml [--option value]",
     )
     arguments = sys.argv[1:] if argv is None else argv
     chosen, rest = parser.parse_known_args(arguments[:1])[0], arguments[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -20,16 +20,19 @@ def _option(default: Any, help: str) -> Any:
 class TRConfig(TrainingArguments):
     """`transformers.TrainingArguments` and the options of trust-region alignment.
 
-    Names, meanings and defaults are those of TRL 1.16's `DPOConfig` and `KTOConfig` where they have the
-    option, with two exceptions: `sync_ref_model` is True, and `bf16` is False on a CPU unless asked for.
-    Beside those of `TrainingArguments`, the defaults that differ are `learning_rate` 1e-6,
-    `logging_steps` 10 and `gradient_checkpointing` True, as in TRL.
+    Names, meanings and defaults are those of TRL 1.16's `DPOConfig` and `KTOConfig` where they have
+    the option, with two exceptions: `sync_ref_model` is True, and `bf16` is False on a CPU unless
+    asked for. Beside those of `TrainingArguments`, the defaults that differ are `learning_rate`
+    1e-6, `logging_steps` 10 and `gradient_checkpointing` True, as in TRL.
 
     Raises:
         ValueError: an option out of range; the message names it and what was expected.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
 
     learning_rate: float = _option(1e-6, "Initial learning rate of the optimizer.")
     logging_steps: float = _option(10, "Optimizer steps between two logs.")

@@ -31,34 +31,38 @@ class DemoOptions:
     output_dir: str = _option("runs/demo", "Folder of the results.")
     overwrite_output_dir: bool = _option(False, "Write into a folder that holds another run.")
     loss_type: str = _option("dpo", "dpo or ipo.")
-    max_steps: int = _option(48, "Optimizer steps.")
+    max_steps: int = _option(40, "Optimizer steps.")
     per_device_train_batch_size: int = _option(4, "Pairs in a step.")
     learning_rate: float = _option(1e-5, "Peak learning rate.")
     beta: float = _option(0.1, "β, the pull towards the reference.")
     ref_model_mixup_alpha: float = _option(0.6, "α, the policy's weight in the new reference.")
     ref_model_sync_steps: int = _option(
-        16, "τ, steps between two updates (the default of a real run, 512, would not come due)."
+        10, "τ, steps between two updates (the default of a real run, 512, would not come due)."
     )
-    samples: int = _option(64, "Fresh samples that the gold reward is taken of, before and after.")
+    samples: int = _option(48, "Fresh samples that the gold reward is taken of, before and after.")
+    held_out: int = _option(64, "Held-out pairs that accuracy and margin are taken of.")
     seed: int = _option(0, "Seed of the order of rows and of the samples.")
 
 
 def run_demo(options: DemoOptions) -> int:
-    """Trains, measures, and writes summary.json, curves.png, samples.md and model/ to `output_dir`."""
+    """Trains, measures, writes summary.json, curves.png, samples.md and model/ to `output_dir`."""
     from tralign_fast.trainer import check_output_dir
 
     started = time.perf_counter()
     output = Path(options.output_dir)
+    if options.loss_type not in ("dpo", "ipo"):
+        raise ValueError(f"loss_type: the demo's pairs need dpo or ipo, got {options.loss_type!r}")
     if not options.overwrite_output_dir:
         check_output_dir(options.output_dir)
     _require_packages()
     trainer, initial, tokenizer = _make_trainer(options)
-    gold = _gold_reward()
     print("Before training:", file=sys.stderr)
-    before = _measure(trainer.model, initial, trainer, tokenizer, gold, options)
+    start = _held_out_logps(initial, trainer)
+    before = _measure(initial, initial, start, start, tokenizer, options)
     trainer.train()
     print("After training:", file=sys.stderr)
-    after = _measure(trainer.model, initial, trainer, tokenizer, gold, options)
+    model = trainer.model.eval()
+    after = _measure(model, initial, _held_out_logps(model, trainer), start, tokenizer, options)
     trainer.save_model(str(output / "model"))
     summary = _summary(trainer, before, after, options, time.perf_counter() - started)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -121,7 +125,7 @@ def _make_trainer(options: DemoOptions) -> tuple[Any, Any, Any]:
         model,
         args=config,
         train_dataset=Dataset.from_list(train_rows()).select_columns(columns),
-        eval_dataset=Dataset.from_list(test_rows()).select_columns(columns),
+        eval_dataset=Dataset.from_list(test_rows()[: options.held_out]).select_columns(columns),
         processing_class=tokenizer,
     )
     return trainer, copy.deepcopy(model).eval(), tokenizer
@@ -136,34 +140,38 @@ def _gold_reward() -> Callable[[str], float]:
 
 
 @torch.no_grad()
+def _held_out_logps(model: Any, trainer: Any) -> Tensor:
+    """(2, pairs) log-probs of the chosen and of the rejected completions."""
+    from tqdm import tqdm
+
+    from tralign_fast.modeling import sequence_logps
+
+    batches = tqdm(trainer.get_eval_dataloader(), desc="held-out pairs")
+    return torch.cat([sequence_logps(model, batch).view(2, -1) for batch in batches], 1)
+
+
 def _measure(
-    model: Any, initial: Any, trainer: Any, tokenizer: Any, gold: Any, options: DemoOptions
+    model: Any,
+    initial: Any,
+    policy: Tensor,  # (2, pairs) log-probs of the held-out pairs
+    start: Tensor,  # (2, pairs) the same under the initial model
+    tokenizer: Any,
+    options: DemoOptions,
 ) -> dict[str, Any]:
-    """Figures of the policy as it is now: on held-out pairs, and on fresh samples to held-out prompts.
+    """Figures of the policy now: on held-out pairs, and on fresh samples to held-out prompts.
 
     - held_out_accuracy: share of pairs whose chosen completion the policy finds the likelier
     - reward_margin: β·((log π - log π_0)(chosen) - (log π - log π_0)(rejected)), mean over pairs
     - gold_reward: VADER of fresh samples, mean and standard error
     - kl_to_start: mean over fresh samples of log π(y|x) - log π_0(y|x), nats per completion
     """
-    from tqdm import tqdm
-
-    from tralign_fast.modeling import sequence_logps
-
-    was_training = model.training
-    model.eval()
-    logps, start = [], []
-    for batch in tqdm(trainer.get_eval_dataloader(), desc="held-out pairs"):
-        logps.append(sequence_logps(model, batch).view(2, -1))
-        start.append(sequence_logps(initial, batch).view(2, -1))
-    policy, first = torch.cat(logps, 1), torch.cat(start, 1)
-    margin = options.beta * ((policy - first)[0] - (policy - first)[1])
+    gold = _gold_reward()
+    chosen, rejected = policy - start
     texts, kl = _sample(model, initial, tokenizer, options)
     rewards = torch.tensor([gold(text) for _, text in texts])
-    model.train(was_training)
     return {
         "held_out_accuracy": float((policy[0] > policy[1]).float().mean()),
-        "reward_margin": float(margin.mean()),
+        "reward_margin": float(options.beta * (chosen - rejected).mean()),
         "gold_reward": float(rewards.mean()),
         "gold_reward_se": float(rewards.std() / len(rewards) ** 0.5),
         "kl_to_start": float(kl.mean()),
@@ -171,10 +179,11 @@ def _measure(
     }
 
 
+@torch.no_grad()
 def _sample(
     model: Any, initial: Any, tokenizer: Any, options: DemoOptions
 ) -> tuple[list[tuple[str, str]], Tensor]:
-    """((prompt, completion) texts, (n,) log π - log π_0 of each), with the same seed at every call."""
+    """((prompt, completion) texts, (n,) log π - log π_0 of each), the same seed at every call."""
     from tqdm import tqdm
 
     from tralign_fast.data.demo import test_rows
@@ -191,7 +200,7 @@ def _sample(
             conversations, add_generation_prompt=True, return_tensors="pt", return_dict=True,
             padding=True, tokenizer_kwargs={"padding_side": "left"},
         )  # fmt: skip
-        out = model.generate(**inputs, max_new_tokens=48, do_sample=True, top_p=1.0, top_k=0)
+        out = model.generate(**inputs, max_new_tokens=48, do_sample=True, top_k=20)  # as the rows
         for conversation, row, mask, ids in zip(
             conversations,
             out[:, inputs["input_ids"].shape[1] :],
@@ -207,10 +216,12 @@ def _sample(
             texts.append(
                 (conversation[0]["content"], tokenizer.decode(completion, skip_special_tokens=True))
             )
-    collate = PreferenceCollator(paired=True)
+    if model is initial:
+        return texts, torch.zeros(len(texts))
+    collate = PreferenceCollator(paired=True)  # one completion each; the second is a stand-in
     differences = []
     for start in range(0, len(rows), 16):
-        batch = collate(rows[start : start + 16])
+        (batch,) = collate(rows[start : start + 16]).parts
         difference = sequence_logps(model, batch) - sequence_logps(initial, batch)
         differences.append(difference.chunk(2)[0])
     return texts, torch.cat(differences)
@@ -275,7 +286,8 @@ def _table(summary: dict[str, Any]) -> str:
         f"{summary['syncs']} reference updates"
     )
     tail = (
-        f"{summary['tokens_per_second']:.0f} tokens/s, peak memory {summary['peak_memory_gib']:.1f} GiB, "
+        f"{summary['tokens_per_second']:.0f} tokens/s, "
+        f"peak memory {summary['peak_memory_gib']:.1f} GiB, "
         f"{summary['train_seconds']:.0f} s of training in {summary['total_seconds']:.0f} s"
     )
     return "\n".join([head, "", *lines, "", tail])
@@ -283,7 +295,8 @@ def _table(summary: dict[str, Any]) -> str:
 
 def _samples_page(before: dict, after: dict) -> str:
     lines = ["# Fresh samples to held-out prompts, before and after", ""]
-    for (prompt, first), (_, last) in list(zip(before["samples"], after["samples"], strict=True))[:16]:
+    pairs = list(zip(before["samples"], after["samples"], strict=True))
+    for (prompt, first), (_, last) in pairs[:16]:
         flat = [" ".join(text.split()) for text in (prompt, first, last)]
         lines += [f"**{flat[0]}**", "", f"- before: {flat[1]}", f"- after: {flat[2]}", ""]
     return "\n".join(lines)
@@ -306,14 +319,17 @@ def _plot(history: list[dict[str, Any]], options: DemoOptions, file: Path) -> No
             [("logps/chosen", "chosen"), ("logps/rejected", "rejected")],
         ),
     ]
+    every = options.ref_model_sync_steps
+    moves = range(every, options.max_steps + 1, every)
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
     for axis, (title, curves) in zip(axes, panels, strict=True):
         for key, label in curves:
             values = torch.tensor([log[key] for log in logs])
             (line,) = axis.plot(steps, values, alpha=0.3)
             axis.plot(steps, _smooth(values), color=line.get_color(), label=label)
-        for index, step in enumerate(range(options.ref_model_sync_steps, options.max_steps + 1, options.ref_model_sync_steps)):
-            axis.axvline(step, color="grey", linestyle=":", label="reference moves" if index == 0 else None)
+        for index, step in enumerate(moves):
+            label = "reference moves" if index == 0 else None
+            axis.axvline(step, color="grey", linestyle=":", label=label)
         axis.set(title=title, xlabel="optimizer step")
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)

@@ -24,13 +24,14 @@ def ema_update_(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     generator: torch.Generator | None = None,
 ) -> None:
-    """Moves `ref_tensors` towards `tensors` in place: `torch._foreach_lerp_(ref_tensors, tensors, alpha)`.
+    """Moves `ref_tensors` towards `tensors` in place.
 
-    The arithmetic is fp32 whatever the dtypes (fp32, bf16, fp16; a pair may differ), one rounding at
-    the end. A bf16 weight has 8 bits: a movement under 1/512 of the weight rounds to nothing, so with
-    small α a reference in bf16 hardly moves (with α = 0.01 it makes about a tenth of its way).
-    `rounding="stochastic"` rounds up with probability equal to the part that is cut off, so that
-    the expected update is exact; α = 1 copies, with no rounding noise.
+    It is `torch._foreach_lerp_(ref_tensors, tensors, alpha)`, but the arithmetic is fp32 whatever
+    the dtypes (fp32, bf16, fp16; a pair may differ), with one rounding at the end. A bf16 weight
+    has 8 bits: a movement under 1/512 of the weight rounds to nothing, so with small α a reference
+    in bf16 hardly moves (with α = 0.01 it makes about a tenth of its way). `rounding="stochastic"`
+    rounds up with probability equal to the part that is cut off, so that the expected update is
+    exact; α = 1 copies, with no rounding noise.
 
     Memory: no temporary larger than 12 MB beside the tensors (none on a GPU with Triton).
 
@@ -88,11 +89,13 @@ def _foreach_update_(
             continue
         if rounding == "stochastic" and ref.dtype != torch.float32 and random is None:
             random = torch.Generator(ref.device).manual_seed(_draw_seed(generator))
-        flat_ref, flat_theta = ref.view(-1), theta.reshape(-1)
-        for start in range(0, flat_ref.numel(), _CHUNK):
+        # a strided reference has no flat view to write through: it is one chunk
+        flat_ref = ref.view(-1) if ref.is_contiguous() else ref[None]
+        flat_theta = theta.reshape(-1) if ref.is_contiguous() else theta[None]
+        for start in range(0, flat_ref.shape[0], _CHUNK):
             part = flat_ref[start : start + _CHUNK]
             moved = part.float()
-            # lerp_ on a copy even for an fp32 reference of a bf16 policy: `float()` is no copy there
+            # lerp into a copy, also for an fp32 reference of a bf16 policy: `float()` makes none
             moved = moved.lerp(flat_theta[start : start + _CHUNK].float(), alpha)
             if random is not None and part.dtype != torch.float32:
                 _round_stochastically_(moved, part.dtype, random)
@@ -129,7 +132,9 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 def _local(tensor: Tensor) -> Tensor:
     """The local shard of a DTensor (its storage, not a copy): an update needs no communication."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.detach()
 
 
 def _all_contiguous(refs: list[Tensor], thetas: list[Tensor]) -> bool:

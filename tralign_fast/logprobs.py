@@ -2,7 +2,7 @@
 
 Letters: N scored tokens, H hidden size, V vocabulary, W columns of one vocabulary tile.
 
-The logits are made tile by tile, (N, W) at a time, and every tile passes through two tile operations:
+The logits are made tile by tile, (N, W) at a time, and every tile passes two tile operations:
 
     forward    running logsumexp over the tiles, and the target's logit where its column falls
     backward   in place, logits → gradient of the logits
@@ -29,7 +29,7 @@ _CPU_TILE_BYTES = 16 << 20
 _ROW_BLOCK_ELEMENTS = 1 << 18
 
 
-# --- the tile operations in PyTorch -----------------------------------------------------------------
+# --- the tile operations in PyTorch ---------------------------------------------------------------
 
 
 def _tile_forward_(
@@ -43,7 +43,7 @@ def _tile_forward_(
     softcap: float | None,
     inverse_temperature: float,
 ) -> None:
-    """Folds the tile at columns [start, start + W) into `logsumexp`; notes targets that lie in it."""
+    """Folds the tile at columns [start, start + W) into `logsumexp`; notes the targets in it."""
     width = logits.shape[1]
     local = targets - start
     inside = (local >= 0) & (local < width)
@@ -100,7 +100,7 @@ def _tile_backward_(
 def _transform(
     x: Tensor, logit_scale: float, softcap: float | None, inverse_temperature: float
 ) -> Tensor:
-    """Raw logits to the scores of the softmax: scale (Cohere, Granite), softcap (Gemma), temperature."""
+    """Raw logits to the softmax's scores: scale (Cohere, Granite), softcap (Gemma), temperature."""
     if softcap is not None:
         return (x * (logit_scale / softcap)).tanh_().mul_(softcap * inverse_temperature)
     chain = logit_scale * inverse_temperature
@@ -152,10 +152,10 @@ def _linear_logprobs_op(
     if rows == 0:
         return logsumexp, logsumexp.clone(), kept
     tile_forward_, _ = _tile_ops(backend)
-    scratch = None if keep else x.new_empty(rows * min(tile, vocab))
+    buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
     with _autocast_off(hidden.device):
         for start, stop in _tiles(vocab, tile):
-            logits = _tile_view(kept if keep else scratch, rows, start, stop, keep)
+            logits = _tile_view(buffer, rows, start, stop, keep)
             _project(x, weight[start:stop], None if bias is None else bias[start:stop], logits)
             tile_forward_(
                 logits, targets, start, logsumexp, target_logit,
@@ -208,11 +208,11 @@ def _linear_logprobs_backward_op(
     sum_dtype = x.dtype if len(tiles) == 1 else torch.float32
     grad_hidden = x.new_zeros(hidden.shape if needs_hidden else (0,), dtype=sum_dtype)
     _, tile_backward_ = _tile_ops(backend)
-    scratch = None if keep else x.new_empty(rows * min(tile, vocab))
+    buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
     with _autocast_off(hidden.device):
         for start, stop in tiles:
             part = weight[start:stop]
-            logits = _tile_view(kept if keep else scratch, rows, start, stop, keep)
+            logits = _tile_view(buffer, rows, start, stop, keep)
             if not keep:
                 _project(x, part, None if bias is None else bias[start:stop], logits)
             tile_backward_(
@@ -257,8 +257,8 @@ def _backward(ctx, grad, *_):
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "linear_logprobs: the first backward consumed the kept logits (or its inputs were changed "
-            "in place); call it again, or pass logits_budget_mb=0 to recompute them"
+            "linear_logprobs: the first backward consumed the kept logits (or its inputs were "
+            "changed in place); call it again, or pass logits_budget_mb=0 to recompute them"
         ) from error
     logit_scale, softcap, inverse_temperature, backend, _, tile, _ = ctx.options
     nothing = (None,) * len(ctx.options)
@@ -290,7 +290,7 @@ def linear_logprobs(
     backend: str = "auto",
     logits_budget_mb: float = 1024,
 ) -> Tensor:
-    """Log-probabilities of `targets` under the LM head, without holding log-probabilities of (N, V).
+    """Log-probabilities of `targets` under the LM head, without holding a matrix (N, V) of them.
 
     Equals, in fp32 whatever the dtype of the inputs:
 
@@ -301,9 +301,9 @@ def linear_logprobs(
     Logits are rounded to the dtype of the inputs (to that of autocast inside autocast), as a Linear
     layer does; sums, log-probs and the gradient of the logits are computed in fp32.
 
-    Memory: at most `logits_budget_mb` of logits. If all N·V fit and a gradient is wanted, they are kept
-    and the backward overwrites them: three matrix products in all. Else they are recomputed tile by
-    tile: four. No fp32 buffer of (V, H); the gradient of a frozen tensor is not computed.
+    Memory: at most `logits_budget_mb` of logits. If all N·V fit and a gradient is wanted, they are
+    kept and the backward overwrites them: three matrix products in all. Else they are recomputed
+    tile by tile: four. No fp32 buffer of (V, H); the gradient of a frozen tensor is not computed.
 
     Args:
         hidden: (N, H) hidden states of the scored positions, fp32, bf16 or fp16.
@@ -314,14 +314,14 @@ def linear_logprobs(
         logit_scale: factor of the logits (Cohere: logit_scale; Granite: 1 / logits_scaling).
         temperature: the scores are divided by it, after the cap.
         backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
-        logits_budget_mb: MiB of logits that may exist at a time; 0 recomputes in the smallest tiles.
+        logits_budget_mb: MiB of logits that may exist at once; 0 recomputes in the smallest tiles.
 
     Returns:
         (N,) float32. N = 0 gives an empty tensor that can be differentiated.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a target lies outside the vocabulary (on a
-            GPU, where looking would stall, such a target's log-prob is NaN).
+        ValueError: shapes, dtypes or devices do not fit, or a target lies outside the vocabulary
+            (on a GPU, where looking would stall, such a target's log-prob is NaN).
         RuntimeError: a second backward through logits that the first one has overwritten.
     """
     _check_arguments(hidden, weight, targets, bias, softcap, temperature)
@@ -439,8 +439,8 @@ def logprobs_from_logits(
 ) -> Tensor:
     """`log_softmax(logits.float() / temperature, -1).gather(-1, targets[..., None])[..., 0]`.
 
-    Memory: nothing of the size of the logits. The backward overwrites the logits with their gradient
-    (not those of a leaf tensor, which are the caller's own); `inplace=False` takes a copy instead.
+    Memory: nothing of the size of the logits. The backward overwrites the logits with their
+    gradient (not those of a leaf tensor, the caller's own); `inplace=False` takes a copy instead.
 
     Args:
         logits: (..., V) fp32, bf16 or fp16.
@@ -458,6 +458,8 @@ def logprobs_from_logits(
             f"logprobs_from_logits: logits {tuple(logits.shape)} need targets of shape "
             f"{tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
         )
+    if temperature <= 0:
+        raise ValueError(f"logprobs_from_logits: temperature must be positive, got {temperature}")
     flat = logits.reshape(-1, logits.shape[-1])
     logps, _ = _from_logits_op(
         flat,
@@ -548,11 +550,13 @@ def _check_arguments(
         )
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise ValueError(
-            f"linear_logprobs: expected floating point, got hidden {hidden.dtype}, weight {weight.dtype}"
+            f"linear_logprobs: expected floating point, got hidden {hidden.dtype}, weight "
+            f"{weight.dtype}"
         )
     if (softcap is not None and softcap <= 0) or temperature <= 0:
         raise ValueError(
-            f"linear_logprobs: softcap and temperature must be positive, got {softcap}, {temperature}"
+            f"linear_logprobs: softcap and temperature must be positive, got {softcap}, "
+            f"{temperature}"
         )
 
 

@@ -36,20 +36,21 @@ def dpo_loss(
 ) -> PreferenceLoss:
     """`-log σ(β·Δ)`, averaged over pairs.
 
-    With `label_smoothing` ε: `-(1-ε)·log σ(β·Δ) - ε·log σ(-β·Δ)`, the conservative DPO loss for labels
-    that are flipped with probability ε.
+    With `label_smoothing` ε: `-(1-ε)·log σ(β·Δ) - ε·log σ(-β·Δ)`, the conservative DPO loss for
+    labels that are flipped with probability ε.
 
     Args:
         chosen_logps, rejected_logps: summed log-probabilities of the policy, (B,), nats.
-        ref_chosen_logps, ref_rejected_logps: the same of the reference, no gradient flows into them.
+        ref_chosen_logps, ref_rejected_logps: the same of the reference, without gradient.
         beta: β > 0.
         label_smoothing: ε in [0, 0.5).
 
     Raises:
         ValueError: the four tensors differ in shape, or ε is out of range.
 
-    Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with a moving reference, Gorbatovski et al.
-    2024, arXiv 2404.09656, eq. 4. Smoothing: E. Mitchell, "A note on DPO with noisy preferences".
+    Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with a moving reference,
+    Gorbatovski et al. 2024, arXiv 2404.09656, eq. 4. Smoothing: E. Mitchell, "A note on DPO with
+    noisy preferences".
     """
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
@@ -73,13 +74,13 @@ def ipo_loss(
 ) -> PreferenceLoss:
     """`(Δ - 1/(2β))²`, averaged over pairs.
 
-    Summed log-probabilities give the loss of the paper. Log-probabilities divided by the completion's
-    length (policy and reference alike) give the length-normalised form that the authors of IPO use in
-    practice and that TRL and `TRTrainer` take by default.
+    Summed log-probabilities give the loss of the paper. Log-probabilities divided by the
+    completion's length (policy and reference alike) give the length-normalised form that the
+    authors of IPO use in practice and that TRL and `TRTrainer` take by default.
 
     Args:
         chosen_logps, rejected_logps: log-probabilities of the policy, (B,), nats or nats per token.
-        ref_chosen_logps, ref_rejected_logps: the same of the reference, no gradient flows into them.
+        ref_chosen_logps, ref_rejected_logps: the same of the reference, without gradient.
         beta: β > 0, called τ in the paper.
 
     Raises:
@@ -107,8 +108,8 @@ def kto_loss(
     """`λ_y - λ_y·σ(±β·(r - KL))`, averaged over sequences, with r the log-ratio of a completion.
 
     The sign is + for desirable completions (weight `desirable_weight`) and - for undesirable ones
-    (`undesirable_weight`). The reference point KL is detached and clamped at 0 here; the caller averages
-    it over completions that do not belong to their prompt, and over processes.
+    (`undesirable_weight`). The reference point KL is detached and clamped at 0 here; the caller
+    averages it over completions that do not belong to their prompt, and over processes.
 
     Args:
         logps, ref_logps: summed log-probabilities, (S,), nats.
@@ -117,13 +118,14 @@ def kto_loss(
         beta: β > 0.
 
     Returns:
-        Rewards of shape (S,), NaN at the sequences of the other label, so that shapes are static and
-        nothing waits for the device; `torch.nanmean` averages them.
+        Rewards of shape (S,), NaN at the sequences of the other label, so that shapes are static
+        and nothing waits for the device; `torch.nanmean` averages them.
 
     Raises:
         ValueError: tensors differ in shape, or `is_desirable` is not bool.
 
-    Source: Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7-8; with a moving reference, arXiv 2404.09656.
+    Source: Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7-8; with a moving reference,
+    arXiv 2404.09656.
     """
     if (
         not (logps.shape == ref_logps.shape == is_desirable.shape)
@@ -155,9 +157,8 @@ class LossSpec:
     """
 
     function: Callable[..., PreferenceLoss]
-    paired: (
-        bool  # True: (chosen, rejected, ref_chosen, ref_rejected); False: (logps, ref, label, kl)
-    )
+    # True: (chosen, rejected, ref_chosen, ref_rejected); False: (logps, ref, label, kl)
+    paired: bool
     options: tuple[str, ...]
     length_normalized: bool = False  # divide log-probs by the completion's length first
 

@@ -1,7 +1,7 @@
 """A causal language model whose forward returns log-probabilities of tokens instead of logits.
 
 The change lives inside `forward`, so that whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT,
-autocast) wraps the LM head's work too. Without the keyword `score_index` the forward is the model's own.
+autocast) wraps the LM head's work too. Without the keyword `score_index` the forward is unchanged.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def enable_logprobs(
             rest = score(slice(grad_tokens, None))
         return LogprobOutput(logps=torch.cat([logps, rest]))
 
-    forward.tralign_before = before  # pyright: ignore[reportFunctionMemberAccess]
+    forward.tralign_before = before  # pyright: ignore[reportAttributeAccessIssue]
     causal_lm.forward = types.MethodType(forward, causal_lm)
     return lambda: disable_logprobs(causal_lm)
 
@@ -117,18 +117,19 @@ def disable_logprobs(model: Any) -> None:
 
 
 def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """(S,) float32 summed log-probabilities of the batch's sequences, under a model that went through
-    `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not."""
+    """(S,) float32 summed log-probabilities of the batch's sequences, under a model that went
+    through `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not.
+    """
     output = model(**_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens)
     return batch.sum_per_sequence(output.logps)
 
 
 @torch.no_grad()
 def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Scalar: `KL(π_model(·|x, y<t) || π_other(·|x, y<t))` summed over the batch's own scored tokens.
+    """Scalar: the KL from one model to the other, summed over the batch's own scored tokens.
 
-    Exact over the vocabulary, at the contexts of the batch; in blocks of 64 MB of logits. Both models
-    went through `prepare_model`.
+    `KL(π_model(·|x, y<t) || π_other(·|x, y<t))`, exact over the vocabulary, at the contexts of the
+    batch; in blocks of 64 MB of logits. Both models went through `prepare_model`.
     """
     tokens = batch.grad_tokens
     index = batch.score_index[:tokens]
@@ -175,10 +176,10 @@ def prepare_model(
 ) -> bool:
     """Makes `sequence_logps` work on `model`; returns whether it can run packed rows.
 
-    Both are tried on twelve tokens: the log-probs must equal those of the model's own logits, and the
-    hidden states of a packed row those of separate sequences. An attention that cannot do packed rows
-    (a recurrent layer, sinks, position biases, …) is left alone with one warning, and the caller uses
-    padded batches.
+    Both are tried on twelve tokens: the log-probs must equal those of the model's own logits, and
+    the hidden states of a packed row those of separate sequences. An attention that cannot do
+    packed rows (a recurrent layer, sinks, position biases, …) is left alone with one warning, and
+    the caller uses padded batches.
 
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`.
@@ -211,14 +212,14 @@ def _check_head(model: PreTrainedModel) -> None:
     theirs = batch.sum_per_sequence(own.gather(1, batch.targets[:, None])[:, 0])
     if not _close(ours, theirs, model.dtype):
         raise ValueError(
-            f"{type(_causal_lm(model)).__name__}: its logits are not softcap(scale · (W h + b)) as far as "
-            f"its config tells (log-probs {theirs.tolist()}, expected {ours.tolist()})"
+            f"{type(_causal_lm(model)).__name__}: its logits are not softcap(scale · (W h + b)) as "
+            f"far as its config tells (log-probs {theirs.tolist()}, expected {ours.tolist()})"
         )
 
 
 @torch.no_grad()
 def _enable_packing(model: PreTrainedModel) -> bool:
-    # first: the attention that padded batches then run through is also the one that is compared with
+    # first: the attention that padded batches then run through is also the one compared with
     undo = enable_prefix_attention(_causal_lm(model))
     separate = sequence_logps(model, _probe(model, "padded"))
     try:
@@ -240,11 +241,13 @@ def _enable_packing(model: PreTrainedModel) -> bool:
 
 def _probe(model: PreTrainedModel, layout: str) -> PackedBatch:
     device = next(model.parameters()).device
-    return PreferenceCollator(paired=True, layout=layout)(_PROBE).to(device)
+    (batch,) = PreferenceCollator(paired=True, layout=layout)(_PROBE).parts
+    return batch.to(device)
 
 
 def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    # rounding of the hidden states, over up to three tokens; a wrong mask or scale is off by 1e-2 and more
+    # rounding of the hidden states, over up to three tokens;
+    # a wrong mask or scale is off by 1e-2 and more
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.15
     return bool(((a - b).abs() <= tolerance * (1 + b.abs())).all())
 

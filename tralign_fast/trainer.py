@@ -1,7 +1,7 @@
 """`transformers.Trainer` for TR-DPO, TR-IPO and TR-KTO.
 
-The loop, optimizers, checkpoints and distribution are transformers'. Here: what goes into a batch, the
-loss of a batch, when the reference moves, and what is measured.
+The loop, optimizers, checkpoints and distribution are transformers'. Here: what goes into a batch,
+the loss of a batch, when the reference moves, and what is measured.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,15 +48,16 @@ class TRTrainer(Trainer):
         processing_class: the tokenizer; None: the one of `model`.
         callbacks, optimizers: as in `transformers.Trainer`.
 
-    Metrics are TRL's: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`,
-    `logps/chosen`, `logps/rejected`, `kl` (KTO), `num_tokens`; and `tr/syncs`, and in evaluation
-    `kl/initial` with `log_kl_initial=True`.
+    Metrics are TRL's: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
+    `rewards/margins`, `logps/chosen`, `logps/rejected`, `kl` (KTO), `num_tokens`; and `tr/syncs`,
+    and in evaluation `kl/initial` with `log_kl_initial=True`.
 
     Raises:
         ValueError: unusable rows, options or models; the message names them and what was expected.
     """
 
     args: TRConfig
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -79,51 +80,54 @@ class TRTrainer(Trainer):
         args = args if args is not None else TRConfig("tr-output")
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
-            processing_class = _load(AutoTokenizer, name)
+            tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, name)
+        else:
+            tokenizer = processing_class
         if isinstance(model, str):
-            model = _load(AutoModelForCausalLM, model, **_init_kwargs(args))
-        if processing_class.pad_token_id is None:
-            processing_class.pad_token = processing_class.eos_token
+            policy: PreTrainedModel = _load(AutoModelForCausalLM, model, **_init_kwargs(args))
+        else:
+            policy = model
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
         self._paired = args.loss_spec.paired
-        self._tokenizer = processing_class
+        self._tokenizer = tokenizer
         self._max_length = args.max_length
         train_dataset = self._tokenize(train_dataset, args, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._tokenize(d, args, k) for k, d in eval_dataset.items()}
         else:
             eval_dataset = self._tokenize(eval_dataset, args, "eval")
-        if hasattr(
-            train_dataset, "_ex_iterable"
-        ):  # IterableDataset: a PackedBatch cannot be cut up
-            args.accelerator_config.dispatch_batches = False  # pyright: ignore
+        if hasattr(train_dataset, "_ex_iterable"):
+            # IterableDataset: a PackedBatch cannot be cut up
+            args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         collator = data_collator or PreferenceCollator(
             paired=self._paired,
             max_length=args.max_length,
             token_budget=args.token_budget,
-            pad_token_id=processing_class.pad_token_id or 0,
-            vocab_size=model.get_input_embeddings().num_embeddings,
+            pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
+            vocab_size=policy.get_input_embeddings().num_embeddings,  # pyright: ignore[reportArgumentType]
         )
-        ref_model = copy.deepcopy(model) if ref_model is None else ref_model
+        first_reference = copy.deepcopy(policy) if ref_model is None else ref_model
         if args.disable_dropout:
-            _disable_dropout(model)
-            _disable_dropout(ref_model)
+            _disable_dropout(policy)
+            _disable_dropout(first_reference)
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
-            data_collator=collator,
+            data_collator=collator,  # pyright: ignore[reportArgumentType]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
-        self._initial = copy.deepcopy(model).eval() if args.log_kl_initial else None
+        self._initial = copy.deepcopy(policy).eval() if args.log_kl_initial else None
         packs = self._prepare(self.model)
         if isinstance(collator, PreferenceCollator):
             collator.layout = ("shared" if args.prefix_sharing else "packed") if packs else "padded"
-        self.reference = self._build_reference(ref_model)
+        self.reference = self._build_reference(first_reference)
         if self._initial is not None:
             self._prepare(self._initial)
         self.add_callback(_SyncReference(self.reference))
@@ -147,7 +151,7 @@ class TRTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             eval_dataset = self._tokenize(eval_dataset, self.args, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
@@ -165,11 +169,10 @@ class TRTrainer(Trainer):
 
     def _build_reference(self, ref_model: PreTrainedModel) -> ReferencePolicy:
         self._prepare(ref_model)
-        ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         return ResidentReference(
             self.model,
             self.args.trust_region,
-            ref_model,
+            self.accelerator.prepare_model(ref_model, evaluation_mode=True),
             rounding=self.args.ema_rounding,
             seed=self.args.seed,
         )
@@ -188,7 +191,8 @@ class TRTrainer(Trainer):
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+                loss = super().training_step(model, part, num_items_in_batch)  # pyright: ignore[reportArgumentType]
+                losses.append(loss)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     @torch.no_grad()
@@ -239,7 +243,8 @@ class TRTrainer(Trainer):
             kl = batch.kl
             if kl is None:
                 kl = (mismatched.detach() - ref_mismatched).mean()
-            kl = self.accelerator.reduce(kl, reduction="mean").clamp(min=0)
+            kl = self.accelerator.reduce(kl, reduction="mean")
+            kl = kl.clamp(min=0)  # pyright: ignore[reportAttributeAccessIssue]
             return spec.function(own, ref_own, batch.is_desirable, kl, **options), kl
         result = spec.function(*logps.chunk(2), *ref_logps.chunk(2), **options)
         if lengths is not None:  # rewards are reported for whole completions, as TRL does
@@ -257,18 +262,26 @@ class TRTrainer(Trainer):
         rows = ", ".join(str(batch.rows[i]) for i in examples[:5])
         who = "policy" if not bool(torch.isfinite(logps).all()) else "reference"
         raise ValueError(
-            f"step {self.state.global_step + 1}: the {who}'s log-probs of row {rows} are NaN or infinite; "
-            "expected finite numbers (check the model's weights, the learning rate, or fp16 overflow)"
+            f"step {self.state.global_step + 1}: the {who}'s log-probs of row {rows} are NaN or "
+            "infinite; expected finite numbers (check the model's weights, the learning rate, or "
+            "fp16 overflow)"
         )
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: PackedBatch | SplitBatch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
         loss = torch.zeros((), device=self.args.device)
         for part in self._with_common_kl(model, inputs):
             batch = self._prepare_inputs(part)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss += self.compute_loss(model, batch)
                 if self._initial is not None:
-                    kl = hidden_kl(model, self._initial.to(self.args.device), batch)
+                    initial = self._initial.to(self.args.device)  # pyright: ignore[reportArgumentType]
+                    kl = hidden_kl(model, initial, batch)
                     self._means["eval"].add("kl/initial", kl, batch.grad_tokens)
         return loss, None, None
 
@@ -307,7 +320,8 @@ class TRTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._averages("train"))
             tokens = torch.tensor(float(self.state.num_input_tokens_seen), device=self.args.device)
-            logs["num_tokens"] = float(self.accelerator.reduce(tokens, reduction="sum"))
+            total = self.accelerator.reduce(tokens, reduction="sum")
+            logs["num_tokens"] = float(total)  # pyright: ignore[reportArgumentType]
             schedule = self.reference.schedule
             logs["tr/syncs"] = 0 if schedule.is_frozen else self.state.global_step // schedule.every
         super().log(logs, start_time)
@@ -315,7 +329,8 @@ class TRTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         averages = self._averages("eval")
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in averages.items()})
+        prefixed = {f"{metric_key_prefix}_{k}": v for k, v in averages.items()}
+        output.metrics.update(prefixed)  # pyright: ignore[reportOptionalMemberAccess]
         return output
 
     # --- runs and checkpoints ---------------------------------------------------------------------
@@ -354,8 +369,8 @@ def check_output_dir(output_dir: str | None) -> None:
     found = [file.name for pattern in traces for file in folder.glob(pattern)]
     if found:
         raise ValueError(
-            f"output_dir {folder} holds another run ({found[0]}): choose another folder, resume it with "
-            "resume_from_checkpoint, or pass overwrite_output_dir"
+            f"output_dir {folder} holds another run ({found[0]}): choose another folder, resume it "
+            "with resume_from_checkpoint, or pass overwrite_output_dir"
         )
 
 
@@ -371,7 +386,8 @@ def _load(factory: Any, name: str, **kwargs: Any) -> Any:
 
 
 def _init_kwargs(args: TRConfig) -> dict[str, Any]:
-    kwargs = dict(args.model_init_kwargs or {})  # pyright: ignore[reportCallIssue]
+    # JSON of the command line is a dict by now: TrainingArguments has parsed it
+    kwargs = dict(cast("dict[str, Any]", args.model_init_kwargs or {}))
     kwargs.setdefault("dtype", torch.float32)  # TRL's default
     return kwargs
 
@@ -381,4 +397,4 @@ def _disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]

@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from tralign_fast.data.packing import Group, PreferenceCollator
+from tralign_fast.data.packing import Group, PackedBatch, PreferenceCollator
 
 PAIRS = [
     {"row": 7, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]},
@@ -16,10 +16,16 @@ ROWS = [
 ]
 
 
+def collate(rows, **options) -> PackedBatch:
+    (batch,) = PreferenceCollator(**options)(rows).parts
+    return batch
+
+
 def test_a_pair_is_one_row_with_its_prompt_once():
-    batch = PreferenceCollator(paired=True)(PAIRS)
+    batch = collate(PAIRS, paired=True)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1, 2]]
+    assert batch.layout is not None
     assert batch.layout.groups == (Group(0, 3, (2, 3)), Group(8, 1, (1, 2)))
     # chosen of both pairs, then rejected of both; the prompt's last token predicts both firsts
     assert batch.score_index.tolist() == [2, 3, 8, 2, 5, 6, 8, 10]
@@ -33,7 +39,7 @@ def test_a_pair_is_one_row_with_its_prompt_once():
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_every_layout_scores_the_same_tokens(layout):
-    batch = PreferenceCollator(paired=True, layout=layout, pad_token_id=99)(PAIRS)
+    batch = collate(PAIRS, paired=True, layout=layout, pad_token_id=99)
     flat = batch.input_ids.flatten()
     previous = flat[batch.score_index].tolist()
     assert batch.targets.tolist() == [4, 5, 11, 6, 7, 8, 12, 13]
@@ -44,37 +50,40 @@ def test_every_layout_scores_the_same_tokens(layout):
     assert batch.num_tokens == tokens
     if layout == "padded":
         assert batch.input_ids.tolist()[1] == [10, 11, 99, 99, 99, 99]
+        assert batch.attention_mask is not None
         assert batch.attention_mask.sum() == 16
 
 
 def test_kto_borrows_the_completion_of_the_row_before():
-    batch = PreferenceCollator(paired=False)(ROWS)
+    batch = collate(ROWS, paired=False)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 12, 6, 7, 8, 9, 4, 5, 10, 11, 12, 7, 8, 9]]
     assert batch.targets.tolist() == [4, 5, 7, 8, 9, 12, 12, 4, 5, 7, 8, 9]
     assert batch.grad_tokens == 6  # the matched completions
+    assert batch.is_desirable is not None
     assert batch.is_desirable.tolist() == [True, False, True]
 
 
 def test_a_borrowed_completion_is_cut_to_what_its_prompt_leaves():
-    batch = PreferenceCollator(paired=False, max_length=4)(ROWS)
-    # row 0 has a prompt of 3 tokens: one token of [4, 5] fits; row 1 borrows both of them; row 2 has a
-    # prompt of 2 tokens and borrows [7, 8, 9]: two of them fit
+    batch = collate(ROWS, paired=False, max_length=4)
+    # row 0 has a prompt of 3 tokens: one token of [4, 5] fits; row 1 borrows both of them; row 2
+    # has a prompt of 2 tokens and borrows [7, 8, 9]: two of them fit
     assert batch.scored_lengths == (1, 3, 1, 1, 2, 2)
 
 
 def test_sums_per_sequence():
-    batch = PreferenceCollator(paired=True)(PAIRS)
+    batch = collate(PAIRS, paired=True)
     logps = torch.arange(8, dtype=torch.float32, requires_grad=True)
     sums = batch.sum_per_sequence(logps)
     assert sums.tolist() == [0 + 1, 2, 3 + 4 + 5, 6 + 7]
     sums[2].backward()
+    assert logps.grad is not None
     assert logps.grad.tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_an_empty_prompt_leaves_the_first_token_unscored(layout):
     rows = [{"prompt_ids": [], "chosen_ids": [4, 5], "rejected_ids": [6]}]
-    batch = PreferenceCollator(paired=True, layout=layout)(rows)
+    batch = collate(rows, paired=True, layout=layout)
     assert batch.targets.tolist() == [5]
     assert batch.scored_lengths == (1, 0)
     assert batch.sum_per_sequence(torch.tensor([-2.0])).tolist() == [-2.0, 0.0]
@@ -82,7 +91,7 @@ def test_an_empty_prompt_leaves_the_first_token_unscored(layout):
 
 def test_nothing_scored_at_all_is_still_a_differentiable_sum():
     rows = [{"prompt_ids": [], "chosen_ids": [4], "rejected_ids": [6]}]
-    batch = PreferenceCollator(paired=True)(rows)
+    batch = collate(rows, paired=True)
     logps = torch.zeros(0, requires_grad=True)
     sums = batch.sum_per_sequence(logps)
     assert sums.tolist() == [0.0, 0.0]
@@ -90,7 +99,8 @@ def test_nothing_scored_at_all_is_still_a_differentiable_sum():
 
 
 def test_varlen_arguments():
-    layout = PreferenceCollator(paired=True)(PAIRS).layout
+    layout = collate(PAIRS, paired=True).layout
+    assert layout is not None
     arguments = layout.varlen(torch.device("cpu"))
     assert arguments.cu_seqlens_q.tolist() == [0, 5, 8, 10, 12]
     assert arguments.cu_seqlens_k.tolist() == [0, 5, 11, 13, 16]
@@ -100,7 +110,8 @@ def test_varlen_arguments():
 
 
 def test_mask_is_causal_at_the_bottom_right_and_slides():
-    layout = PreferenceCollator(paired=True)(PAIRS).layout
+    layout = collate(PAIRS, paired=True).layout
+    assert layout is not None
     mask = layout.mask(2, 5, None, torch.device("cpu"))
     assert mask.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     mask = layout.mask(2, 5, 3, torch.device("cpu"))
@@ -108,7 +119,7 @@ def test_mask_is_causal_at_the_bottom_right_and_slides():
 
 
 def test_batches_travel_between_processes_and_dtypes_stay():
-    batch = pickle.loads(pickle.dumps(PreferenceCollator(paired=False)(ROWS)))
+    batch = pickle.loads(pickle.dumps(collate(ROWS, paired=False)))
     moved = batch.to("cpu")
     assert moved.rows == batch.rows
     assert moved.input_ids.dtype == torch.int64
@@ -124,7 +135,7 @@ def test_a_token_outside_the_vocabulary_names_the_row():
 
 
 def test_a_batch_over_the_token_budget_is_split_in_order():
-    whole = PreferenceCollator(paired=True)([*PAIRS, *PAIRS])
+    whole = collate([*PAIRS, *PAIRS], paired=True)
     split = PreferenceCollator(paired=True, token_budget=13)([*PAIRS, *PAIRS])
     assert [part.num_tokens for part in split.parts] == [12, 12]
     assert [part.share for part in split.parts] == [0.5, 0.5]

@@ -5,9 +5,9 @@ A group is a prompt with its completions, laid out as `[prompt | completion 0 | 
     pairs   [prompt | chosen | rejected]
     KTO     [prompt | completion | completion of another prompt (for the KL term)]
 
-Groups stand one behind the other in a single row of T tokens. Positions restart after the prompt for
-every completion, and the attention (`tralign_fast.attention`) lets a completion see its prompt and
-itself. Which rows of the hidden states are scored is decided here, on the host.
+Groups stand one behind the other in a single row of T tokens. Positions restart after the prompt
+for every completion, and the attention (`tralign_fast.attention`) lets a completion see its prompt
+and itself. Which rows of the hidden states are scored is decided here, on the host.
 
 Letters: T tokens, N scored tokens, S sequences, B examples (pairs, or KTO rows).
 """
@@ -46,18 +46,18 @@ class VarlenArguments(NamedTuple):
 
 @dataclass(frozen=True)
 class PrefixLayout:
-    """Where prompts and completions lie in the packed row; host integers, and what is derived from them.
+    """Where prompts and completions lie in the packed row; host integers, and what they imply.
 
     The first completion of a group runs on from its prompt: `[prompt | completion 0]` is one causal
-    sequence. Every further completion is a sequence of queries whose keys are `[prompt | completion]`,
-    causal when aligned at the bottom right.
+    sequence. Every further completion is a sequence of queries whose keys are
+    `[prompt | completion]`, causal when aligned at the bottom right.
     """
 
     groups: tuple[Group, ...]
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def varlen(self, device: torch.device) -> VarlenArguments:
-        """Sequence bounds and the gather of keys for flash-attn's varlen interface, made once a batch."""
+        """Sequence bounds and key gather for flash-attn's varlen interface, made once a batch."""
         if device not in self._cache:
             queries, keys, index = [0], [0], []
             for start, prompt, completions in self.groups:
@@ -77,7 +77,7 @@ class PrefixLayout:
         return self._cache[device]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """(queries, keys) bool, causal and aligned at the bottom right, made once a batch and shape.
+        """(queries, keys) bool, causal, aligned at the bottom right, made once a batch and shape.
 
         `window`: a query sees itself and the `window - 1` keys before it (None: all).
         """
@@ -182,9 +182,9 @@ class PreferenceCollator:
     """Tokenised rows (`tokenize_pairs`, `tokenize_unpaired`) to a `PackedBatch`.
 
     Args:
-        paired: rows hold `chosen_ids` and `rejected_ids`; else `completion_ids` and `label`, and every
-            prompt also gets the completion of the row before it in the batch (the first row that of
-            the last one), from which KTO estimates its KL term.
+        paired: rows hold `chosen_ids` and `rejected_ids`; else `completion_ids` and `label`, and
+            every prompt also gets the completion of the row before it in the batch (the first row
+            that of the last one), from which KTO estimates its KL term.
         layout: "shared" (a prompt once for all its completions), "packed" (a prompt for each, no
             padding), "padded" (one row each, for attentions that know no packing).
         max_length: KTO's completions, own and borrowed, are cut to what their prompt leaves of it
@@ -288,8 +288,9 @@ class PreferenceCollator:
             low, high = min(ids), max(ids)
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(
-                    f"row {row}: token id {low if low < 0 else high} is outside the model's vocabulary "
-                    f"[0, {self.vocab_size}); do the tokenizer and the model belong together?"
+                    f"row {row}: token id {low if low < 0 else high} is outside the model's "
+                    f"vocabulary [0, {self.vocab_size}); do the tokenizer and the model belong "
+                    "together?"
                 )
 
 

@@ -3,8 +3,8 @@
 The ids equal those of TRL's DPOTrainer and KTOTrainer. A completion starts where the tokens of the
 prompt and those of prompt and completion together part, which is inside the prompt when a token
 spans the boundary. Completions that are text end with EOS; those of a conversation end as the chat
-template ends them. Completions are cut at the end, so that prompt and completion fit `max_length`; those
-of KTO, which other prompts borrow, only to `max_length` alone: the collator does the rest.
+template ends them. Completions are cut at the end, so that prompt and completion fit `max_length`;
+those of KTO, which other prompts borrow, only to `max_length` alone: the collator does the rest.
 
 Every row is looked at before training starts, and one that cannot be trained on is an error that
 names it. Rows are marked inside `Dataset.map` and reported after it, because the map may run in
@@ -92,8 +92,8 @@ def tokenize_unpaired(
 
     Returns:
         A dataset of the same kind with the columns `row` (int; both rows of a pair have its index),
-        `prompt_ids`, `completion_ids` (at most `max_length` tokens, whatever the prompt) and `label`
-        (bool).
+        `prompt_ids`, `completion_ids` (at most `max_length` tokens, whatever the prompt) and
+        `label` (bool).
 
     Raises:
         ValueError: as in `tokenize_pairs`; with a `Dataset`, also when all labels are alike.

@@ -33,7 +33,7 @@ class ReferencePolicy(ABC):
 
     @abstractmethod
     def logps(self, batch: PackedBatch) -> Tensor:
-        """(S,) float32 log-probabilities of the batch's sequences under the reference, no gradient."""
+        """(S,) float32 log-probs of the batch's sequences under the reference, no gradient."""
 
     @abstractmethod
     def sync(self) -> None:
@@ -60,14 +60,15 @@ class ReferencePolicy(ABC):
         file = folder / _STATE_FILE
         if not file.is_file():
             raise ValueError(
-                f"{folder.parent} holds no reference policy (expected {file.name} in {folder.name}): it was "
-                "cut short or written by another trainer; resume from another checkpoint"
+                f"{folder.parent} holds no reference policy (expected {file.name} in "
+                f"{folder.name}): it was cut short or written by another trainer; resume from "
+                "another checkpoint"
             )
         saved = json.loads(file.read_text())
         if saved != self._identity():
             raise ValueError(
-                f"{folder.parent} was trained with reference {saved}, this run has {self._identity()}: "
-                "resume with the options it was started with"
+                f"{folder.parent} was trained with reference {saved}, this run has "
+                f"{self._identity()}: resume with the options it was started with"
             )
         self.load_weights(folder)
 

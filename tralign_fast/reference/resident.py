@@ -1,4 +1,4 @@
-"""A second model on the device, run at every step: the baseline that every other place must equal."""
+"""A second model on the device, run at every step: the baseline that other places must equal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ResidentReference(ReferencePolicy):
     """Weights: a second model beside the policy. Exact for every schedule.
 
     Args:
-        model: the reference model, prepared like the policy (`modeling.prepare_model`); frozen here.
+        model: the reference, prepared like the policy (`modeling.prepare_model`); frozen here.
         rounding: how weights in bf16 or fp16 are rounded at a sync (`ema_update_`).
         seed: of the random bits of stochastic rounding.
     """
@@ -39,7 +39,7 @@ class ResidentReference(ReferencePolicy):
         self.model = model.eval()
         self.rounding = rounding
         self._generator = torch.Generator().manual_seed(seed)
-        # what the policy does not train never differs: quantised and frozen weights stay as they are
+        # what the policy does not train never differs: quantised and frozen weights stay put
         theirs = dict(model.named_parameters())
         self._moving = [
             (theirs[name], parameter)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrustRegion:
-    """The schedule of the reference: `π_ref ← α·π_θ + (1-α)·π_ref` after every `every` optimizer steps.
+    """The reference's schedule: `π_ref ← α·π_θ + (1-α)·π_ref` after every `every` optimizer steps.
 
     One schedule covers the methods of "Learn Your Reference Model for Real Good Alignment"
     (arXiv 2404.09656, section 3) and what TRL runs:

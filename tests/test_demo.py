@@ -1,0 +1,42 @@
+"""The main job, cut short: every step of the demo on the real model, two optimizer steps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.test_package import run_cli
+
+
+@pytest.mark.slow
+def test_the_demo_trains_measures_and_saves(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "demo"
+    options = [
+        "--max_steps", "2", "--ref_model_sync_steps", "1", "--per_device_train_batch_size", "1",
+        "--samples", "2", "--held_out", "2", "--output_dir", str(folder),
+    ]  # fmt: skip
+    out = run_cli("demo", *options)
+    assert out.returncode == 0, out.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["syncs"] == summary["steps"] == 2
+    assert summary["before"]["kl_to_start"] == summary["before"]["reward_margin"] == 0
+    assert summary["after"]["reward_margin"] != 0
+    assert summary["tokens_per_second"] > 0
+    assert f"{summary['after']['gold_reward']:+.3f}" in out.stdout
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "- after: " in (folder / "samples.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+    again = run_cli("demo", *options)
+    assert again.returncode == 2
+    assert "holds another run" in again.stderr.splitlines()[-1]
+    kto = run_cli("demo", "--loss_type", "kto", "--output_dir", str(tmp_path / "other"))
+    assert kto.returncode == 2
+    assert "the demo's pairs need dpo or ipo" in kto.stderr
