@@ -35,8 +35,7 @@ def words(count: int, generator: torch.Generator) -> str:
     return " ".join(WORDS[i] for i in picks)
 
 
-@pytest.fixture(scope="session")
-def small_tokenizer():
+def make_small_tokenizer():
     """A byte-level BPE tokenizer of 320 tokens with a chat template: losses over a real vocabulary
     of 49,152 would take most of the time of the tests that train."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -63,8 +62,12 @@ def small_tokenizer():
     return fast
 
 
-@pytest.fixture
-def tiny_llama(small_tokenizer):
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    return make_small_tokenizer()
+
+
+def make_tiny_llama(small_tokenizer):
     """A two-layer Llama with the small tokenizer's vocabulary, weights of a fixed seed, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,3 +86,8 @@ def tiny_llama(small_tokenizer):
             bos_token_id=small_tokenizer.bos_token_id,
         )
     )
+
+
+@pytest.fixture
+def tiny_llama(small_tokenizer):
+    return make_tiny_llama(small_tokenizer)

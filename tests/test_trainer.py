@@ -25,7 +25,7 @@ SCHEDULES = {
 
 def make(model, tokenizer, output_dir, method="dpo", rows=None, held_out=None, **extra) -> Any:
     rows = rows if rows is not None else (kto_rows() if method == "kto" else pair_rows())
-    config = TRConfig(**options(output_dir, loss_type=method, **extra))
+    config = TRConfig(**options(output_dir, loss_type=method, **{"reference": "resident", **extra}))
     return TRTrainer(
         copy.deepcopy(model),
         args=config,

@@ -95,7 +95,12 @@ def run_both(
     )
     mine = TRTrainer(
         copy.deepcopy(model),
-        args=TRConfig(**options(tmp_path / "ours", loss_type=method, **extra, **(ours or {}))),
+        args=TRConfig(
+            **options(
+                tmp_path / "ours",
+                **{"loss_type": method, "reference": "resident", **extra, **(ours or {})},
+            )
+        ),
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -59,7 +59,10 @@ class TRConfig(TrainingArguments):
         0.6, "α in [0, 1], the policy's weight in the new reference (1: hard update)."
     )
     ref_model_sync_steps: int = _option(512, "τ ≥ 1, optimizer steps between two updates.")
-    reference: str = _option("auto", "Where the reference lives: auto or resident.")
+    reference: str = _option(
+        "auto",
+        "Where the reference lives: auto (the cheapest that is exact), resident, snapshot, offloaded.",
+    )
     ema_rounding: str = _option(
         "stochastic", "How bf16 and fp16 reference weights are rounded: stochastic or nearest."
     )

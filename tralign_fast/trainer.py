@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +28,16 @@ from transformers import (
 from tralign_fast.config import TRConfig
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
+from tralign_fast.lookahead import Lookahead
 from tralign_fast.losses import PreferenceLoss
 from tralign_fast.metrics import MeanMetrics
 from tralign_fast.modeling import hidden_kl, prepare_model, sequence_logps
+from tralign_fast.reference import cheapest_reference
 from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.resident import ResidentReference
+from tralign_fast.reference.snapshot import SnapshotReference
+from tralign_fast.reference.window import WindowedReference
 
 REFERENCE_FOLDER = "reference"
 
@@ -107,10 +113,20 @@ class TRTrainer(Trainer):
             pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
             vocab_size=policy.get_input_embeddings().num_embeddings,  # pyright: ignore[reportArgumentType]
         )
-        first_reference = copy.deepcopy(policy) if ref_model is None else ref_model
         if args.disable_dropout:
             _disable_dropout(policy)
-            _disable_dropout(first_reference)
+            if ref_model is not None:
+                _disable_dropout(ref_model)
+        place, why = args.reference, "as asked for"
+        if place == "auto":
+            place, why = cheapest_reference(args.trust_region, own_start=ref_model is not None)
+        if place == "snapshot" and ref_model is not None:
+            raise ValueError(
+                'reference="snapshot" starts from the policy: leave ref_model out, or use '
+                'reference="offloaded" or "resident"'
+            )
+        if place == "resident" and ref_model is None:
+            ref_model = copy.deepcopy(policy)
         super().__init__(
             model=policy,
             args=args,
@@ -127,7 +143,9 @@ class TRTrainer(Trainer):
         packs = self._prepare(self.model)
         if isinstance(collator, PreferenceCollator):
             collator.layout = ("shared" if args.prefix_sharing else "packed") if packs else "padded"
-        self.reference = self._build_reference(first_reference)
+        self.reference = self._build_reference(place, ref_model)
+        self.accelerator.print(f"reference: {place} ({why})", file=sys.stderr)
+        self._lookahead = Lookahead(self)
         if self._initial is not None:
             self._prepare(self._initial)
         self.add_callback(_SyncReference(self.reference))
@@ -167,15 +185,53 @@ class TRTrainer(Trainer):
             model, packing=self.args.packing, logits_budget_mb=self.args.logits_budget_mb
         )
 
-    def _build_reference(self, ref_model: PreTrainedModel) -> ReferencePolicy:
-        self._prepare(ref_model)
-        return ResidentReference(
-            self.model,
-            self.args.trust_region,
-            self.accelerator.prepare_model(ref_model, evaluation_mode=True),
-            rounding=self.args.ema_rounding,
-            seed=self.args.seed,
-        )
+    def _build_reference(self, place: str, start: PreTrainedModel | None) -> ReferencePolicy:
+        schedule = self.args.trust_region
+        if place == "snapshot":
+            return SnapshotReference(self.model, schedule)
+        rounding = {"rounding": self.args.ema_rounding, "seed": self.args.seed}
+        if place == "offloaded":
+            return OffloadedReference(self.model, schedule, start, **rounding)
+        assert start is not None
+        self._prepare(start)
+        model = self.accelerator.prepare_model(start, evaluation_mode=True)
+        return ResidentReference(self.model, schedule, model, **rounding)
+
+    # --- windows ----------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if isinstance(self.reference, WindowedReference) and self.reference.needs_window:
+            self._open_window(self.reference, epoch_iterator)
+        return self._lookahead.take(epoch_iterator, num_batches), None
+
+    def _open_window(self, reference: WindowedReference, epoch_iterator: Iterator[Any]) -> None:
+        """Scores the steps until the next update, and the evaluations that fall between."""
+        step, schedule = self.state.global_step, reference.schedule
+        left = self.state.max_steps - step
+        steps = left if schedule.is_frozen else min(left, schedule.every - step % schedule.every)
+        reference.wrapped = self.model_wrapped
+        batches = self._lookahead.steps(epoch_iterator, steps)
+        total = steps * self.args.gradient_accumulation_steps
+        with self.compute_loss_context_manager():
+            shown = total if self.is_world_process_zero() and not self.args.disable_tqdm else None
+            reference.score_window(batches, shown)
+            if self._evaluates_between(step, step + steps):
+                for dataset in self._eval_datasets():
+                    loader = self.get_eval_dataloader(dataset)
+                    reference.score_window(loader, None if shown is None else len(loader))
+
+    def _evaluates_between(self, first: int, last: int) -> bool:
+        """Whether held-out batches are looked at after step `first` and up to `last`."""
+        if self.eval_dataset is None:
+            return False
+        if last == self.state.max_steps or self.args.eval_strategy == "epoch":
+            return True
+        every = self.state.eval_steps if self.args.eval_strategy == "steps" else 0
+        return bool(every) and last // every > first // every
+
+    def _eval_datasets(self) -> list[Any]:
+        several = isinstance(self.eval_dataset, dict)
+        return list(self.eval_dataset.values()) if several else [self.eval_dataset]
 
     # --- the loss ---------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ Letters: T tokens, N scored tokens, S sequences, B examples (pairs, or KTO rows)
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -112,6 +113,7 @@ class PackedBatch:
     grad_tokens: int  # the first so many scored tokens want a gradient (KTO's KL terms do not)
     share: float = 1.0  # of the examples of the batch that this is a part of
     kl: Tensor | None = None  # (), KTO's KL term of the whole batch where this is a part of one
+    fingerprint: int = 0  # of the contents, by which scores are found again
 
     @property
     def parts(self) -> tuple[PackedBatch, ...]:
@@ -262,6 +264,7 @@ class PreferenceCollator:
         lengths = tuple(map(len, scored))
         longest = max(lengths, default=0)
         places = [s * longest + j for s, n in enumerate(lengths) for j in range(n)]
+        contents = repr((tokens.input_ids, scored, rows, labels)).encode()
         return PackedBatch(
             input_ids=torch.tensor(tokens.input_ids),
             position_ids=torch.tensor(tokens.position_ids),
@@ -276,6 +279,7 @@ class PreferenceCollator:
             is_desirable=None if labels is None else torch.tensor(labels),
             grad_tokens=sum(lengths) if labels is None else sum(lengths[: len(prompts)]),
             share=share,
+            fingerprint=int.from_bytes(hashlib.blake2b(contents, digest_size=7).digest(), "big"),
         )
 
     def _check_vocabulary(

@@ -3,6 +3,26 @@
 from tralign_fast.reference.trust_region import TrustRegion
 
 # name -> "module:class", imported when asked for: the schedule alone needs no transformers
-REFERENCES = {"resident": "tralign_fast.reference.resident:ResidentReference"}
+REFERENCES = {
+    "resident": "tralign_fast.reference.resident:ResidentReference",
+    "snapshot": "tralign_fast.reference.snapshot:SnapshotReference",
+    "offloaded": "tralign_fast.reference.offloaded:OffloadedReference",
+}
 
-__all__ = ["REFERENCES", "TrustRegion"]
+
+def cheapest_reference(schedule: TrustRegion, *, own_start: bool) -> tuple[str, str]:
+    """(name, reason): the place that costs least and is exact for a schedule.
+
+    `own_start`: the first reference is another model than the policy.
+    """
+    if (schedule.is_frozen or schedule.alpha == 1.0) and not own_start:
+        return "snapshot", "the policy itself is the reference when a window begins"
+    if schedule.is_frozen or schedule.every > 1:
+        return (
+            "offloaded",
+            "the reference stands still between updates: its weights stay on the host",
+        )
+    return "resident", "the reference moves at every step: it has to run at every step"
+
+
+__all__ = ["REFERENCES", "TrustRegion", "cheapest_reference"]
