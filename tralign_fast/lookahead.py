@@ -1,8 +1,8 @@
-"""The batches of the coming optimizer steps, before they are trained on, in the trainer's real order.
+"""The batches of the coming optimizer steps in the trainer's real order, before it trains on them.
 
-What is left of the running epoch is taken from the trainer's own iterator and handed on to it later.
-Batches of later epochs are read from a second dataloader set to that epoch; the trainer reads them again
-when it gets there.
+What is left of the running epoch is taken from the trainer's own iterator and handed on to it
+later. Batches of later epochs are read from a second dataloader set to that epoch; the trainer
+reads them again when it gets there.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Lookahead:
             epoch += 1
             if not sized and epoch > running + 1:
                 raise ValueError(
-                    f"ref_model_sync_steps={trainer.args.ref_model_sync_steps}: the window is longer "
-                    "than an epoch of the streamed dataset, whose length is unknown; use a smaller "
+                    f"ref_model_sync_steps={trainer.args.ref_model_sync_steps}: the window is "
+                    "longer than an epoch of the streamed dataset, whose length is unknown; use a smaller "
                     'value, a dataset with a length, or reference="resident"'
                 )
             epoch_iterator = self._later_epoch(epoch)
 
     def _later_epoch(self, epoch: int) -> Iterator[Any]:
-        """The batches of a later epoch, leaving random states and accelerate's books as they are."""
+        """The batches of a later epoch, leaving random states and accelerate's books alone."""
         trainer = self._trainer
         with _kept_random_states():
             loader = trainer.get_train_dataloader()

@@ -1,9 +1,9 @@
 """References that are run once for every window of steps, not at every step.
 
 Between two updates the reference stands still. Right after an update it scores the batches of all
-the steps until the next one in a no-grad sweep, and only the log-probs of sequences are kept: a few
-bytes for each. Batches are known again by their contents (`PackedBatch.fingerprint`), so that the same
-scores serve training, evaluation inside the window and a run resumed in mid-window.
+the steps until the next one in a no-grad sweep, and only the log-probs of sequences are kept: a
+few bytes for each. Batches are known again by their contents (`PackedBatch.fingerprint`), so that
+the same scores serve training, evaluation inside the window and a run resumed in mid-window.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class WindowedReference(ReferencePolicy):
             return known.to(batch.input_ids.device)
         if not self.can_score_now():
             raise ValueError(
-                f"reference={self.name!r}: the batch of rows {_few(batch.rows)} was not scored when "
-                "its window began (other data, or another order, than the window saw), and the "
-                "policy has moved since; pass it as eval_dataset, evaluate right after an update, "
+                f"reference={self.name!r}: the batch of rows {_few(batch.rows)} was not scored "
+                "when its window began (other data, or another order, than the window saw), and "
+                "the policy has moved since; pass it as eval_dataset, evaluate right after an update, "
                 'or use reference="resident"'
             )
         with self.weights():
