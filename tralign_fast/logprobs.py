@@ -25,8 +25,10 @@ from tralign_fast._backend import pick_backend
 # A CPU tile of 16 MB stays in the last-level cache between the product that makes it and the
 # reduction that reads it; a GPU wants its products large.
 _CPU_TILE_BYTES = 16 << 20
-# Rows of a tile are reduced in blocks whose fp32 copy (1 MB) stays in the cache of a core.
-_ROW_BLOCK_ELEMENTS = 1 << 18
+# Rows of a tile are reduced in blocks whose fp32 copy is 8 MB. Blocks of 1 MB are as fast on idle
+# cores, but every block is a few parallel regions, and where another process takes a core each of
+# them waits for a thread that is not running: five times slower with one busy neighbour.
+_ROW_BLOCK_ELEMENTS = 1 << 21
 
 
 # --- the tile operations in PyTorch ---------------------------------------------------------------

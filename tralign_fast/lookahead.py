@@ -55,8 +55,8 @@ class Lookahead:
             if not sized and epoch > running + 1:
                 raise ValueError(
                     f"ref_model_sync_steps={trainer.args.ref_model_sync_steps}: the window is "
-                    "longer than an epoch of the streamed dataset, whose length is unknown; use a smaller "
-                    'value, a dataset with a length, or reference="resident"'
+                    "longer than an epoch of the streamed dataset, whose length is unknown; use a "
+                    'smaller value, a dataset with a length, or reference="resident"'
                 )
             epoch_iterator = self._later_epoch(epoch)
 

@@ -141,7 +141,8 @@ class Kill(TrainerCallback):
 
 tokenizer = make_small_tokenizer()
 rows, extra = two_epochs("dpo", 1)
-extra |= {{"save_strategy": "steps", "save_steps": 2, "reference": {place!r}, **WINDOWED[{place!r}]}}
+extra |= {{"save_strategy": "steps", "save_steps": 2, "reference": {place!r}}}
+extra |= WINDOWED[{place!r}]
 trainer = make(make_tiny_llama(tokenizer), tokenizer, {folder!r}, rows=rows, **extra)
 trainer.add_callback(Kill())
 trainer.train()

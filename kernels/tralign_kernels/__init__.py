@@ -1,0 +1,12 @@
+"""Triton kernels of tralign-fast and their launchers. Imports torch and triton, nothing else."""
+
+from tralign_kernels.ema import ema_reference, ema_update_
+from tralign_kernels.logprob import logprob_backward_, logprob_forward_, logprob_reference
+
+__all__ = [
+    "ema_reference",
+    "ema_update_",
+    "logprob_backward_",
+    "logprob_forward_",
+    "logprob_reference",
+]

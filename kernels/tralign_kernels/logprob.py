@@ -1,0 +1,337 @@
+"""One tile of logits → running logsumexp and target logit; the tile → its gradient, in place.
+
+Letters: N scored tokens (rows), V vocabulary, W columns of the tile: the vocabulary's columns
+[start, start + W). A raw logit x becomes the score z of the softmax in fp32:
+
+    s = x · logit_scale;  s = softcap · tanh(s / softcap) if softcap;  z = s · inverse_temperature
+
+which the kernels compute with two constants, folded on the host in fp64 and rounded once:
+
+    z = x · inner               inner = logit_scale · inverse_temperature
+    z = tanh(x · inner) · outer inner = logit_scale / softcap, outer = softcap · inverse_temperature
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tralign_kernels.ema import Launch, device_of, round_nearest
+
+# Both read (and the backward writes) 16 bytes a thread per load in bf16. Forward: one program walks
+# a row, so a block must be wide enough to hide the one reduction over warps per block: 16 columns a
+# thread. Backward: nothing is reduced; 8 columns a thread leave room for tanh.
+FORWARD_LAUNCH = {"cuda": Launch(block=4096, num_warps=8), "hip": Launch(block=4096, num_warps=8)}
+BACKWARD_LAUNCH = {"cuda": Launch(block=2048, num_warps=8), "hip": Launch(block=2048, num_warps=4)}
+
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@triton.jit
+def tanh_and_slope(u):
+    """(tanh(u), 1 - tanh²(u)) in fp32, any u, relative errors under 2⁻²¹ and 2⁻²⁰ + |u|·2⁻²¹.
+
+    Triton has no tanh that NVIDIA, AMD and the interpreter share. From ½ on it is made from
+    r = 1 / (exp(2u) + 1), whose exp may overflow to inf: tanh = 1 - 2r, and the slope 4r(1 - r)
+    keeps its digits where 1 - tanh² has none left. Below ½, 1 - 2r would cancel (an absolute 6e-8,
+    2e-6 after a softcap of 30), hence an odd polynomial: a Chebyshev fit of (tanh(u) - u) / u³ in
+    u² on [0, ½], whose own error is under 2⁻²⁴.
+    """
+    a = tl.abs(u)
+    square = u * u
+    small = 0.0179977858 * square - 0.0533904273
+    small = (small * square + 0.133305059) * square - 0.333333114
+    small = a + a * square * small
+    r = 1.0 / (tl.exp(2.0 * a) + 1.0)
+    is_small = a < 0.5  # NaN is not, and exp keeps it
+    magnitude = tl.where(is_small, small, 1.0 - 2.0 * r)
+    slope = tl.where(is_small, 1.0 - small * small, 4.0 * r * (1.0 - r))
+    return tl.where(u < 0.0, -magnitude, magnitude), slope
+
+
+@triton.jit
+def _score(x, inner, outer, SOFTCAP: tl.constexpr):
+    if SOFTCAP:
+        t, _ = tanh_and_slope(x * inner)
+        z = t * outer
+    else:
+        z = x * inner
+    return z
+
+
+@triton.jit(do_not_specialize=["start"])
+def _logprob_forward_kernel(
+    logits_ptr,  # (N, W)
+    targets_ptr,  # (N,) int64
+    logsumexp_ptr,  # (N,) fp32, running
+    target_logit_ptr,  # (N,) fp32
+    start,
+    W,
+    row_stride,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    # the maximum is one number a row, the sum one a column of the block: the sum is reduced over
+    # the threads once a row instead of once a block
+    peak = -float("inf")
+    mass = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, W, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < W
+        x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(inside, _score(x, inner, outer, SOFTCAP), -float("inf"))
+        # maxima skip NaN, the sum below does not
+        new_peak = tl.maximum(peak, tl.max(z, axis=0))
+        # a row of -inf so far: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
+        pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        mass = mass * tl.exp(peak - pivot) + tl.exp(z - pivot)
+        peak = new_peak
+
+    carried = tl.load(logsumexp_ptr + row)
+    top = tl.maximum(peak, carried)
+    pivot = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(mass, axis=0) * tl.exp(peak - pivot) + tl.exp(carried - pivot)
+    tl.store(logsumexp_ptr + row, pivot + tl.log(total))
+
+    column = tl.load(targets_ptr + row) - start
+    inside = (column >= 0) & (column < W)
+    x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target_logit_ptr + row, _score(x, inner, outer, SOFTCAP), mask=inside)
+
+
+@triton.jit(do_not_specialize=["start"])
+def _logprob_backward_kernel(
+    logits_ptr,  # (N, W), overwritten
+    targets_ptr,  # (N,) int64
+    logsumexp_ptr,  # (N,) fp32
+    grad_ptr,  # (N,) fp32
+    start,
+    W,
+    row_stride,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # columns vary fastest, so that programs that run together touch memory that lies together
+    blocks = tl.cdiv(W, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < W
+    logits_ptr += row * row_stride
+    target = tl.load(targets_ptr + row) - start
+    logsumexp = tl.load(logsumexp_ptr + row)
+    grad = tl.load(grad_ptr + row)
+    x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        t, slope = tanh_and_slope(x * inner)
+        z = t * outer
+        slope *= inner * outer
+    else:
+        z = x * inner
+        slope = inner
+    at_target = tl.where(column == target, 1.0, 0.0)
+    result = grad * (at_target - tl.exp(z - logsumexp)) * slope
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    tl.store(logits_ptr + column, round_nearest(result, dtype), mask=inside)
+
+
+def logprob_forward_(
+    logits: Tensor,  # (N, W) fp32, bf16 or fp16, unit column stride, any row stride
+    targets: Tensor,  # (N,) int64
+    start: int,
+    logsumexp: Tensor,  # (N,) float32, read and written
+    target_logit: Tensor,  # (N,) float32, written where the target lies in the tile
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    inverse_temperature: float = 1.0,
+) -> None:
+    """Folds the tile into the running `logsumexp`; notes the targets that lie in it.
+
+    In PyTorch, with z the scores of the tile in fp32 (see the module):
+
+        logsumexp.copy_(torch.logaddexp(logsumexp, z.logsumexp(1)))
+        inside = (targets >= start) & (targets < start + W)
+        target_logit[inside] = z[inside, targets[inside] - start]
+
+    After the last tile the log-probs are `target_logit - logsumexp`. The caller fills `logsumexp`
+    with -inf and `target_logit` with NaN before the first, so that a target outside the vocabulary
+    gives NaN. A logit of -inf is a masked column; NaN or +inf make the row's log-prob NaN. (A
+    softcap makes ±inf finite.) Traffic: the logits are read once.
+    """
+    N, W = _check_tile(logits, targets, logsumexp)
+    _check_vector(target_logit, N, torch.float32)
+    assert logsumexp.is_contiguous(), logsumexp.stride()
+    assert target_logit.is_contiguous(), target_logit.stride()
+    if N == 0 or W == 0:
+        return
+    launch = FORWARD_LAUNCH[_backend()]
+    # One program per row: the sum needs no second pass nor atomics, and the thousands of rows of a
+    # training step fill a GPU (132 SMs on an H100).
+    with device_of(logits):
+        _logprob_forward_kernel[(N,)](
+            logits,
+            targets.contiguous(),
+            logsumexp,
+            target_logit,
+            start,
+            W,
+            logits.stride(0),
+            *_fold(logit_scale, softcap, inverse_temperature),
+            SOFTCAP=softcap is not None,
+            BLOCK=launch.block,
+            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+        )
+
+
+def logprob_backward_(
+    logits: Tensor,  # (N, W) fp32, bf16 or fp16, unit column stride, any row stride; overwritten
+    targets: Tensor,  # (N,) int64
+    start: int,
+    logsumexp: Tensor,  # (N,) float32, over all V columns
+    grad: Tensor,  # (N,) float32, gradient of the log-probs
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    inverse_temperature: float = 1.0,
+) -> None:
+    """logits ← d(Σₙ grad[n] · logprob[n]) / d(logits), logprob = z[target - start] - logsumexp.
+
+    In PyTorch, with z the scores of the tile in fp32 (see the module):
+
+        onehot = arange(start, start + W) == targets[:, None]
+        logits.copy_(grad[:, None] * (onehot - exp(z - logsumexp[:, None])) * dz/dx)
+
+    with dz/dx = logit_scale · inverse_temperature, times 1 - tanh²(x · logit_scale / softcap) if
+    softcap. fp32 inside, rounded once. A target outside the tile has no onehot there. Traffic: the
+    logits are read and written once.
+    """
+    N, W = _check_tile(logits, targets, logsumexp)
+    _check_vector(grad, N, torch.float32)
+    if N == 0 or W == 0:
+        return
+    launch = BACKWARD_LAUNCH[_backend()]
+    # A program per row and block of columns, because nothing is reduced: a few hundred rows fill a
+    # GPU too. One axis of the grid, because the others end at 65,535 on NVIDIA.
+    programs = N * triton.cdiv(W, launch.block)
+    assert programs < 2**31, (N, W)
+    with device_of(logits):
+        _logprob_backward_kernel[(programs,)](
+            logits,
+            targets.contiguous(),
+            logsumexp.contiguous(),
+            grad.contiguous(),  # that of a sum is expanded: stride 0
+            start,
+            W,
+            logits.stride(0),
+            *_fold(logit_scale, softcap, inverse_temperature),
+            SOFTCAP=softcap is not None,
+            BLOCK=launch.block,
+            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+        )
+
+
+def _fold(
+    logit_scale: float, softcap: float | None, inverse_temperature: float
+) -> tuple[float, float]:
+    """(inner, outer) of the module's second form; floats, for Triton types an int as an integer."""
+    if softcap is None:
+        return float(logit_scale * inverse_temperature), 1.0
+    return float(logit_scale / softcap), float(softcap * inverse_temperature)
+
+
+def _check_tile(logits: Tensor, targets: Tensor, logsumexp: Tensor) -> tuple[int, int]:
+    N, W = logits.shape
+    assert logits.dtype in _DTYPES, logits.dtype
+    assert W <= 1 or logits.stride(1) == 1, logits.stride()
+    _check_vector(targets, N, torch.int64)
+    _check_vector(logsumexp, N, torch.float32)
+    return N, W
+
+
+def _check_vector(vector: Tensor, N: int, dtype: torch.dtype) -> None:
+    assert vector.shape == (N,), (vector.shape, N)
+    assert vector.dtype == dtype, (vector.dtype, dtype)
+
+
+def _backend() -> str:
+    return "hip" if torch.version.hip else "cuda"
+
+
+def aot_configurations(backend: str) -> list[dict[str, Any]]:
+    """Every configuration that the launchers can launch on `backend`, as `ema.aot_configurations`.
+
+    Aligned: W and the row stride are multiples of 16, as with nearly every vocabulary and tile; the
+    other (GPT-2's 50,257) loads column by column.
+    """
+    configurations = []
+    for fn, fourth, launches in (
+        (_logprob_forward_kernel, "target_logit_ptr", FORWARD_LAUNCH),
+        (_logprob_backward_kernel, "grad_ptr", BACKWARD_LAUNCH),
+    ):
+        for dtype in _DTYPES.values():
+            for softcap in (False, True):
+                for aligned in (True, False):
+                    name = f"{fn.__name__.strip('_').removesuffix('_kernel')} {dtype}"
+                    name += " softcap" * softcap + " unaligned" * (not aligned)
+                    constexprs = {"SOFTCAP": softcap, "BLOCK": launches[backend].block}
+                    signature = {
+                        "logits_ptr": f"*{dtype}",
+                        "targets_ptr": "*i64",
+                        "logsumexp_ptr": "*fp32",
+                        fourth: "*fp32",
+                        "start": "i32",
+                        "W": "i32",
+                        "row_stride": "i32",
+                        "inner": "fp32",
+                        "outer": "fp32",
+                        **dict.fromkeys(constexprs, "constexpr"),
+                    }
+                    divisible = (0, 1, 2, 3, 5, 6) if aligned else (0, 1, 2, 3)
+                    configurations.append(
+                        {
+                            "name": name,
+                            "fn": fn,
+                            "signature": signature,
+                            "constexprs": constexprs,
+                            "attrs": {(i,): [["tt.divisibility", 16]] for i in divisible},
+                            "options": {"num_warps": launches[backend].num_warps},
+                        }
+                    )
+    return configurations
+
+
+def logprob_reference(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N,) int64; outside [0, V): no target
+    grad: Tensor,  # (N,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    inverse_temperature: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logsumexp (N,), target_logit (N,), d logits (N, V)) in `dtype`, in plain PyTorch.
+
+    Over the whole vocabulary, the gradient by autograd: that the kernels' tiles add up to it is for
+    the tests to show.
+    """
+    x = logits.detach().to(dtype).requires_grad_()
+    z = x * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z * inverse_temperature
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    picked = z.gather(1, torch.where(inside, targets, 0)[:, None])[:, 0]
+    logsumexp = z.logsumexp(1)
+    logprob = torch.where(inside, picked, 0.0) - logsumexp
+    (d_logits,) = torch.autograd.grad(logprob, x, grad.to(dtype))
+    target_logit = torch.where(inside, picked, float("nan"))
+    return logsumexp.detach(), target_logit.detach(), d_logits
