@@ -31,13 +31,13 @@ class DemoOptions:
     output_dir: str = _option("runs/demo", "Folder of the results.")
     overwrite_output_dir: bool = _option(False, "Write into a folder that holds another run.")
     loss_type: str = _option("dpo", "dpo or ipo.")
-    max_steps: int = _option(40, "Optimizer steps.")
+    max_steps: int = _option(32, "Optimizer steps.")
     per_device_train_batch_size: int = _option(4, "Pairs in a step.")
-    learning_rate: float = _option(1e-5, "Peak learning rate.")
+    learning_rate: float = _option(2e-5, "Peak learning rate.")
     beta: float = _option(0.1, "β, the pull towards the reference.")
     ref_model_mixup_alpha: float = _option(0.6, "α, the policy's weight in the new reference.")
     ref_model_sync_steps: int = _option(
-        10, "τ, steps between two updates (the default of a real run, 512, would not come due)."
+        8, "τ, steps between two updates (the default of a real run, 512, would not come due)."
     )
     samples: int = _option(48, "Fresh samples that the gold reward is taken of, before and after.")
     held_out: int = _option(64, "Held-out pairs that accuracy and margin are taken of.")

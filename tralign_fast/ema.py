@@ -13,6 +13,8 @@ from tralign_fast._backend import pick_backend
 # 1M fp32 elements are 4 MB: the temporaries of a chunk stay in the cache of a CPU core, and the
 # peak of the foreach path on a device is bounded whatever the size of the largest weight.
 _CHUNK = 1 << 20
+# Dtypes of the Triton kernel; fp64 weights take the torch backend.
+_FUSED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def ema_update_(
     if (
         on_gpu
         and pick_backend("auto", refs[0].device) == "triton"
-        and _all_contiguous(refs, thetas)
+        and all(t.is_contiguous() and t.dtype in _FUSED for t in (*refs, *thetas))
     ):
         from tralign_kernels import ema_update_ as fused_update_
 
@@ -135,10 +137,6 @@ def _local(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "to_local"):
         return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     return tensor.detach()
-
-
-def _all_contiguous(refs: list[Tensor], thetas: list[Tensor]) -> bool:
-    return all(t.is_contiguous() for t in (*refs, *thetas))
 
 
 def _check_match(refs: list[Tensor], thetas: list[Tensor]) -> None:
