@@ -130,18 +130,24 @@ def _attend_segments(
     attend = functools.partial(
         _attend_one, layout=layout, scaling=scaling, dropout=dropout, window=window, softcap=softcap
     )
+    # `split`, because its backward is one concatenation; that of a slice fills a whole tensor of zeros
+    query_lengths, key_lengths = [], []
+    for _, prompt, completions in layout.groups:
+        query_lengths += [prompt + completions[0], *completions[1:]]
+        key_lengths += [prompt, *completions]
+    queries = iter(query.split(query_lengths, 2))
+    keys, values = iter(key.split(key_lengths, 2)), iter(value.split(key_lengths, 2))
     outputs = []
-    for start, prompt, completions in layout.groups:
-        begin = start + prompt
-        first = slice(start, begin + completions[0])
-        outputs.append(attend(query[:, :, first], key[:, :, first], value[:, :, first]))
-        begin += completions[0]
-        for length in completions[1:]:
-            own, shared = slice(begin, begin + length), slice(start, start + prompt)
-            keys = torch.cat([key[:, :, shared], key[:, :, own]], 2)
-            values = torch.cat([value[:, :, shared], value[:, :, own]], 2)
-            outputs.append(attend(query[:, :, own], keys, values))
-            begin += length
+    for _, _, completions in layout.groups:
+        shared_key, shared_value = next(keys), next(values)
+        for _ in completions:
+            outputs.append(
+                attend(
+                    next(queries),
+                    torch.cat([shared_key, next(keys)], 2),
+                    torch.cat([shared_value, next(values)], 2),
+                )
+            )
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
