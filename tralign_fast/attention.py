@@ -130,7 +130,7 @@ def _attend_segments(
     attend = functools.partial(
         _attend_one, layout=layout, scaling=scaling, dropout=dropout, window=window, softcap=softcap
     )
-    # `split`, because its backward is one concatenation; that of a slice fills a whole tensor of zeros
+    # `split`: its backward is one concatenation, where a slice's fills a whole tensor of zeros
     query_lengths, key_lengths = [], []
     for _, prompt, completions in layout.groups:
         query_lengths += [prompt + completions[0], *completions[1:]]

@@ -230,8 +230,8 @@ class TRTrainer(Trainer):
         return bool(every) and last // every > first // every
 
     def _eval_datasets(self) -> list[Any]:
-        several = isinstance(self.eval_dataset, dict)
-        return list(self.eval_dataset.values()) if several else [self.eval_dataset]
+        datasets: Any = self.eval_dataset
+        return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
 
     # --- the loss ---------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ WINDOWED = {
 
 
 def two_epochs(method, accumulation):
-    """Rows and options such that 12 steps are two epochs, windows straddle their border, and the last
-    step of an epoch has fewer batches with accumulation 2."""
+    """Rows and options such that 12 steps are two epochs, windows straddle their border, and the
+    last step of an epoch has fewer batches with accumulation 2."""
     rows = (kto_rows if method == "kto" else pair_rows)(11 * accumulation + 11)
     return rows, {
         "max_steps": STEPS,

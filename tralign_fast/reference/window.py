@@ -73,8 +73,8 @@ class WindowedReference(ReferencePolicy):
             raise ValueError(
                 f"reference={self.name!r}: the batch of rows {_few(batch.rows)} was not scored "
                 "when its window began (other data, or another order, than the window saw), and "
-                "the policy has moved since; pass it as eval_dataset, evaluate right after an update, "
-                'or use reference="resident"'
+                "the policy has moved since; pass it as eval_dataset, evaluate right after an "
+                'update, or use reference="resident"'
             )
         with self.weights():
             return self._run(batch)
