@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tralign_fast.attention as attention
+from tralign_fast._backend import warn_once
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.modeling import prepare_model, sequence_logps
 
@@ -181,8 +182,6 @@ def test_variable_length_indices(name, layout, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt-oss", "mamba"])
 def test_a_model_that_cannot_share_falls_back_with_one_warning(name):
-    from tralign_fast._backend import warn_once
-
     warn_once.cache_clear()
     if name == "mamba":
         from transformers import MambaConfig, MambaForCausalLM
@@ -198,6 +197,24 @@ def test_a_model_that_cannot_share_falls_back_with_one_warning(name):
     assert model.config._attn_implementation == before
     logps = sequence_logps(model, collate("padded"))
     assert torch.isfinite(logps).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_attention_that_shares_wrongly_is_found_out(dtype, monkeypatch, smollm2):
+    """One causal sequence over the whole row, as a model has it that ignores the layout."""
+    import copy
+
+    def whole_row(query, key, value, layout, *, scaling, dropout, window, softcap):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+
+    model = copy.deepcopy(smollm2[0]).to(dtype)
+    assert prepare_model(copy.deepcopy(model))
+    monkeypatch.setattr(attention, "_attend_segments", whole_row)
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="packed rows give other log-probs"):
+        assert not prepare_model(model)
 
 
 def test_generation_is_as_before():

@@ -97,7 +97,6 @@ class TRTrainer(Trainer):
             tokenizer.pad_token = tokenizer.eos_token
         self._paired = args.loss_spec.paired
         self._tokenizer = tokenizer
-        self._max_length = args.max_length
         train_dataset = self._tokenize(train_dataset, args, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._tokenize(d, args, k) for k, d in eval_dataset.items()}
@@ -212,7 +211,8 @@ class TRTrainer(Trainer):
         reference.wrapped = self.model_wrapped
         batches = self._lookahead.steps(epoch_iterator, steps)
         total = steps * self.args.gradient_accumulation_steps
-        with self.compute_loss_context_manager():
+        # one visit of the reference's weights for all that is scored
+        with self.compute_loss_context_manager(), reference.weights():
             shown = total if self.is_world_process_zero() and not self.args.disable_tqdm else None
             reference.score_window(batches, shown)
             if self._evaluates_between(step, step + steps):
