@@ -61,7 +61,11 @@ class TRConfig(TrainingArguments):
     ref_model_sync_steps: int = _option(512, "τ ≥ 1, optimizer steps between two updates.")
     reference: str = _option(
         "auto",
-        "Where the reference lives: auto (the cheapest exact one), resident, snapshot, offloaded.",
+        "Where the reference lives: auto (the cheapest exact one), resident, snapshot, offloaded, "
+        "adapter (PEFT LoRA).",
+    )
+    adapter_tolerance: float = _option(
+        1e-6, 'reference="adapter": weight in [0, 1) under which a past adapter is dropped.'
     )
     ema_rounding: str = _option(
         "stochastic", "How bf16 and fp16 reference weights are rounded: stochastic or nearest."

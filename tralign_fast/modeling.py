@@ -64,7 +64,13 @@ def enable_logprobs(
         ValueError: the model has no linear output embedding.
     """
     causal_lm = _causal_lm(model)
-    head = causal_lm.get_output_embeddings()
+    head = _lm_head(causal_lm)
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{type(causal_lm).__name__}: lm_head carries a PEFT adapter, but its log-probs are "
+            "computed from one weight; leave lm_head out of target_modules, or train it whole with "
+            'modules_to_save=["lm_head"]'
+        )
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{type(causal_lm).__name__}: expected a linear output embedding (lm_head), got "
@@ -84,7 +90,7 @@ def enable_logprobs(
         hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
         if score_targets is None:
             return LogprobOutput(hidden=hidden)
-        lm_head = self.get_output_embeddings()
+        lm_head = _lm_head(self)
 
         def score(rows: slice) -> Tensor:
             return linear_logprobs(
@@ -144,7 +150,7 @@ def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> T
             z = options.softcap * torch.tanh(z / options.softcap)
         return z.log_softmax(-1)
 
-    p_head, q_head = head.get_output_embeddings(), _causal_lm(other).get_output_embeddings()
+    p_head, q_head = _lm_head(head), _lm_head(_causal_lm(other))
     total = hidden.new_zeros((), dtype=torch.float32)
     step = max(1, (64 << 20) // (4 * p_head.weight.shape[0]))
     for start in range(0, tokens, step):
@@ -276,3 +282,12 @@ def _unwrapped(model: Any) -> Any:
 def _causal_lm(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _lm_head(causal_lm: Any) -> Any:
+    """The output embedding in use: PEFT keeps the one of `modules_to_save` beside the original."""
+    head = causal_lm.get_output_embeddings()
+    if not hasattr(head, "modules_to_save"):
+        return head
+    active = [] if head.disable_adapters else head.active_adapters
+    return head.modules_to_save[active[0]] if active else head.original_module

@@ -33,7 +33,9 @@ from tralign_fast.losses import PreferenceLoss
 from tralign_fast.metrics import MeanMetrics
 from tralign_fast.modeling import hidden_kl, prepare_model, sequence_logps
 from tralign_fast.reference import cheapest_reference
+from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.resident import ResidentReference
 from tralign_fast.reference.snapshot import SnapshotReference
@@ -117,12 +119,17 @@ class TRTrainer(Trainer):
             if ref_model is not None:
                 _disable_dropout(ref_model)
         place, why = args.reference, "as asked for"
+        lora = next(trained_adapters(policy), None) is not None
         if place == "auto":
-            place, why = cheapest_reference(args.trust_region, own_start=ref_model is not None)
-        if place == "snapshot" and ref_model is not None:
+            place, why = cheapest_reference(
+                args.trust_region, own_start=ref_model is not None, lora=lora
+            )
+        starts_here = place in ("snapshot", "adapter") or (place == "offloaded" and lora)
+        if starts_here and ref_model is not None:
+            others = "" if lora else '"offloaded" or '
             raise ValueError(
-                'reference="snapshot" starts from the policy: leave ref_model out, or use '
-                'reference="offloaded" or "resident"'
+                f'reference="{place}" starts from the policy: leave ref_model out, or use '
+                f'reference={others}"resident"'
             )
         if place == "resident" and ref_model is None:
             ref_model = copy.deepcopy(policy)
@@ -189,6 +196,9 @@ class TRTrainer(Trainer):
         if place == "snapshot":
             return SnapshotReference(self.model, schedule)
         rounding = {"rounding": self.args.ema_rounding, "seed": self.args.seed}
+        if place == "adapter":
+            tolerance = self.args.adapter_tolerance
+            return AdapterReference(self.model, schedule, tolerance=tolerance, **rounding)
         if place == "offloaded":
             return OffloadedReference(self.model, schedule, start, **rounding)
         assert start is not None

@@ -7,16 +7,24 @@ REFERENCES = {
     "resident": "tralign_fast.reference.resident:ResidentReference",
     "snapshot": "tralign_fast.reference.snapshot:SnapshotReference",
     "offloaded": "tralign_fast.reference.offloaded:OffloadedReference",
+    "adapter": "tralign_fast.reference.adapter:AdapterReference",
 }
 
 
-def cheapest_reference(schedule: TrustRegion, *, own_start: bool) -> tuple[str, str]:
+def cheapest_reference(
+    schedule: TrustRegion, *, own_start: bool, lora: bool = False
+) -> tuple[str, str]:
     """(name, reason): the place that costs least and is exact for a schedule.
 
-    `own_start`: the first reference is another model than the policy.
+    `own_start`: the first reference is another model than the policy; `lora`: the policy trains a
+    PEFT adapter.
     """
     if (schedule.is_frozen or schedule.alpha == 1.0) and not own_start:
         return "snapshot", "the policy itself is the reference when a window begins"
+    if lora and own_start:
+        return "resident", "ref_model has a base of its own beside that of the policy's adapter"
+    if lora:
+        return "adapter", "soft updates mix weights, not factors: past adapters on a shared base"
     if schedule.is_frozen or schedule.every > 1:
         return (
             "offloaded",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tralign_fast.ema import ema_update_
+from tralign_fast.reference.lora import mixed_parameters
 from tralign_fast.reference.trust_region import TrustRegion
 from tralign_fast.reference.window import WindowedReference
 
@@ -25,6 +26,9 @@ class OffloadedReference(WindowedReference):
     Args:
         start: the first reference, a model like the policy; None: the policy as it is.
         rounding, seed: as in `ema_update_`, for weights in bf16 or fp16.
+
+    Raises:
+        ValueError: soft updates of a PEFT adapter (`mixed_parameters`).
     """
 
     name = "offloaded"
@@ -39,16 +43,16 @@ class OffloadedReference(WindowedReference):
         seed: int = 0,
     ) -> None:
         super().__init__(policy, schedule)
-        source = dict((start or policy).named_parameters())
         self.rounding = rounding
         self._generator = torch.Generator().manual_seed(seed)
-        # what the policy does not train never differs
-        self._host: dict[str, Tensor] = {
-            name: _host_copy(source[name])
-            for name, parameter in policy.named_parameters()
-            if parameter.requires_grad
-        }
+        # another model's frozen weights may differ too
+        source = self.mixed_parameters() if start is None else dict(start.named_parameters())
+        self._host: dict[str, Tensor] = {name: _host_copy(p) for name, p in source.items()}
         self._inside = False
+
+    def mixed_parameters(self) -> dict[str, Tensor]:
+        """What moves tensor by tensor, by name."""
+        return mixed_parameters(self.policy, self.schedule, self.name)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
@@ -68,9 +72,8 @@ class OffloadedReference(WindowedReference):
 
     @torch.no_grad()
     def move(self) -> None:
-        parameters = dict(self.policy.named_parameters())
-        for name, host in self._host.items():
-            theta = parameters[name].detach()
+        for name, parameter in self.mixed_parameters().items():
+            host, theta = self._host[name], parameter.detach()
             ref = host.to(theta.device)  # the tensor itself on a CPU
             ema_update_(
                 [ref],
@@ -93,6 +96,7 @@ class OffloadedReference(WindowedReference):
                 held = parameter.detach().clone()
                 parameter.data.copy_(host, non_blocking=True)
                 host.copy_(held)
+        torch.clear_autocast_cache()  # it knows a parameter by its address, not by its values
 
     def save_weights(self, folder: Path) -> None:
         super().save_weights(folder)

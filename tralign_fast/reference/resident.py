@@ -12,6 +12,7 @@ from tralign_fast.data.packing import PackedBatch
 from tralign_fast.ema import ema_update_
 from tralign_fast.modeling import sequence_logps
 from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.lora import mixed_parameters
 from tralign_fast.reference.trust_region import TrustRegion
 
 
@@ -22,6 +23,10 @@ class ResidentReference(ReferencePolicy):
         model: the reference, prepared like the policy (`modeling.prepare_model`); frozen here.
         rounding: how weights in bf16 or fp16 are rounded at a sync (`ema_update_`).
         seed: of the random bits of stochastic rounding.
+
+    Raises:
+        ValueError: soft updates of a PEFT adapter (`mixed_parameters`), or a model that lacks what
+            the policy trains.
     """
 
     name = "resident"
@@ -39,13 +44,14 @@ class ResidentReference(ReferencePolicy):
         self.model = model.eval()
         self.rounding = rounding
         self._generator = torch.Generator().manual_seed(seed)
-        # what the policy does not train never differs: quantised and frozen weights stay put
         theirs = dict(model.named_parameters())
-        self._moving = [
-            (theirs[name], parameter)
-            for name, parameter in policy.named_parameters()
-            if parameter.requires_grad
-        ]
+        moving = {} if schedule.is_frozen else mixed_parameters(policy, schedule, self.name)
+        if other := next((name for name in moving if name not in theirs), None):
+            raise ValueError(
+                f"ref_model has no {other}, which the policy trains: pass a model built like the "
+                "policy (with its adapter), or freeze the reference with sync_ref_model=False"
+            )
+        self._moving = [(theirs[name], parameter) for name, parameter in moving.items()]
         model.requires_grad_(False)
 
     @torch.no_grad()
