@@ -1,0 +1,473 @@
+"""The adapter reference against a resident one of merged full weights: the same losses."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.reference.test_windows import STEPS, two_epochs
+from tests.test_trainer import make
+from tests.test_trl_parity import history, pair_rows
+from tralign_fast import TRTrainer, TrustRegion
+from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.ema import ema_update_
+from tralign_fast.modeling import prepare_model, sequence_logps
+from tralign_fast.reference.adapter import AdapterReference
+from tralign_fast.reference.base import ReferencePolicy
+
+peft = pytest.importorskip("peft")
+LoraLayer = pytest.importorskip("peft.tuners.lora").LoraLayer
+ROOT = Path(__file__).parents[2]
+SCHEDULES = {
+    "hard": {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3},
+    "soft": {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 1},
+    "hybrid": {"ref_model_mixup_alpha": 0.4, "ref_model_sync_steps": 3},
+}
+ROWS = [
+    {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10, 11, 12]},
+    {"prompt_ids": [13], "chosen_ids": [14, 15, 16], "rejected_ids": [17]},
+]
+
+
+def lora(model, *, trained=True, **options):
+    """A LoRA policy; `trained`: its adapter is not that of a start (B = 0)."""
+    torch.manual_seed(1)
+    config = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", **options}
+    return peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(init_lora_weights=not trained, **config)
+    )
+
+
+def merged(policy):
+    """The full model that a LoRA policy is."""
+    model = copy.deepcopy(policy).eval().requires_grad_(False)
+    if isinstance(model, peft.PeftModel):
+        return model.merge_and_unload()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return model
+
+
+class MergedReference(ReferencePolicy):
+    """A second full model that moves in weight space."""
+
+    name = "merged"
+
+    def __init__(self, policy, schedule):
+        super().__init__(policy, schedule)
+        self.model = merged(policy)
+
+    @torch.no_grad()
+    def logps(self, batch):
+        return sequence_logps(self.model, batch)
+
+    def sync(self):
+        theta = dict(merged(self.policy).named_parameters())
+        refs = dict(self.model.named_parameters())
+        ema_update_(list(refs.values()), [theta[name] for name in refs], self.schedule.alpha)
+
+    def save_weights(self, folder): ...
+
+    def load_weights(self, folder): ...
+
+
+@pytest.fixture
+def with_merged(monkeypatch):
+    def build(self, place, start):
+        return MergedReference(self.model, self.args.trust_region)
+
+    def make_merged(*args, **extra):
+        with monkeypatch.context() as patch:
+            patch.setattr(TRTrainer, "_build_reference", build)
+            return make(*args, **extra)
+
+    return make_merged
+
+
+def batch_of(rows=ROWS):
+    (batch,) = PreferenceCollator(paired=True)(rows).parts
+    return batch
+
+
+@torch.no_grad()
+def shake(policy, seed, size=0.05):
+    """A step of training, as far as a reference can tell."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter.dtype), alpha=size)
+
+
+# --- the same losses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "method", "accumulation"),
+    [*itertools.product(("hard", "soft"), ("dpo", "ipo", "kto"), (1, 2)), ("hybrid", "kto", 2)],
+)
+def test_losses_equal_those_of_a_resident_reference_of_merged_weights(
+    schedule, method, accumulation, tiny_llama, small_tokenizer, tmp_path, with_merged
+):
+    rows, extra = two_epochs(method, accumulation)
+    extra |= {"reference": "adapter", **SCHEDULES[schedule]}
+    policy = lora(tiny_llama, trained=method != "ipo")
+    runs = []
+    for name, build in (("merged", with_merged), ("adapter", make)):
+        trainer = build(policy, small_tokenizer, tmp_path / name, method, rows, **extra)
+        assert trainer.reference.name == name
+        runs.append(history(trainer))
+        assert trainer.state.epoch > 1
+    assert len(runs[0]) == STEPS
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    assert len(set(runs[0])) > 4
+
+
+def biased(model):
+    """The model with biases in its attention, so that something can carry `bias` options."""
+    config = copy.deepcopy(model.config)
+    config.attention_bias = True
+    torch.manual_seed(0)
+    return type(model)(config)
+
+
+def two_adapters(model):
+    policy = lora(model)
+    policy.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    policy.base_model.set_adapter(["default", "second"])
+    return policy
+
+
+def on_a_frozen_adapter(model):
+    policy = two_adapters(model)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("second" in name)
+    return policy
+
+
+def with_free_norms(model):
+    policy = lora(model)
+    for name, parameter in policy.named_parameters():
+        if "layernorm" in name:
+            parameter.requires_grad_(True)
+    return policy
+
+
+def with_frozen_down(model):
+    policy = lora(model)
+    for name, parameter in policy.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    return policy
+
+
+KINDS = {
+    "rslora, patterns": lambda m: lora(
+        m, use_rslora=True, rank_pattern={"q_proj": 5, "o_proj": 20}, alpha_pattern={"v_proj": 1}
+    ),
+    "biases": lambda m: lora(biased(m), bias="lora_only"),
+    "lora_bias": lambda m: lora(biased(m), lora_bias=True, target_modules=["q_proj", "v_proj"]),
+    "head and embeddings": lambda m: lora(m, modules_to_save=["lm_head", "embed_tokens"]),
+    "norms": with_free_norms,
+    "two adapters": two_adapters,
+    "on a frozen adapter": on_a_frozen_adapter,
+    "one factor": with_frozen_down,
+    "no PeftModel": lambda m: lora(m).get_base_model(),
+}
+
+
+@pytest.mark.parametrize("alpha", [0.6, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_adapters(kind, alpha, tiny_llama, tmp_path):
+    policy = KINDS[kind](tiny_llama)
+    prepare_model(policy)
+    schedule = TrustRegion(alpha, 2)
+    truth, reference = MergedReference(policy, schedule), AdapterReference(policy, schedule)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    batch, seen = batch_of(), []
+    for step in range(6):
+        seen.append(truth.logps(batch))
+        torch.testing.assert_close(reference.logps(batch), seen[-1], rtol=1e-5, atol=1e-5)
+        shake(policy, step)
+        assert not torch.allclose(sequence_logps(policy, batch), seen[-1], rtol=1e-3)
+        truth.sync()
+        reference.sync()
+    assert not torch.allclose(seen[0], seen[-1], rtol=1e-3)
+    reference.save(tmp_path)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(before[name])
+    again = AdapterReference(policy, schedule)
+    again.load(tmp_path)
+    assert torch.equal(again.logps(batch), reference.logps(batch))
+    shake(policy, 6)
+    again.sync()
+    reference.sync()
+    assert torch.equal(again.logps(batch), reference.logps(batch))
+
+
+def test_hard_updates_copy_the_bits_of_the_factors(tiny_llama):
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = lora(tiny_llama).to(dtype).eval()
+        prepare_model(policy)
+        reference = AdapterReference(policy, TrustRegion(1.0, 2))
+        shake(policy, 0)
+        reference.sync()
+        expected = sequence_logps(policy, batch_of())
+        held = {n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad}
+        shake(policy, 1)
+        assert torch.equal(reference.logps(batch_of()), expected)
+        assert not torch.equal(sequence_logps(policy, batch_of()), expected)
+        for name, delta in reference._deltas.items():
+            layer, _, adapter = name.rpartition(".")
+            for part, tensor in (
+                ("lora_A", delta.state()["down"]),
+                ("lora_B", delta.state()["up"]),
+            ):
+                assert torch.equal(tensor, held[f"{layer}.{part}.{adapter}.weight"])
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-2])
+def test_past_adapters_are_cut_at_the_tolerance(tolerance, tiny_llama):
+    policy = lora(tiny_llama, r=1, target_modules=["up_proj"])
+    schedule = TrustRegion(0.6, 1)
+    reference = AdapterReference(policy, schedule, tolerance=tolerance)
+    (delta,) = [d for name, d in reference._deltas.items() if ".0." in name]
+    down, up = delta.factors
+    truth, largest = (up.double() @ down.double()).detach(), 0.0
+    for step in range(30):
+        shake(policy, step, 0.3)
+        reference.sync()
+        product = (up.double() @ down.double()).detach()
+        truth, largest = truth.lerp(product, 0.6), max(largest, float(product.norm()))
+    assert sum(reference._weights) == pytest.approx(1)
+    terms = math.ceil(math.log(tolerance) / math.log(1 - 0.6))
+    assert len(reference._weights) == terms
+    state = delta.state()
+    assert state["down"].shape == (terms, 32)
+    held = state["up"].double() * torch.tensor(reference._weights) @ state["down"].double()
+    error = float((held - truth).norm())
+    assert error < 2 * tolerance * largest + 1e-6
+    assert error > 0.01 * tolerance * largest  # the cut is there, and no finer than stated
+
+
+def test_a_layer_holds_no_more_than_its_weight(tiny_llama):
+    policy = lora(tiny_llama, r=4, target_modules=["q_proj"])
+    reference = AdapterReference(policy, TrustRegion(0.01, 1))
+    for step in range(10):
+        shake(policy, step)
+        reference.sync()
+        for delta in reference._deltas.values():
+            assert sum(t.numel() for t in delta.state().values()) <= 32 * 32
+            assert delta.state().keys() == ({"down", "up"} if step < 3 else {"up"})
+    assert len(reference._weights) == 11  # all of them count: none is cut
+
+
+def test_the_mean_of_factors_is_another_reference(tiny_llama, small_tokenizer, tmp_path):
+    """Factor-wise EMA, which a plain EMA over a PEFT model's parameters is."""
+    policy = lora(tiny_llama)
+    prepare_model(policy)
+    schedule = TrustRegion(0.5, 2)
+    truth, reference = MergedReference(policy, schedule), AdapterReference(policy, schedule)
+    start = truth.logps(batch_of())
+    factorwise = copy.deepcopy(policy).eval()
+    for step in range(4):
+        shake(policy, step, 0.2)
+        truth.sync()
+        reference.sync()
+        pairs = zip(factorwise.parameters(), policy.parameters(), strict=True)
+        refs, thetas = zip(*[(r, t) for r, t in pairs if t.requires_grad], strict=True)
+        ema_update_(list(refs), list(thetas), 0.5)
+    expected = truth.logps(batch_of())
+    torch.testing.assert_close(reference.logps(batch_of()), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        other = sequence_logps(factorwise, batch_of())
+    moved = (expected - start).abs().max()
+    assert (other - expected).abs().max() > 0.05 * moved
+    for place in ("resident", "offloaded"):
+        with pytest.raises(ValueError, match=rf'"?{place}.* would mix the factors of .*"adapter"'):
+            make(policy, small_tokenizer, tmp_path, reference=place, ref_model_mixup_alpha=0.5)
+
+
+# --- it stays out of the way ----------------------------------------------------------------------
+
+
+def test_the_policy_is_left_as_it_was(tiny_llama, small_tokenizer, tmp_path):
+    extra = {"reference": "adapter", "max_steps": 3, **SCHEDULES["hybrid"], "max_grad_norm": 0}
+    policy = lora(tiny_llama, lora_dropout=0.3, modules_to_save=["embed_tokens"])
+    trainer = make(policy, small_tokenizer, tmp_path, disable_dropout=False, **extra)
+    model, reference = trainer.model, trainer.reference
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    ids = {name: id(p) for name, p in model.named_parameters()}
+    trainer.train()
+    shake(model, 0)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    model.train()
+    first, second = reference.logps(batch_of()), reference.logps(batch_of())
+    assert torch.equal(first, second)  # no dropout in a reference
+    with pytest.raises(RuntimeError, match="by the way"), reference.weights(), reference.weights():
+        raise RuntimeError("by the way")
+    assert model.training
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert {name: id(p) for name, p in model.named_parameters()} == ids
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised == {ids[name] for name, trained in flags.items() if trained}
+    assert not any("forward" in m.__dict__ for n, m in model.named_modules() if "lora_" in n)
+
+    trainer.save_model(str(tmp_path / "saved"))
+    written = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert len(written) == 2 * 14 + 1
+    fresh = peft.PeftModel.from_pretrained(copy.deepcopy(tiny_llama), str(tmp_path / "saved"))
+    prepare_model(fresh)
+    model.eval()
+    torch.testing.assert_close(
+        sequence_logps(fresh.eval(), batch_of()), sequence_logps(model, batch_of())
+    )
+
+
+def test_gradient_checkpointing_and_autocast(tiny_llama, small_tokenizer, tmp_path, with_merged):
+    extra = {"reference": "adapter", "max_steps": 4, **SCHEDULES["soft"]}
+    policy = lora(tiny_llama)
+    plain = history(make(policy, small_tokenizer, tmp_path / "a", **extra))
+    for reentrant in (False, True):
+        extra |= {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+        }
+        again = history(make(policy, small_tokenizer, tmp_path / f"b{reentrant}", **extra))
+        assert again == pytest.approx(plain, rel=1e-5)
+    extra["bf16"] = True
+    half = history(make(policy, small_tokenizer, tmp_path / "c", **extra))
+    assert half == pytest.approx(plain, rel=0.02)
+    assert half != plain
+
+
+@pytest.mark.parametrize("place", ["adapter", "offloaded"])
+def test_autocast_does_not_keep_the_weights_of_a_sweep(
+    place, tiny_llama, small_tokenizer, tmp_path
+):
+    """Rows that no window saw: policy and reference run inside one autocast."""
+    extra = {"max_steps": 2, "bf16": True, **SCHEDULES["hard"], "learning_rate": 0.05}
+    policy = lora(tiny_llama, modules_to_save=["lm_head", "embed_tokens"])
+    logs = []
+    for name in ("resident", place):
+        trainer = make(policy, small_tokenizer, tmp_path / name, reference=name, **extra)
+        trainer.train()
+        logs.append(trainer.evaluate(pair_rows(4)))
+    assert logs[0]["eval_rewards/chosen"] != 0
+    for key in ("eval_loss", "eval_logps/chosen", "eval_rewards/chosen"):
+        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-6), key
+
+
+def test_a_model_wrapped_for_several_processes(tiny_llama, tmp_path):
+    import torch.distributed as dist
+
+    policy = lora(tiny_llama)
+    prepare_model(policy)
+    reference = AdapterReference(policy, TrustRegion(0.6, 1))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(policy)
+        for step in range(3):
+            expected = reference.logps(batch_of())
+            reference.wrapped = wrapped
+            assert torch.equal(reference.logps(batch_of()), expected)
+            reference.wrapped = None
+            sequence_logps(wrapped, batch_of()).sum().backward()
+            shake(policy, step)
+            reference.sync()
+    finally:
+        dist.destroy_process_group()
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("schedule", ["soft", "hybrid"])
+def test_evaluation_inside_a_run(schedule, tiny_llama, small_tokenizer, tmp_path, with_merged):
+    extra = {
+        "reference": "adapter", "max_steps": 5, "eval_strategy": "steps", "eval_steps": 2,
+        "held_out": pair_rows(6), "log_kl_initial": True, **SCHEDULES[schedule],
+    }  # fmt: skip
+    logs = []
+    for name, build in (("merged", with_merged), ("adapter", make)):
+        trainer = build(lora(tiny_llama), small_tokenizer, tmp_path / name, **extra)
+        before = trainer.evaluate()
+        trainer.train()
+        logs.append([before, *trainer.state.log_history, trainer.evaluate(pair_rows(3))])
+    for theirs, mine in zip(*logs, strict=True):
+        for key in theirs.keys() & {"eval_loss", "eval_rewards/margins", "eval_kl/initial"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["soft", "hybrid"])
+def test_resume(schedule, tiny_llama, small_tokenizer, tmp_path):
+    rows, extra = two_epochs("dpo", 1)
+    extra |= {"save_strategy": "steps", "save_steps": 4, "reference": "adapter"}
+    extra |= SCHEDULES[schedule]
+    policy = lora(tiny_llama, modules_to_save=["lm_head"])
+    expected = history(make(policy, small_tokenizer, tmp_path, rows=rows, **extra))
+    for step in (4, 8):
+        again = make(policy, small_tokenizer, tmp_path, rows=rows, **extra)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        resumed = [log["loss"] for log in again.state.log_history if "loss" in log]
+        assert resumed == expected
+    folder = tmp_path / "checkpoint-4"
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not list(folder.glob("model*.safetensors"))
+    other = make(policy, small_tokenizer, tmp_path, rows=rows, adapter_tolerance=1e-3, **extra)
+    with pytest.raises(ValueError, match="resume with the options it was started with"):
+        other.train(resume_from_checkpoint=str(folder))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from transformers import TrainerCallback
+from tests.conftest import make_small_tokenizer, make_tiny_llama
+from tests.reference.test_adapter import SCHEDULES, lora
+from tests.reference.test_windows import two_epochs
+from tests.test_trainer import make
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+tokenizer = make_small_tokenizer()
+rows, extra = two_epochs("dpo", 1)
+extra |= {{"save_strategy": "steps", "save_steps": 2, "reference": "adapter"}}
+extra |= SCHEDULES["hybrid"]
+trainer = make(lora(make_tiny_llama(tokenizer)), tokenizer, {folder!r}, rows=rows, **extra)
+trainer.add_callback(Kill())
+trainer.train()
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_losses(tiny_llama, small_tokenizer, tmp_path):
+    code = KILLED.format(root=str(ROOT), folder=str(tmp_path / "run"))
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    rows, extra = two_epochs("dpo", 1)
+    extra |= {"save_strategy": "steps", "save_steps": 2, "reference": "adapter"}
+    extra |= SCHEDULES["hybrid"]
+    policy = lora(tiny_llama)
+    again = make(policy, small_tokenizer, tmp_path / "run", rows=rows, **extra)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    resumed = [log["loss"] for log in again.state.log_history if "loss" in log]
+    whole = make(policy, small_tokenizer, tmp_path / "whole", rows=rows, **extra)
+    assert resumed == pytest.approx(history(whole), rel=1e-6)
