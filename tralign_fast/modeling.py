@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,11 +24,10 @@ from tralign_fast.logprobs import linear_logprobs
 
 
 @dataclass
-class LogprobOutput(ModelOutput):
+class ScoreOutput(ModelOutput):
     """What a model returns when it was given `score_index`."""
 
-    logps: Tensor | None = None  # (N,) float32
-    hidden: Tensor | None = None  # (N, H), instead of logps when asked for
+    scores: Tensor | None = None  # (N,) float32 log-probs, or what the given `score` returned
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class HeadOptions:
 def enable_logprobs(
     model: PreTrainedModel, *, logits_budget_mb: float = 1024, backend: str = "auto"
 ) -> Callable[[], None]:
-    """Lets `model(**batch_inputs)` return a `LogprobOutput`; returns the function that undoes it.
+    """Lets `model(**batch_inputs)` return a `ScoreOutput`; returns the function that undoes it.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one.
@@ -77,49 +76,81 @@ def enable_logprobs(
             f"{type(head).__name__}"
         )
     disable_logprobs(causal_lm)
-    before = causal_lm.__dict__.get("forward")  # set by whoever wrapped this instance, or None
-    original = getattr(causal_lm.forward, "__func__", causal_lm.forward)
-    options = HeadOptions.of(causal_lm.config)
+    options = {
+        **asdict(HeadOptions.of(causal_lm.config)),
+        "logits_budget_mb": logits_budget_mb,
+        "backend": backend,
+    }
 
-    # the original's signature stays: `generate` checks its arguments against it
-    @functools.wraps(type(causal_lm).forward)
-    def forward(self, *args, score_index=None, score_targets=None, grad_tokens=None, **kwargs):
+    def forward(
+        own_forward, self, *args,
+        score_index=None, score_targets=None, grad_tokens=None, score=None, **kwargs,
+    ):  # fmt: skip
         if score_index is None:
-            return original(self, *args, **kwargs)
+            return own_forward(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
-        if score_targets is None:
-            return LogprobOutput(hidden=hidden)
-        lm_head = _lm_head(self)
+        score = score or functools.partial(
+            _token_logps, targets=score_targets, grad_tokens=grad_tokens, options=options
+        )
+        return ScoreOutput(scores=_lm_head(self)(hidden, score=score))
 
-        def score(rows: slice) -> Tensor:
-            return linear_logprobs(
-                hidden[rows], lm_head.weight, score_targets[rows], bias=lm_head.bias,
-                softcap=options.softcap, logit_scale=options.logit_scale,
-                logits_budget_mb=logits_budget_mb, backend=backend,
-            )  # fmt: skip
+    def head_forward(own_forward, self, hidden, score=None):
+        # within a call of the module the weight is there: hooks of FSDP and ZeRO-3 have gathered it
+        return own_forward(self, hidden) if score is None else score(hidden, self.weight, self.bias)
 
-        if grad_tokens is None or grad_tokens == hidden.shape[0]:
-            return LogprobOutput(logps=score(slice(None)))
-        logps = score(slice(0, grad_tokens))
-        with torch.no_grad():  # KTO's KL term: no gradient, so no backward of its logits either
-            rest = score(slice(grad_tokens, None))
-        return LogprobOutput(logps=torch.cat([logps, rest]))
-
-    forward.tralign_before = before  # pyright: ignore[reportAttributeAccessIssue]
-    causal_lm.forward = types.MethodType(forward, causal_lm)
+    _replace_forward(causal_lm, forward)
+    _replace_forward(head, head_forward)
     return lambda: disable_logprobs(causal_lm)
 
 
 def disable_logprobs(model: Any) -> None:
     """Gives a model its own forward back; does nothing to a model that has it."""
     causal_lm = _causal_lm(model)
-    bound = causal_lm.__dict__.get("forward")
-    if not hasattr(bound, "tralign_before"):
-        return
-    del causal_lm.forward
-    if bound.tralign_before is not None:
-        causal_lm.forward = bound.tralign_before
+    for module in (causal_lm, _lm_head(causal_lm)):
+        bound = module.__dict__.get("forward")
+        if not hasattr(bound, "tralign_before"):
+            continue
+        del module.forward
+        if bound.tralign_before is not None:
+            module.forward = bound.tralign_before
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Sets `forward(own_forward, self, …)` on one instance; copies of it run their own weights."""
+    before = module.__dict__.get("forward")  # set by whoever wrapped this instance, or None
+    own_forward = getattr(module.forward, "__func__", None)
+    if own_forward is None:  # bound already, by a hook of accelerate
+
+        def own_forward(self, *args, **kwargs):
+            return before(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+
+    # the original's signature stays: `generate` checks its arguments against it
+    @functools.wraps(type(module).forward)
+    def bound(self, *args, **kwargs):
+        return forward(own_forward, self, *args, **kwargs)
+
+    bound.tralign_before = before  # pyright: ignore[reportAttributeAccessIssue]
+    module.forward = types.MethodType(bound, module)
+
+
+def _token_logps(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    targets: Tensor,  # (N,)
+    grad_tokens: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """(N,) log-probs of the targets; a gradient for the first `grad_tokens` (None: all)."""
+    grad = len(targets) if grad_tokens is None else grad_tokens
+    logps = linear_logprobs(hidden[:grad], weight, targets[:grad], bias=bias, **options)
+    if grad == len(targets):
+        return logps
+    with torch.no_grad():  # KTO's KL term: no gradient, so no backward of its logits either
+        rest = linear_logprobs(hidden[grad:], weight, targets[grad:], bias=bias, **options)
+    return torch.cat([logps, rest])
 
 
 def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -127,7 +158,7 @@ def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     through `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not.
     """
     output = model(**_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens)
-    return batch.sum_per_sequence(output.logps)
+    return batch.sum_per_sequence(output.scores)
 
 
 @torch.no_grad()
@@ -137,27 +168,32 @@ def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> T
     `KL(π_model(·|x, y<t) || π_other(·|x, y<t))`, exact over the vocabulary, at the contexts of the
     batch; in blocks of 64 MB of logits. Both models went through `prepare_model`.
     """
-    tokens = batch.grad_tokens
-    index = batch.score_index[:tokens]
-    head = _causal_lm(_unwrapped(model))
-    options = HeadOptions.of(head.config)
-    hidden = model(**{**_inputs(batch), "score_index": index}).hidden
-    reference = other(**{**_inputs(batch), "score_index": index}).hidden
+    index = batch.score_index[: batch.grad_tokens]
+    inputs = {**_inputs(batch), "score_index": index}
 
-    def log_softmax(h: Tensor, lm_head: Any) -> Tensor:
-        z = nn.functional.linear(h, lm_head.weight, lm_head.bias).float() * options.logit_scale
+    def keep(hidden: Tensor, *head: Tensor | None) -> Tensor:
+        others.append((hidden, *head))
+        return hidden
+
+    def compare(hidden: Tensor, *head: Tensor | None) -> Tensor:
+        (other_hidden, *other_head), total = others[0], hidden.new_zeros((), dtype=torch.float32)
+        step = max(1, (64 << 20) // (4 * head[0].shape[0]))
+        for start in range(0, len(hidden), step):
+            p = log_softmax(hidden[start : start + step], *head)
+            q = log_softmax(other_hidden[start : start + step], *other_head)
+            total += (p.exp() * (p - q)).sum()
+        return total
+
+    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = nn.functional.linear(hidden, weight, bias).float() * options.logit_scale
         if options.softcap is not None:
             z = options.softcap * torch.tanh(z / options.softcap)
         return z.log_softmax(-1)
 
-    p_head, q_head = _lm_head(head), _lm_head(_causal_lm(other))
-    total = hidden.new_zeros((), dtype=torch.float32)
-    step = max(1, (64 << 20) // (4 * p_head.weight.shape[0]))
-    for start in range(0, tokens, step):
-        p = log_softmax(hidden[start : start + step], p_head)
-        q = log_softmax(reference[start : start + step], q_head)
-        total += (p.exp() * (p - q)).sum()
-    return total
+    others: list[tuple[Any, ...]] = []
+    options = HeadOptions.of(_causal_lm(_unwrapped(model)).config)
+    other(**inputs, score=keep)
+    return model(**inputs, score=compare).scores
 
 
 def _inputs(batch: PackedBatch) -> dict[str, Any]:
