@@ -224,8 +224,10 @@ def prepare_model(
     the caller uses padded batches.
 
     Raises:
-        ValueError: the model's head is not `softcap(scale · (W h + b))`.
+        ValueError: the model's head is not `softcap(scale · (W h + b))`, or its 4-bit weights were
+            repacked for inference.
     """
+    _keep_4bit_differentiable(model)
     enable_logprobs(model, logits_budget_mb=logits_budget_mb, backend=backend)
     _lighten_tied_embedding(model)
     if next(model.parameters()).device.type == "meta":
@@ -249,6 +251,20 @@ def _lighten_tied_embedding(model: PreTrainedModel) -> None:
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     if isinstance(embedding, nn.Embedding) and embedding.weight.device.type == "cpu":
         embedding.sparse = embedding.weight is head.weight
+
+
+def _keep_4bit_differentiable(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU: its packed
+    product has no backward, and whatever lies before it would silently be left untrained."""
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            state = module.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"{name}: bitsandbytes has repacked its 4-bit weight for inference, which has "
+                    "no backward; load the model again and train it before anything is evaluated"
+                )
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
 
 
 # Two prompts with two completions each: a sharing error shows as an error of order one.

@@ -112,7 +112,7 @@ class TRTrainer(Trainer):
             max_length=args.max_length,
             token_budget=args.token_budget,
             pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
-            vocab_size=policy.get_input_embeddings().num_embeddings,  # pyright: ignore[reportArgumentType]
+            vocab_size=_input_embeddings(policy).num_embeddings,
         )
         if args.disable_dropout:
             _disable_dropout(policy)
@@ -456,6 +456,11 @@ def _init_kwargs(args: TRConfig) -> dict[str, Any]:
     kwargs = dict(cast("dict[str, Any]", args.model_init_kwargs or {}))
     kwargs.setdefault("dtype", torch.float32)  # TRL's default
     return kwargs
+
+
+def _input_embeddings(model: PreTrainedModel) -> Any:
+    embeddings: Any = model.get_input_embeddings()
+    return getattr(embeddings, "base_layer", embeddings)  # inside a LoRA layer
 
 
 def _disable_dropout(model: nn.Module) -> None:

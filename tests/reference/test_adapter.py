@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
+from tests.conftest import make_tiny_llama
 from tests.reference.test_windows import STEPS, two_epochs
 from tests.test_trainer import make
-from tests.test_trl_parity import history, pair_rows
-from tralign_fast import TRTrainer, TrustRegion
+from tests.test_trl_parity import history, options, pair_rows
+from tralign_fast import TRConfig, TRTrainer, TrustRegion
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.ema import ema_update_
 from tralign_fast.modeling import prepare_model, sequence_logps
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.offloaded import OffloadedReference
 
 peft = pytest.importorskip("peft")
 LoraLayer = pytest.importorskip("peft.tuners.lora").LoraLayer
@@ -96,8 +99,8 @@ def with_merged(monkeypatch):
     return make_merged
 
 
-def batch_of(rows=ROWS):
-    (batch,) = PreferenceCollator(paired=True)(rows).parts
+def batch_of(layout="shared"):
+    (batch,) = PreferenceCollator(paired=True, layout=layout)(ROWS).parts
     return batch
 
 
@@ -338,7 +341,7 @@ def test_the_policy_is_left_as_it_was(tiny_llama, small_tokenizer, tmp_path):
     )
 
 
-def test_gradient_checkpointing_and_autocast(tiny_llama, small_tokenizer, tmp_path, with_merged):
+def test_gradient_checkpointing_and_autocast(tiny_llama, small_tokenizer, tmp_path):
     extra = {"reference": "adapter", "max_steps": 4, **SCHEDULES["soft"]}
     policy = lora(tiny_llama)
     plain = history(make(policy, small_tokenizer, tmp_path / "a", **extra))
@@ -355,21 +358,19 @@ def test_gradient_checkpointing_and_autocast(tiny_llama, small_tokenizer, tmp_pa
     assert half != plain
 
 
-@pytest.mark.parametrize("place", ["adapter", "offloaded"])
-def test_autocast_does_not_keep_the_weights_of_a_sweep(
-    place, tiny_llama, small_tokenizer, tmp_path
-):
-    """Rows that no window saw: policy and reference run inside one autocast."""
-    extra = {"max_steps": 2, "bf16": True, **SCHEDULES["hard"], "learning_rate": 0.05}
-    policy = lora(tiny_llama, modules_to_save=["lm_head", "embed_tokens"])
-    logs = []
-    for name in ("resident", place):
-        trainer = make(policy, small_tokenizer, tmp_path / name, reference=name, **extra)
-        trainer.train()
-        logs.append(trainer.evaluate(pair_rows(4)))
-    assert logs[0]["eval_rewards/chosen"] != 0
-    for key in ("eval_loss", "eval_logps/chosen", "eval_rewards/chosen"):
-        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-6), key
+@pytest.mark.parametrize("kind", [AdapterReference, OffloadedReference])
+def test_autocast_does_not_keep_the_weights_of_a_sweep(kind, tiny_llama):
+    policy = lora(tiny_llama, modules_to_save=["lm_head", "embed_tokens"]).eval()
+    prepare_model(policy)
+    reference = kind(policy, TrustRegion(1.0, 2))
+    shake(policy, 0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = sequence_logps(policy, batch_of())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        start = reference.logps(batch_of())
+        assert torch.equal(sequence_logps(policy, batch_of()), expected)
+        assert torch.equal(reference.logps(batch_of()), start)
+    assert not torch.equal(start, expected)
 
 
 def test_a_model_wrapped_for_several_processes(tiny_llama, tmp_path):
@@ -394,11 +395,10 @@ def test_a_model_wrapped_for_several_processes(tiny_llama, tmp_path):
     assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("schedule", ["soft", "hybrid"])
-def test_evaluation_inside_a_run(schedule, tiny_llama, small_tokenizer, tmp_path, with_merged):
+def test_evaluation_inside_a_run(tiny_llama, small_tokenizer, tmp_path, with_merged):
     extra = {
         "reference": "adapter", "max_steps": 5, "eval_strategy": "steps", "eval_steps": 2,
-        "held_out": pair_rows(6), "log_kl_initial": True, **SCHEDULES[schedule],
+        "held_out": pair_rows(6), "log_kl_initial": True, **SCHEDULES["hybrid"],
     }  # fmt: skip
     logs = []
     for name, build in (("merged", with_merged), ("adapter", make)):
@@ -414,11 +414,10 @@ def test_evaluation_inside_a_run(schedule, tiny_llama, small_tokenizer, tmp_path
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["soft", "hybrid"])
-def test_resume(schedule, tiny_llama, small_tokenizer, tmp_path):
+def test_resume(tiny_llama, small_tokenizer, tmp_path):
     rows, extra = two_epochs("dpo", 1)
     extra |= {"save_strategy": "steps", "save_steps": 4, "reference": "adapter"}
-    extra |= SCHEDULES[schedule]
+    extra |= SCHEDULES["soft"]
     policy = lora(tiny_llama, modules_to_save=["lm_head"])
     expected = history(make(policy, small_tokenizer, tmp_path, rows=rows, **extra))
     for step in (4, 8):
@@ -440,6 +439,7 @@ sys.path.insert(0, {root!r})
 from transformers import TrainerCallback
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tests.reference.test_adapter import SCHEDULES, lora
+from tests.conftest import make_tiny_llama
 from tests.reference.test_windows import two_epochs
 from tests.test_trainer import make
 
@@ -471,3 +471,153 @@ def test_a_killed_run_resumes_to_the_same_losses(tiny_llama, small_tokenizer, tm
     resumed = [log["loss"] for log in again.state.log_history if "loss" in log]
     whole = make(policy, small_tokenizer, tmp_path / "whole", rows=rows, **extra)
     assert resumed == pytest.approx(history(whole), rel=1e-6)
+
+
+# --- a quantised base -----------------------------------------------------------------------------
+
+
+def quantised(tokenizer, folder):
+    """A model with a 4-bit base, as `BitsAndBytesConfig` loads it, and the weights it stands for in
+    a plain one."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    bnb = pytest.importorskip("bitsandbytes")
+    config = make_tiny_llama(tokenizer).config
+    config.hidden_size, config.head_dim = 64, 16  # blocks of 64 weights
+    plain = LlamaForCausalLM(config)
+    plain.save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    four_bit = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    for name, module in four_bit.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data = weight.float()
+    four_bit = peft.prepare_model_for_kbit_training(four_bit, use_gradient_checkpointing=False)
+    return four_bit, plain
+
+
+def test_a_run_on_a_4_bit_base(small_tokenizer, tmp_path, with_merged):
+    policies = [lora(model) for model in quantised(small_tokenizer, tmp_path / "model")]
+    layers = [m for n, m in policies[0].named_modules() if n.endswith("q_proj.base_layer")]
+    assert {(type(m).__name__, m.weight.dtype) for m in layers} == {("Linear4bit", torch.uint8)}
+    for schedule, places in {
+        "hybrid": ["adapter"],
+        "hard": ["adapter", "resident", "snapshot"],
+    }.items():
+        extra = {"max_steps": 7, **SCHEDULES[schedule]}
+        truth = with_merged(policies[1], small_tokenizer, tmp_path, reference="adapter", **extra)
+        expected = history(truth)
+        extra |= {"save_strategy": "steps", "save_steps": 4}
+        for place in places:
+            folder = tmp_path / schedule / place
+            trainer = make(policies[0], small_tokenizer, folder, reference=place, **extra)
+            losses = history(trainer)
+            assert losses == pytest.approx(expected, rel=1e-5)
+            again = make(policies[0], small_tokenizer, folder, reference=place, **extra)
+            again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+            assert [log["loss"] for log in again.state.log_history if "loss" in log] == losses
+
+
+def test_a_4_bit_base_packed_for_inference_is_refused(small_tokenizer, tmp_path):
+    model, _ = quantised(small_tokenizer, tmp_path)
+    prepare_model(model)
+    with torch.no_grad():
+        model.eval()(torch.tensor([[1, 2]]))
+    prepare_model(model)  # an evaluation has not packed it
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match=r"q_proj: bitsandbytes has repacked .* load the model"):
+        prepare_model(model)
+
+
+# --- which one, and what is refused ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"ref_model_mixup_alpha": 1.0}, "snapshot"),
+        ({"sync_ref_model": False}, "snapshot"),
+        ({"ref_model_mixup_alpha": 0.6}, "adapter"),
+        ({"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 1}, "adapter"),
+    ],
+)
+def test_auto_picks_the_cheapest(schedule, expected, tiny_llama, small_tokenizer, tmp_path, capsys):
+    trainer = make(lora(tiny_llama), small_tokenizer, tmp_path, reference="auto", **schedule)
+    assert trainer.reference.name == expected
+    assert f"reference: {expected} (" in capsys.readouterr().err
+
+
+def test_another_model_as_first_reference(tiny_llama, small_tokenizer, tmp_path):
+    def build(**extra):
+        config = TRConfig(**options(tmp_path, max_steps=2, overwrite_output_dir=True, **extra))
+        rows = {"train_dataset": pair_rows(8), "processing_class": small_tokenizer}
+        return TRTrainer(lora(tiny_llama), copy.deepcopy(tiny_llama), config, **rows)
+
+    trainer = build(sync_ref_model=False)  # of another structure, but frozen
+    assert trainer.reference.name == "resident"
+    assert len(history(trainer)) == 2
+    with pytest.raises(ValueError, match=r"ref_model has no .*lora_A"):
+        build(ref_model_mixup_alpha=1.0)
+    for place in ("adapter", "offloaded", "snapshot"):
+        with pytest.raises(ValueError, match=f'"{place}" starts from the policy: leave ref_model'):
+            build(reference=place)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"use_dora": True},
+            "DoraLinearVariant, whose weight is not .* use plain LoRA, or",
+        ),
+        ({"target_modules": ["embed_tokens"]}, r"not linear \(Embedding\); .* modules_to_save"),
+        ({"target_modules": ["lm_head"]}, "lm_head carries .*leave lm_head out of target_modules"),
+    ],
+)
+def test_refused_adapters(options, message, tiny_llama, small_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        make(lora(tiny_llama, **options), small_tokenizer, tmp_path, reference="adapter")
+    assert "\n" not in str(error.value)
+
+
+def test_refused_policies(tiny_llama, small_tokenizer, tmp_path, monkeypatch):
+    expected = r'reference="adapter" needs a policy with a trained PEFT LoRA adapter, got LlamaFor'
+    with pytest.raises(ValueError, match=expected):
+        make(tiny_llama, small_tokenizer, tmp_path, reference="adapter")
+    untrained = lora(tiny_llama, inference_mode=True)
+    with pytest.raises(ValueError, match=r"got PeftModel: wrap it with peft\.get_peft_model"):
+        AdapterReference(untrained, TrustRegion())
+    torch.manual_seed(0)
+    loha = peft.LoHaConfig(target_modules=["q_proj"], init_weights=False)
+    hadamard = peft.get_peft_model(copy.deepcopy(tiny_llama), loha)
+    with pytest.raises(
+        ValueError, match=r"q_proj is a peft\.tuners\.loha\.layer\.Linear, whose weight is not W"
+    ):
+        AdapterReference(hadamard, TrustRegion())
+    with pytest.raises(ValueError, match="would mix the factors of"):
+        OffloadedReference(hadamard, TrustRegion(0.5, 2))
+    with pytest.raises(ValueError, match=r"adapter_tolerance must lie in \[0, 1\), got 1"):
+        make(lora(tiny_llama), small_tokenizer, tmp_path, reference="adapter", adapter_tolerance=1)
+    for name in [n for n in sys.modules if n.split(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("tralign_fast.reference.adapter.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"\(pip install 'tralign-fast\[peft\]'\)"):
+        AdapterReference(tiny_llama, TrustRegion())
+
+
+def test_smollm2_with_lora(smollm2):
+    model, _ = smollm2
+    policy = lora(model, r=8, trained=False, target_modules=["q_proj", "v_proj"])
+    prepare_model(policy, packing=False)
+    reference = AdapterReference(policy, TrustRegion(0.6, 2))
+    truth = MergedReference(policy, TrustRegion(0.6, 2))
+    shake(policy, 0, 0.01)
+    reference.sync()
+    truth.sync()
+    batch = batch_of(layout="padded")
+    expected = truth.logps(batch)
+    torch.testing.assert_close(reference.logps(batch), expected, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(sequence_logps(policy, batch), expected, rtol=1e-3)

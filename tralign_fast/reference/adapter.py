@@ -231,8 +231,8 @@ def _refusal(layer: Any, adapter: str) -> str | None:
     kind = kind or type(layer.lora_variant.get(adapter, None))
     if kind is not type(None):
         return (
-            f"a {kind.__name__}, whose weight is not W + s·B·A; use plain LoRA, or "
-            'ref_model_mixup_alpha=1 with reference="snapshot"'
+            f"a {kind.__module__}.{kind.__name__}, whose weight is not W + s·B·A; use plain LoRA, "
+            'or ref_model_mixup_alpha=1 with reference="snapshot"'
         )
     # stacked experts share a pair of factors in a layer of their own kind
     linear = adapter in layer.lora_A and type(layer.lora_A[adapter]) is nn.Linear

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
@@ -68,9 +68,18 @@ class ResidentReference(ReferencePolicy):
         )
 
     def save_weights(self, folder: Path) -> None:
-        save_model(self.model, str(folder / "model.safetensors"))
+        weights = {name: weight.contiguous() for name, weight in self._weights().items()}
+        save_file(weights, folder / "model.safetensors")
         torch.save(self._generator.get_state(), folder / "rounding_rng.pt")
 
     def load_weights(self, folder: Path) -> None:
-        load_model(self.model, folder / "model.safetensors")
+        saved = load_file(folder / "model.safetensors")
+        with torch.no_grad():
+            for name, weight in self._weights().items():
+                weight.copy_(saved[name])
         self._generator.set_state(torch.load(folder / "rounding_rng.pt", weights_only=True))
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: all weights, but for quantised ones, which nobody moves."""
+        named = self.model.named_parameters()
+        return {name: p.detach() for name, p in named if p.is_floating_point()}
