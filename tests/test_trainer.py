@@ -96,8 +96,29 @@ def test_a_checkpoint_without_its_reference_or_of_another_schedule_is_refused(
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     (tmp_path / "checkpoint-2" / "reference" / "reference.json").unlink()
     same = make(tiny_llama, small_tokenizer, tmp_path, ref_model_sync_steps=2, **extra)
-    with pytest.raises(ValueError, match="holds no reference policy"):
+    with pytest.raises(ValueError, match=r"holds no whole reference policy .*resume from another"):
         same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_checkpoints_that_were_cut_short_are_passed_over(tiny_llama, small_tokenizer, tmp_path):
+    extra = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "ref_model_sync_steps": 2}
+    whole = history(make(tiny_llama, small_tokenizer, tmp_path, **extra))
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # killed before it was written
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])  # … and while it was
+    again = make(tiny_llama, small_tokenizer, tmp_path, **extra)
+    with pytest.warns(UserWarning, match=r"checkpoint-\d was cut short"):
+        again.train(resume_from_checkpoint=True)
+    losses = [log["loss"] for log in again.state.log_history if "loss" in log]
+    assert losses == whole
+    for torn in ("checkpoint-2/trainer_state.json", "checkpoint-4/reference/model.safetensors"):
+        file = tmp_path / torn
+        file.write_bytes(file.read_bytes()[:50])
+        other = make(tiny_llama, small_tokenizer, tmp_path, **extra)
+        with pytest.raises(ValueError, match=r"cut short .*resume from"):
+            other.train(
+                resume_from_checkpoint=str(file.parent if "state" in torn else file.parents[1])
+            )
 
 
 def test_evaluation_of_several_datasets_and_the_kl_to_the_start(

@@ -54,18 +54,14 @@ class TrainOptions:
 
 
 def _train(arguments: list[str]) -> int:
-    from transformers.trainer_utils import get_last_checkpoint
-
     from tralign_fast import TRConfig, TRTrainer
+    from tralign_fast.checkpoints import check_output_dir, newest_checkpoint
     from tralign_fast.data import load_rows
-    from tralign_fast.trainer import check_output_dir
 
     options, config = _parse("train", [TrainOptions, TRConfig], arguments)
     checkpoint = None
     if options.resume:
-        checkpoint = get_last_checkpoint(config.output_dir)
-        if checkpoint is None:
-            raise ValueError(f"--resume: {config.output_dir} holds no checkpoint")
+        checkpoint = str(newest_checkpoint(config.output_dir))
     elif not config.overwrite_output_dir:
         check_output_dir(config.output_dir)  # before hours of loading
     rows = load_rows(options.dataset, options.dataset_split)

@@ -67,6 +67,11 @@ class TRConfig(TrainingArguments):
     adapter_tolerance: float = _option(
         1e-6, 'reference="adapter": weight in [0, 1) under which a past adapter is dropped.'
     )
+    precompute_ref_batch_size: int | None = _option(
+        None,
+        "Examples of a no-grad batch when a window is scored. None: two training batches' (one "
+        "with a token_budget).",
+    )
     ema_rounding: str = _option(
         "stochastic", "How bf16 and fp16 reference weights are rounded: stochastic or nearest."
     )
@@ -126,6 +131,10 @@ class TRConfig(TrainingArguments):
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget must be positive, got {self.token_budget}")
+        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
+            raise ValueError(
+                f"precompute_ref_batch_size must be positive, got {self.precompute_ref_batch_size}"
+            )
         if self.logits_budget_mb < 0:
             raise ValueError(f"logits_budget_mb must not be negative, got {self.logits_budget_mb}")
         # batches are PackedBatch, made from columns that no model's forward names
@@ -141,6 +150,14 @@ class TRConfig(TrainingArguments):
         if not self.sync_ref_model:
             return TrustRegion(alpha=0.0, every=0)
         return TrustRegion(self.ref_model_mixup_alpha, int(self.ref_model_sync_steps))
+
+    @property
+    def merged_batches(self) -> int:
+        """Training batches that are scored as one: without a gradient nothing is kept of them."""
+        if self.token_budget is not None:
+            return 1
+        size = self.per_device_train_batch_size
+        return max(1, (self.precompute_ref_batch_size or 2 * size) // size)
 
     @property
     def loss_spec(self) -> LossSpec:

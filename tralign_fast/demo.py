@@ -46,7 +46,7 @@ class DemoOptions:
 
 def run_demo(options: DemoOptions) -> int:
     """Trains, measures, writes summary.json, curves.png, samples.md and model/ to `output_dir`."""
-    from tralign_fast.trainer import check_output_dir
+    from tralign_fast.checkpoints import check_output_dir
 
     started = time.perf_counter()
     output = Path(options.output_dir)

@@ -53,7 +53,7 @@ def ema_update_(
         raise ValueError(f"ema_update_: alpha must lie in [0, 1], got {alpha}")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"ema_update_: rounding must be nearest or stochastic, got {rounding!r}")
-    refs, thetas = [_local(t) for t in ref_tensors], [_local(t) for t in tensors]
+    refs, thetas = [local_shard(t) for t in ref_tensors], [local_shard(t) for t in tensors]
     _check_match(refs, thetas)
     if alpha == 0.0 or not refs:
         return
@@ -132,8 +132,8 @@ def _draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(0, 2**31 - 1, (), generator=generator, device=device).item())
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The local shard of a DTensor (its storage, not a copy): an update needs no communication."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """A tensor, or this process's shard of a DTensor (FSDP2): its storage, not a copy."""
     if hasattr(tensor, "to_local"):
         return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     return tensor.detach()

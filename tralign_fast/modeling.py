@@ -215,13 +215,14 @@ def prepare_model(
     packing: bool = True,
     logits_budget_mb: float = 1024,
     backend: str = "auto",
+    probe: bool = True,
 ) -> bool:
     """Makes `sequence_logps` work on `model`; returns whether it can run packed rows.
 
     Both are tried on twelve tokens: the log-probs must equal those of the model's own logits, and
     the hidden states of a packed row those of separate sequences. An attention that cannot do
     packed rows (a recurrent layer, sinks, position biases, …) is left alone with one warning, and
-    the caller uses padded batches.
+    the caller uses padded batches. Without `probe` nothing is tried, and `packing` is the answer.
 
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`, or its 4-bit weights were
@@ -230,7 +231,9 @@ def prepare_model(
     _keep_4bit_differentiable(model)
     enable_logprobs(model, logits_budget_mb=logits_budget_mb, backend=backend)
     _lighten_tied_embedding(model)
-    if next(model.parameters()).device.type == "meta":
+    if not probe or next(model.parameters()).device.type == "meta":
+        if packing:
+            enable_prefix_attention(_causal_lm(model))
         return packing
     was_training = model.training
     model.eval()

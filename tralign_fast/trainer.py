@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +26,15 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from tralign_fast.checkpoints import (
+    REFERENCE_FOLDER,
+    check_output_dir,
+    check_whole,
+    digest,
+    newest_checkpoint,
+)
 from tralign_fast.config import TRConfig
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
@@ -38,10 +48,9 @@ from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.resident import ResidentReference
+from tralign_fast.reference.sharding import reshard
 from tralign_fast.reference.snapshot import SnapshotReference
 from tralign_fast.reference.window import WindowedReference
-
-REFERENCE_FOLDER = "reference"
 
 
 class TRTrainer(Trainer):
@@ -145,11 +154,13 @@ class TRTrainer(Trainer):
         )
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
+        self._check_distribution(place)
         self._initial = copy.deepcopy(policy).eval() if args.log_kl_initial else None
         packs = self._prepare(self.model)
         if isinstance(collator, PreferenceCollator):
             collator.layout = ("shared" if args.prefix_sharing else "packed") if packs else "padded"
         self.reference = self._build_reference(place, ref_model)
+        self.reference.run = {"data": digest(train_dataset)}
         self.accelerator.print(f"reference: {place} ({why})", file=sys.stderr)
         self._lookahead = Lookahead(self)
         if self._initial is not None:
@@ -186,10 +197,30 @@ class TRTrainer(Trainer):
 
     # --- models -----------------------------------------------------------------------------------
 
+    def _check_distribution(self, place: str) -> None:
+        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if fsdp is not None and fsdp.fsdp_version != 2:
+            raise ValueError('FSDP version 1 is not supported: set fsdp_config={"version": 2}')
+        zero3 = self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+        held = {"adapter": fsdp is not None or zero3, "offloaded": zero3, "resident": zero3}
+        if held.get(place):
+            raise ValueError(
+                f'reference="{place}" cannot hold weights that {"ZeRO-3" if zero3 else "FSDP2"} '
+                'shards: use hard updates (ref_model_mixup_alpha=1) with reference="snapshot"'
+                + ("" if zero3 else ', or reference="resident"')
+            )
+
     def _prepare(self, model: PreTrainedModel) -> bool:
-        return prepare_model(
-            model, packing=self.args.packing, logits_budget_mb=self.args.logits_budget_mb
-        )
+        """`prepare_model`; the first process tries the model out: where FSDP fills the weights of
+        the others later they are empty, and all must use the same layout."""
+        options = {"packing": self.args.packing, "logits_budget_mb": self.args.logits_budget_mb}
+        if self.accelerator.num_processes == 1:
+            return prepare_model(model, **options)
+        packs = [prepare_model(model, **options)] if self.accelerator.is_main_process else [False]
+        broadcast_object_list(packs)
+        if not self.accelerator.is_main_process:
+            prepare_model(model, **{**options, "packing": packs[0]}, probe=False)
+        return packs[0]
 
     def _build_reference(self, place: str, start: PreTrainedModel | None) -> ReferencePolicy:
         schedule = self.args.trust_region
@@ -203,7 +234,10 @@ class TRTrainer(Trainer):
             return OffloadedReference(self.model, schedule, start, **rounding)
         assert start is not None
         self._prepare(start)
-        model = self.accelerator.prepare_model(start, evaluation_mode=True)
+        if self.is_fsdp_enabled:
+            model = fsdp2_prepare_model(self.accelerator, start)
+        else:
+            model = self.accelerator.prepare_model(start, evaluation_mode=True)
         return ResidentReference(self.model, schedule, model, **rounding)
 
     # --- windows ----------------------------------------------------------------------------------
@@ -221,14 +255,26 @@ class TRTrainer(Trainer):
         reference.wrapped = self.model_wrapped
         batches = self._lookahead.steps(epoch_iterator, steps)
         total = steps * self.args.gradient_accumulation_steps
+        merge = self.args.merged_batches
         # one visit of the reference's weights for all that is scored
         with self.compute_loss_context_manager(), reference.weights():
             shown = total if self.is_world_process_zero() and not self.args.disable_tqdm else None
-            reference.score_window(batches, shown)
+            reference.score_window(map(self._even_parts, batches), shown, merge=merge)
             if self._evaluates_between(step, step + steps):
                 for dataset in self._eval_datasets():
                     loader = self.get_eval_dataloader(dataset)
-                    reference.score_window(loader, None if shown is None else len(loader))
+                    shown = shown and len(loader)
+                    reference.score_window(map(self._even_parts, loader), shown, merge=merge)
+
+    def _even_parts(self, batch: PackedBatch | SplitBatch) -> tuple[PackedBatch, ...]:
+        """The parts of a batch, as many on every process: where weights are sharded all must run
+        the model equally often. What is added weighs nothing."""
+        parts = batch.parts
+        if self.args.token_budget is None or self.accelerator.num_processes == 1:
+            return parts
+        count = torch.tensor([len(parts)], device=self.args.device)
+        most = int(self.accelerator.gather(count).max())  # pyright: ignore[reportAttributeAccessIssue]
+        return (*parts, *[dataclasses.replace(parts[-1], share=0.0)] * (most - len(parts)))
 
     def _evaluates_between(self, first: int, last: int) -> bool:
         """Whether held-out batches are looked at after step `first` and up to `last`."""
@@ -266,14 +312,15 @@ class TRTrainer(Trainer):
         self, model: nn.Module, inputs: PackedBatch | SplitBatch
     ) -> tuple[PackedBatch, ...]:
         """The parts of a batch. KTO's KL term is the whole batch's: split, it is computed first."""
-        if self._paired or len(inputs.parts) == 1:
-            return inputs.parts
+        parts = self._even_parts(inputs)
+        if self._paired or len(parts) == 1:
+            return parts
         total = 0.0
         with self.compute_loss_context_manager():
-            for part in inputs.to(self.args.device).parts:
+            for part in (part.to(self.args.device) for part in parts):
                 gap = sequence_logps(model, part) - self.reference.logps(part)
                 total = total + part.share * gap.chunk(2)[1].mean()
-        return tuple(dataclasses.replace(part, kl=total) for part in inputs.parts)
+        return tuple(dataclasses.replace(part, kl=total) for part in parts)
 
     def compute_loss(
         self,
@@ -292,7 +339,8 @@ class TRTrainer(Trainer):
         logps = sequence_logps(model, batch)
         self._check_finite(batch, logps, ref_logps)
         result, kl = self._loss(batch, logps, ref_logps)
-        self._record(batch, logps.detach(), result, kl)
+        if batch.share > 0:
+            self._record(batch, logps.detach(), result, kl)
         loss = result.loss * batch.share
         return (loss, {"logps": logps}) if return_outputs else loss
 
@@ -404,15 +452,27 @@ class TRTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if not resume_from_checkpoint and not self.args.overwrite_output_dir:
             check_output_dir(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        reshard(self.model)  # an evaluation leaves the head's weights gathered, under other names
+        super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model, trial) -> None:
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            self.reference.save(folder / REFERENCE_FOLDER)
+        if not self.args.save_only_model:
+            run = Path(self._get_output_dir(trial))
+            self.reference.save(run / f"checkpoint-{self.state.global_step}" / REFERENCE_FOLDER)
         super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir) -> None:
+        super()._save_rng_state(output_dir)
+        # next comes trainer_state.json, by which a whole checkpoint is known, and the old one goes
+        self.accelerator.wait_for_everyone()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        check_whole(Path(resume_from_checkpoint))
         self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -426,18 +486,6 @@ class _SyncReference(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.reference.schedule.should_sync(state.global_step):
             self.reference.sync()
-
-
-def check_output_dir(output_dir: str | None) -> None:
-    """Raises ValueError if the folder holds a run."""
-    folder = Path(output_dir or ".")
-    traces = ["checkpoint-*", "model*.safetensors", "adapter_model.safetensors", "summary.json"]
-    found = [file.name for pattern in traces for file in folder.glob(pattern)]
-    if found:
-        raise ValueError(
-            f"output_dir {folder} holds another run ({found[0]}): choose another folder, resume it "
-            "with resume_from_checkpoint, or pass overwrite_output_dir"
-        )
 
 
 def _load(factory: Any, name: str, **kwargs: Any) -> Any:

@@ -122,8 +122,19 @@ def test_resume_with_other_data_is_refused(tiny_llama, small_tokenizer, tmp_path
         tiny_llama, small_tokenizer, tmp_path,
         rows=pair_rows(24, conversational=True), **{**extra, "max_length": 256},
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"was not scored when\s+its window began"):
+    with pytest.raises(ValueError, match=r"trained with reference {'data': .*the data it was"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_batches_that_no_window_saw_are_refused(tiny_llama, small_tokenizer, tmp_path):
+    trainer = make(
+        tiny_llama, small_tokenizer, tmp_path, reference="snapshot", max_steps=2,
+        **WINDOWED["snapshot"],
+    )  # fmt: skip
+    trainer.evaluate(pair_rows(3))  # before the first step the policy is the reference
+    trainer.train()
+    with pytest.raises(ValueError, match=r"was not scored when\s+its window began"):
+        trainer.evaluate(pair_rows(3))
 
 
 KILLED = """

@@ -179,6 +179,43 @@ class SplitBatch:
         return SplitBatch(tuple(part.pin_memory() for part in self.parts))
 
 
+def merge_packed(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """Packed rows one behind the other as one, to be scored: sequences stay in the batches' order
+    (so a loss, which wants all first completions in front, cannot be taken of it).
+    """
+    groups: list[Group] = []
+    offsets = [0, *accumulate(batch.num_tokens for batch in batches)]
+    for batch, offset in zip(batches, offsets, strict=False):
+        assert batch.layout is not None
+        groups += [group._replace(start=group.start + offset) for group in batch.layout.groups]
+    lengths = tuple(n for batch in batches for n in batch.scored_lengths)
+    targets = torch.cat([batch.targets for batch in batches])
+    return dataclasses.replace(
+        batches[0],
+        input_ids=torch.cat([batch.input_ids for batch in batches], 1),
+        position_ids=torch.cat([batch.position_ids for batch in batches], 1),
+        layout=PrefixLayout(tuple(groups)),
+        score_index=torch.cat(
+            [b.score_index + offset for b, offset in zip(batches, offsets, strict=False)]
+        ),
+        targets=targets,
+        scored_lengths=lengths,
+        sequence_index=_sequence_index(lengths).to(targets.device),
+        completion_lengths=torch.cat([batch.completion_lengths for batch in batches]),
+        rows=tuple(row for batch in batches for row in batch.rows),
+        is_desirable=None,
+        grad_tokens=len(targets),
+        fingerprint=0,
+    )
+
+
+def _sequence_index(lengths: Sequence[int]) -> Tensor:
+    """(N,) int64: places of scored tokens in a table of (sequences, longest)."""
+    longest = max(lengths, default=0)
+    places = [s * longest + j for s, n in enumerate(lengths) for j in range(n)]
+    return torch.tensor(places, dtype=torch.int64)
+
+
 @dataclass
 class PreferenceCollator:
     """Tokenised rows (`tokenize_pairs`, `tokenize_unpaired`) to a `PackedBatch`.
@@ -262,8 +299,6 @@ class PreferenceCollator:
             for (b, k), s in zip(order, scored, strict=True)
         ]
         lengths = tuple(map(len, scored))
-        longest = max(lengths, default=0)
-        places = [s * longest + j for s, n in enumerate(lengths) for j in range(n)]
         contents = repr((tokens.input_ids, scored, rows, labels)).encode()
         return PackedBatch(
             input_ids=torch.tensor(tokens.input_ids),
@@ -273,7 +308,7 @@ class PreferenceCollator:
             score_index=torch.tensor([i for s in scored for i in s], dtype=torch.int64),
             targets=torch.tensor([t for s in targets for t in s], dtype=torch.int64),
             scored_lengths=lengths,
-            sequence_index=torch.tensor(places, dtype=torch.int64),
+            sequence_index=_sequence_index(lengths),
             completion_lengths=torch.tensor([float(len(completions[b][k])) for b, k in order]),
             rows=rows,
             is_desirable=None if labels is None else torch.tensor(labels),

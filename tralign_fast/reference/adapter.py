@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
+from tralign_fast.reference.sharding import process_index
 from tralign_fast.reference.trust_region import TrustRegion
 
 
@@ -107,13 +107,14 @@ class AdapterReference(OffloadedReference):
             for name, delta in self._deltas.items()
             for part, tensor in delta.state().items()
         }
-        save_file(tensors, folder / "adapters.safetensors")
-        (folder / "adapters.json").write_text(json.dumps({"weights": self._weights}) + "\n")
+        self._save_tensors(folder, "adapters.safetensors", tensors)
+        if process_index() == 0:
+            (folder / "adapters.json").write_text(json.dumps({"weights": self._weights}) + "\n")
 
     def load_weights(self, folder: Path) -> None:
         super().load_weights(folder)
         self._weights = json.loads((folder / "adapters.json").read_text())["weights"]
-        tensors = load_file(folder / "adapters.safetensors")
+        tensors = self._load_tensors(folder, "adapters.safetensors")
         for name, delta in self._deltas.items():
             parts = {part: tensors.get(f"{name}.{part}") for part in ("down", "up")}
             delta.load(**parts, weights=self._weights)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
+from tralign_fast.ema import local_shard
+from tralign_fast.reference.sharding import is_sharded, own_file, process_count, process_index
 from tralign_fast.reference.trust_region import TrustRegion
 
 _STATE_FILE = "reference.json"
@@ -30,6 +36,7 @@ class ReferencePolicy(ABC):
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         self.policy = policy
         self.schedule = schedule
+        self.run: dict[str, Any] = {}  # what else of the run a checkpoint must agree with
 
     @abstractmethod
     def logps(self, batch: PackedBatch) -> Tensor:
@@ -46,31 +53,66 @@ class ReferencePolicy(ABC):
     def load_weights(self, folder: Path) -> None: ...
 
     def save(self, folder: Path) -> None:
-        """Writes the reference into a checkpoint folder."""
+        """Writes the reference into a checkpoint folder; every process calls it."""
         folder.mkdir(parents=True, exist_ok=True)
         self.save_weights(folder)
-        (folder / _STATE_FILE).write_text(json.dumps(self._identity(), indent=2) + "\n")
+        if process_index() == 0:
+            (folder / _STATE_FILE).write_text(json.dumps(self._identity(), indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
         """Reads the reference of a checkpoint.
 
         Raises:
-            ValueError: the checkpoint holds no reference, or one of another kind or schedule.
+            ValueError: the checkpoint holds no reference or a part of one, or one of another kind,
+                schedule or run.
         """
-        file = folder / _STATE_FILE
-        if not file.is_file():
+        try:
+            saved = json.loads((folder / _STATE_FILE).read_text())
+            differs = [k for k, v in self._identity().items() if saved.get(k) != v]
+            if not differs:
+                self.load_weights(folder)
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
             raise ValueError(
-                f"{folder.parent} holds no reference policy (expected {file.name} in "
-                f"{folder.name}): it was cut short or written by another trainer; resume from "
-                "another checkpoint"
-            )
-        saved = json.loads(file.read_text())
-        if saved != self._identity():
+                f"{folder.parent} holds no whole reference policy ({_first_line(error)}): it was "
+                "cut short or written by another trainer; resume from another checkpoint"
+            ) from error
+        if differs:
+            was, now = ({k: d.get(k) for k in differs} for d in (saved, self._identity()))
             raise ValueError(
-                f"{folder.parent} was trained with reference {saved}, this run has "
-                f"{self._identity()}: resume with the options it was started with"
+                f"{folder.parent} was trained with reference {was}, this run has {now}: resume "
+                "with the options and the data it was started with"
             )
-        self.load_weights(folder)
 
-    def _identity(self) -> dict:
-        return {"name": self.name, "alpha": self.schedule.alpha, "every": self.schedule.every}
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "alpha": self.schedule.alpha,
+            "every": self.schedule.every,
+            "processes": process_count(),
+            **self.run,
+        }
+
+    def _save_tensors(self, folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
+        """Shards of this process into its own file; what all processes hold alike into one."""
+        tensors = {k: local_shard(t).contiguous() for k, t in tensors.items()}
+        if is_sharded(self.policy):
+            save_file(tensors, own_file(folder, name))
+        elif process_index() == 0:
+            save_file(tensors, folder / name)
+
+    def _load_tensors(self, folder: Path, name: str) -> dict[str, Tensor]:
+        return load_file(own_file(folder, name) if is_sharded(self.policy) else folder / name)
+
+
+def save_generator(generator: torch.Generator, folder: Path) -> None:
+    """All processes draw alike: replicas round alike."""
+    if process_index() == 0:
+        torch.save(generator.get_state(), folder / "rounding_rng.pt")
+
+
+def load_generator(generator: torch.Generator, folder: Path) -> None:
+    generator.set_state(torch.load(folder / "rounding_rng.pt", weights_only=True))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tralign_fast.reference.sharding import named_parameters
 from tralign_fast.reference.trust_region import TrustRegion
 
 
@@ -49,4 +50,4 @@ def mixed_parameters(policy: nn.Module, schedule: TrustRegion, place: str) -> di
             f'ref_model_mixup_alpha={schedule.alpha}; use reference="adapter" (LoRA), or '
             "ref_model_mixup_alpha=1"
         )
-    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named_parameters(policy).items() if p.requires_grad}

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tralign_fast.ema import ema_update_
+from tralign_fast.ema import ema_update_, local_shard
+from tralign_fast.reference.base import load_generator, save_generator
 from tralign_fast.reference.lora import mixed_parameters
+from tralign_fast.reference.sharding import named_parameters, shard_like
 from tralign_fast.reference.trust_region import TrustRegion
 from tralign_fast.reference.window import WindowedReference
 
@@ -46,7 +47,7 @@ class OffloadedReference(WindowedReference):
         self.rounding = rounding
         self._generator = torch.Generator().manual_seed(seed)
         # another model's frozen weights may differ too
-        source = self.mixed_parameters() if start is None else dict(start.named_parameters())
+        source = self.mixed_parameters() if start is None else named_parameters(start)
         self._host: dict[str, Tensor] = {name: _host_copy(p) for name, p in source.items()}
         self._inside = False
 
@@ -72,8 +73,9 @@ class OffloadedReference(WindowedReference):
 
     @torch.no_grad()
     def move(self) -> None:
+        self._shard_host()
         for name, parameter in self.mixed_parameters().items():
-            host, theta = self._host[name], parameter.detach()
+            host, theta = self._host[name], local_shard(parameter)
             ref = host.to(theta.device)  # the tensor itself on a CPU
             ema_update_(
                 [ref],
@@ -87,27 +89,40 @@ class OffloadedReference(WindowedReference):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        parameters = dict(self.policy.named_parameters())
+        self._shard_host()
+        parameters = named_parameters(self.policy)
         for name, host in self._host.items():
             parameter = parameters[name]
-            if parameter.device == host.device:
+            # FSDP2 keeps views of its shards, so that their storage must stay
+            if parameter.device == host.device and not hasattr(parameter, "to_local"):
                 parameter.data, self._host[name] = host, parameter.data
             else:
-                held = parameter.detach().clone()
-                parameter.data.copy_(host, non_blocking=True)
+                theta = local_shard(parameter)
+                held = theta.clone()
+                theta.copy_(host, non_blocking=True)
                 host.copy_(held)
         torch.clear_autocast_cache()  # it knows a parameter by its address, not by its values
 
+    def _shard_host(self) -> None:
+        """Cuts the host's tensors as FSDP2 has cut the policy's since they were copied."""
+        for name, parameter in named_parameters(self.policy).items():
+            host = self._host.get(name)
+            if host is not None and host.shape != local_shard(parameter).shape:
+                self._host[name] = _host_copy(shard_like(host, parameter))
+
     def save_weights(self, folder: Path) -> None:
         super().save_weights(folder)
-        save_file(self._host, folder / "model.safetensors")
-        torch.save(self._generator.get_state(), folder / "rounding_rng.pt")
+        self._shard_host()
+        self._save_tensors(folder, "model.safetensors", self._host)
+        save_generator(self._generator, folder)
 
     def load_weights(self, folder: Path) -> None:
         super().load_weights(folder)
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            self._host[name].copy_(tensor)
-        self._generator.set_state(torch.load(folder / "rounding_rng.pt", weights_only=True))
+        self._shard_host()
+        saved = self._load_tensors(folder, "model.safetensors")
+        for name, host in self._host.items():
+            host.copy_(saved[name])
+        load_generator(self._generator, folder)
 
 
 def _host_copy(parameter: Tensor) -> Tensor:

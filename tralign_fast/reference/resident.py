@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
-from tralign_fast.ema import ema_update_
+from tralign_fast.ema import ema_update_, local_shard
 from tralign_fast.modeling import sequence_logps
-from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.base import ReferencePolicy, load_generator, save_generator
 from tralign_fast.reference.lora import mixed_parameters
+from tralign_fast.reference.sharding import named_parameters
 from tralign_fast.reference.trust_region import TrustRegion
 
 
@@ -44,14 +44,13 @@ class ResidentReference(ReferencePolicy):
         self.model = model.eval()
         self.rounding = rounding
         self._generator = torch.Generator().manual_seed(seed)
-        theirs = dict(model.named_parameters())
+        theirs = named_parameters(model)
         moving = {} if schedule.is_frozen else mixed_parameters(policy, schedule, self.name)
         if other := next((name for name in moving if name not in theirs), None):
             raise ValueError(
                 f"ref_model has no {other}, which the policy trains: pass a model built like the "
                 "policy (with its adapter), or freeze the reference with sync_ref_model=False"
             )
-        self._moving = [(theirs[name], parameter) for name, parameter in moving.items()]
         model.requires_grad_(False)
 
     @torch.no_grad()
@@ -59,27 +58,29 @@ class ResidentReference(ReferencePolicy):
         return sequence_logps(self.model, batch)
 
     def sync(self) -> None:
+        # looked up here: FSDP2 puts other parameters into the policy when training starts
+        theirs = named_parameters(self.model)
+        moving = mixed_parameters(self.policy, self.schedule, self.name)
         ema_update_(
-            [ref for ref, _ in self._moving],
-            [theta for _, theta in self._moving],
+            [theirs[name] for name in moving],
+            list(moving.values()),
             self.schedule.alpha,
             rounding=self.rounding,  # pyright: ignore[reportArgumentType]
             generator=self._generator,
         )
 
     def save_weights(self, folder: Path) -> None:
-        weights = {name: weight.contiguous() for name, weight in self._weights().items()}
-        save_file(weights, folder / "model.safetensors")
-        torch.save(self._generator.get_state(), folder / "rounding_rng.pt")
+        self._save_tensors(folder, "model.safetensors", self._weights())
+        save_generator(self._generator, folder)
 
     def load_weights(self, folder: Path) -> None:
-        saved = load_file(folder / "model.safetensors")
+        saved = self._load_tensors(folder, "model.safetensors")
         with torch.no_grad():
             for name, weight in self._weights().items():
-                weight.copy_(saved[name])
-        self._generator.set_state(torch.load(folder / "rounding_rng.pt", weights_only=True))
+                local_shard(weight).copy_(saved[name])
+        load_generator(self._generator, folder)
 
     def _weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all weights, but for quantised ones, which nobody moves."""
-        named = self.model.named_parameters()
-        return {name: p.detach() for name, p in named if p.is_floating_point()}
+        named = named_parameters(self.model).items()
+        return {name: p for name, p in named if p.is_floating_point()}

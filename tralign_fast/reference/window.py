@@ -12,16 +12,19 @@ import contextlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tralign_fast.data.packing import PackedBatch, SplitBatch
+from tralign_fast.data.packing import PackedBatch, merge_packed
 from tralign_fast.modeling import sequence_logps
 from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.sharding import own_file, process_count, reshard
 from tralign_fast.reference.trust_region import TrustRegion
 
 
@@ -51,19 +54,36 @@ class WindowedReference(ReferencePolicy):
         self._scores = {}
         self.needs_window = True
 
-    def score_window(self, batches: Iterable[PackedBatch | SplitBatch], total: int | None) -> None:
+    def score_window(
+        self, batches: Iterable[Sequence[PackedBatch]], total: int | None, *, merge: int = 1
+    ) -> None:
         """Scores what the steps until the next update will see. Called before the first of them.
 
-        `total`: how many batches that is, for the progress bar; None: no bar.
+        Args:
+            batches: the parts of every batch; as many on every process.
+            total: how many batches that is, for the progress bar; None: no bar.
+            merge: batches that run as one packed row; without a gradient nothing is kept of them.
         """
-        with self.weights():
-            bar = tqdm(
-                batches, "reference window", total, leave=False, disable=total is None, unit="batch"
-            )
-            for part in (part for batch in bar for part in batch.parts):
-                if part.fingerprint not in self._scores:
-                    self._scores[part.fingerprint] = self._run(part).cpu()
+        iterator = iter(batches)
+        with (
+            self.weights(),
+            tqdm(desc="reference window", total=total, leave=False, disable=total is None) as bar,
+        ):
+            while group := list(islice(iterator, merge)):
+                self._score([part for parts in group for part in parts])
+                bar.update(len(group))
+            reshard(self.scorer)
         self.needs_window = False
+
+    def _score(self, parts: list[PackedBatch]) -> None:
+        if process_count() == 1:  # with others, all must run the model equally often
+            parts = [part for part in parts if part.fingerprint not in self._scores]
+        mergeable = len(parts) > 1 and all(part.layout is not None for part in parts)
+        for group in [parts] if mergeable else [[part] for part in parts]:
+            batch = group[0] if len(group) == 1 else merge_packed(group)
+            sizes = [len(part.scored_lengths) for part in group]
+            for part, logps in zip(group, self._run(batch).cpu().split(sizes), strict=True):
+                self._scores[part.fingerprint] = logps.clone()
 
     def logps(self, batch: PackedBatch) -> Tensor:
         known = self._scores.get(batch.fingerprint)
@@ -95,14 +115,17 @@ class WindowedReference(ReferencePolicy):
         return self.wrapped or self.policy
 
     def save_weights(self, folder: Path) -> None:
+        scores = {str(k): v.contiguous() for k, v in self._scores.items()}
         save_file(
-            {str(k): v.contiguous() for k, v in self._scores.items()}, folder / "window.safetensors"
+            scores,
+            own_file(folder, "window.safetensors"),
+            metadata={"needs_window": json.dumps(self.needs_window)},
         )
-        (folder / "window.json").write_text(json.dumps({"needs_window": self.needs_window}) + "\n")
 
     def load_weights(self, folder: Path) -> None:
-        self._scores = {int(k): v for k, v in load_file(folder / "window.safetensors").items()}
-        self.needs_window = json.loads((folder / "window.json").read_text())["needs_window"]
+        with safe_open(own_file(folder, "window.safetensors"), "pt") as file:
+            self._scores = {int(k): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            self.needs_window = json.loads(file.metadata()["needs_window"])
 
 
 def _few(rows: Sequence[int]) -> str:

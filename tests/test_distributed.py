@@ -1,0 +1,53 @@
+"""Two real processes (gloo) against one on the same global batches: DDP and FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed_run import CASES, PROCESSES, RESUMED, ROWS, STEPS, train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return {case: train(case, folder / case, batch=PROCESSES * ROWS) for case in CASES}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def together(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc_per_node", str(PROCESSES), "-m", "tests.distributed_run", str(folder),
+        request.param,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one_does(case, alone, together):
+    assert len(together[case]["losses"]) == STEPS
+    assert together[case]["losses"] == pytest.approx(alone[case]["losses"], rel=1e-5)
+    assert len(set(together[case]["losses"])) > STEPS // 2
+    assert together[case]["evaluated"] == pytest.approx(alone[case]["evaluated"], rel=1e-3)
+    if case.startswith("kto"):
+        assert together[case]["kl"] == pytest.approx(alone[case]["kl"], rel=1e-3, abs=1e-6)
+        assert max(together[case]["kl"]) > 0
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_two_processes_resume_in_mid_window(case, together):
+    assert together[f"{case}-resumed"]["losses"] == together[case]["losses"]
