@@ -222,8 +222,8 @@ def test_kinds_of_adapters(kind, alpha, tiny_llama, tmp_path):
 
 
 def test_hard_updates_copy_the_bits_of_the_factors(tiny_llama):
-    for dtype in (torch.float32, torch.bfloat16):
-        policy = lora(tiny_llama).to(dtype).eval()
+    for dtype, rank in ((torch.float32, 2), (torch.bfloat16, 2), (torch.float32, 40)):
+        policy = lora(tiny_llama, r=rank).to(dtype).eval()
         prepare_model(policy)
         reference = AdapterReference(policy, TrustRegion(1.0, 2))
         shake(policy, 0)
@@ -513,6 +513,8 @@ def test_a_run_on_a_4_bit_base(small_tokenizer, tmp_path, with_merged):
             trainer = make(policies[0], small_tokenizer, folder, reference=place, **extra)
             losses = history(trainer)
             assert losses == pytest.approx(expected, rel=1e-5)
+            if place == "snapshot":
+                continue
             again = make(policies[0], small_tokenizer, folder, reference=place, **extra)
             again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
             assert [log["loss"] for log in again.state.log_history if "loss" in log] == losses
@@ -613,7 +615,7 @@ def test_smollm2_with_lora(smollm2):
     prepare_model(policy, packing=False)
     reference = AdapterReference(policy, TrustRegion(0.6, 2))
     truth = MergedReference(policy, TrustRegion(0.6, 2))
-    shake(policy, 0, 0.01)
+    shake(policy, 0, 0.2)
     reference.sync()
     truth.sync()
     batch = batch_of(layout="padded")

@@ -65,7 +65,8 @@ class AdapterReference(OffloadedReference):
         if not 0.0 <= tolerance < 1.0:
             raise ValueError(f"adapter_tolerance must lie in [0, 1), got {tolerance}")
         self.tolerance = tolerance
-        home = None if schedule.every == 1 else torch.device("cpu")
+        moves_always = schedule.every == 1 and not schedule.is_frozen
+        home = None if moves_always else torch.device("cpu")
         self._deltas = {
             f"{name}.{adapter}": _LayerDelta(layer, adapter, home)
             for name, adapter, layer in _lora_layers(policy)
@@ -139,16 +140,15 @@ class _LayerDelta:
     def move(self, weights: list[float]) -> None:
         """Puts the policy's factors in front; `weights`: theirs, then those of the kept ones."""
         down, up = (factor.detach().to(self._up.device) for factor in self.factors)
-        rank, size_in, size_out = down.shape[0], down.shape[1], up.shape[0]
-        if self._down is not None and len(weights) * rank * (size_in + size_out) > (
-            size_in * size_out
-        ):
+        rank, terms, size = down.shape[0], len(weights), up.shape[0] * down.shape[1]
+        factors_size = terms * (up.numel() + down.numel())
+        if self._down is not None and terms > 1 and factors_size > size:
             self._up = self._parked(self._weighted(self._up.float()) @ self._down.float())
             self._down = self._coefficients = None
         if self._down is None:
             self._up.addmm_(up.float(), down.float(), beta=1 - weights[0], alpha=weights[0])
             return
-        kept = (len(weights) - 1) * rank
+        kept = (terms - 1) * rank
         self._down = self._parked(torch.cat([down, self._down[:kept]]))
         self._up = self._parked(torch.cat([up, self._up[:, :kept]], dim=1))
         self._weigh(weights)
