@@ -57,7 +57,7 @@ class TRTrainer(Trainer):
     """Preference alignment with a moving reference.
 
     Args:
-        model: a causal LM of transformers, or its name or folder.
+        model: a causal LM of transformers, a PEFT model around one, or its name or folder.
         ref_model: the first reference; None: a copy of `model` as it is.
         args: a `TRConfig`.
         train_dataset, eval_dataset: rows with TRL's columns (`prompt, chosen, rejected` or `prompt,
@@ -258,7 +258,9 @@ class TRTrainer(Trainer):
         merge = self.args.merged_batches
         # one visit of the reference's weights for all that is scored
         with self.compute_loss_context_manager(), reference.weights():
-            shown = total if self.is_world_process_zero() and not self.args.disable_tqdm else None
+            # a window of one step is swept at every step: no bar for it
+            wanted = self.is_world_process_zero() and not self.args.disable_tqdm and steps > 1
+            shown = total if wanted else None
             reference.score_window(map(self._even_parts, batches), shown, merge=merge)
             if self._evaluates_between(step, step + steps):
                 for dataset in self._eval_datasets():
@@ -507,8 +509,10 @@ def _init_kwargs(args: TRConfig) -> dict[str, Any]:
 
 
 def _input_embeddings(model: PreTrainedModel) -> Any:
+    """The `nn.Embedding`, also inside what PEFT wraps it in."""
     embeddings: Any = model.get_input_embeddings()
-    return getattr(embeddings, "base_layer", embeddings)  # inside a LoRA layer
+    embeddings = getattr(embeddings, "original_module", embeddings)
+    return getattr(embeddings, "base_layer", embeddings)
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -183,6 +183,7 @@ KINDS = {
     "biases": lambda m: lora(biased(m), bias="lora_only"),
     "lora_bias": lambda m: lora(biased(m), lora_bias=True, target_modules=["q_proj", "v_proj"]),
     "head and embeddings": lambda m: lora(m, modules_to_save=["lm_head", "embed_tokens"]),
+    "tokens": lambda m: lora(m, trainable_token_indices=[5, 8, 14]),
     "norms": with_free_norms,
     "two adapters": two_adapters,
     "on a frozen adapter": on_a_frozen_adapter,
@@ -360,7 +361,7 @@ def test_gradient_checkpointing_and_autocast(tiny_llama, small_tokenizer, tmp_pa
 
 @pytest.mark.parametrize("kind", [AdapterReference, OffloadedReference])
 def test_autocast_does_not_keep_the_weights_of_a_sweep(kind, tiny_llama):
-    policy = lora(tiny_llama, modules_to_save=["lm_head", "embed_tokens"]).eval()
+    policy = lora(biased(tiny_llama), bias="lora_only").eval()
     prepare_model(policy)
     reference = kind(policy, TrustRegion(1.0, 2))
     shake(policy, 0)
@@ -402,7 +403,8 @@ def test_evaluation_inside_a_run(tiny_llama, small_tokenizer, tmp_path, with_mer
     }  # fmt: skip
     logs = []
     for name, build in (("merged", with_merged), ("adapter", make)):
-        trainer = build(lora(tiny_llama), small_tokenizer, tmp_path / name, **extra)
+        policy = lora(tiny_llama, modules_to_save=["lm_head"], trainable_token_indices=[5, 8])
+        trainer = build(policy, small_tokenizer, tmp_path / name, **extra)
         before = trainer.evaluate()
         trainer.train()
         logs.append([before, *trainer.state.log_history, trainer.evaluate(pair_rows(3))])

@@ -117,8 +117,7 @@ class AdapterReference(OffloadedReference):
         self._weights = json.loads((folder / "adapters.json").read_text())["weights"]
         tensors = self._load_tensors(folder, "adapters.safetensors")
         for name, delta in self._deltas.items():
-            parts = {part: tensors.get(f"{name}.{part}") for part in ("down", "up")}
-            delta.load(**parts, weights=self._weights)
+            delta.load(tensors.get(f"{name}.down"), tensors[f"{name}.up"], self._weights)
 
     def _identity(self) -> dict:
         return {**super()._identity(), "tolerance": self.tolerance}

@@ -18,11 +18,13 @@ from tralign_fast.reference.trust_region import TrustRegion
 def trained_adapters(policy: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """(module's name, adapter's name, PEFT layer) wherever an active adapter is trained."""
     try:
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
         return
     for name, layer in policy.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        # rows of an embedding are weights
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
             for adapter in layer.active_adapters:
                 if any(p.requires_grad for p in _parameters(layer, adapter)):
                     yield name, adapter, layer
