@@ -102,12 +102,14 @@ class WindowedReference(ReferencePolicy):
     @torch.no_grad()
     def _run(self, batch: PackedBatch) -> Tensor:
         model = self.scorer
-        was_training = model.training
+        # an evaluation switches the policy's mode and not that of what wraps it (DDP)
+        modes = [(module, module.training) for module in (model, self.policy)]
         model.eval()
         try:
             return sequence_logps(model, batch.to(next(model.parameters()).device))
         finally:
-            model.train(was_training)
+            for module, training in modes:
+                module.train(training)
 
     @property
     def scorer(self) -> nn.Module:
