@@ -1,7 +1,8 @@
 """Seconds and memory of one optimizer step: TRL's DPOTrainer beside our TRTrainer, on a CPU.
 
     python -m benchmarks.step [--distribution chat|summarisation|long|all] [--steps N] [--pairs 2]
-                              [--ablations] [--dtype fp32] [--output_dir benchmarks/results]
+                              [--ablations | --references] [--dtype fp32]
+                              [--output_dir benchmarks/results]
 
 Both run TR-DPO with a resident reference that moves every two steps, on the same rows in the same
 order, without gradient checkpointing, evaluation or saving. Every arm is a process of its own that
@@ -19,6 +20,11 @@ alike; what that takes is the CSV's `between_s`. The first step is a warm-up and
 cores other processes used during the steps is `others_cores`; on a busy machine times mean nothing,
 as threads that wait for a preempted one only spin.
 
+**Windows.** A reference that is not run at every step scores the steps until its next update ahead
+of them, before `on_step_begin`. `--references` compares the places of the reference under hard
+updates, by `window_s`: seconds per step from the end of one window to the end of the next, all that
+lies between included, for every arm.
+
 **The gate.** After every step the arms' losses must agree, and their gradient norms too: at the
 first step the policy is the reference, and DPO's loss is log 2 whatever was computed.
 
@@ -33,17 +39,8 @@ both models were loaded: gradients, AdamW's moments, activations, logits.
 from __future__ import annotations
 
 import argparse
-import copy
-import ctypes
-import gc
 import multiprocessing
-import os
-import random
-import resource
 import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,66 +54,25 @@ from benchmarks.common import (
     summarize,
     write_csv,
 )
+from benchmarks.step_arm import (
+    ABLATIONS,
+    ARMS,
+    DISTRIBUTIONS,
+    MAIN_ARMS,
+    MODELS,
+    REFERENCE_ARMS,
+    SYNC_EVERY,
+    TORCH_DTYPES,
+    Job,
+    run_arm,
+)
 
-SYNC_EVERY = 2
-MAX_LENGTH = 2048
-SEED = 0
 # Largest relative difference from TRL. Seen over ten steps in fp32: 1.4e-5 and 1.0e-5, not growing.
 # bf16 has 8 bits, and rounds differently in every layout.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-1}
 # A core's worth of other work that already disturbs threads which wait for each other.
 QUIET_CORES = 0.1
-MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "two random layers"}
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """Words of prompts and completions, each drawn uniformly, both ends included."""
-
-    prompt: tuple[int, int]
-    completion: tuple[int, int]
-
-
-DISTRIBUTIONS = {
-    "chat": Distribution((100, 200), (30, 70)),
-    "summarisation": Distribution((300, 500), (20, 50)),
-    "long": Distribution((20, 60), (200, 300)),
-}
-
-
-@dataclass(frozen=True)
-class Arm:
-    label: str
-    is_trl: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # of TRConfig
-    patch: str | None = None  # a function of this module, called in the arm's process
-
-
-# Of ours, each adds one part to the one before it: compact head, no padding, prompts shared.
-ARMS = {
-    "trl": Arm("TRL", is_trl=True),
-    "trl_compact": Arm("TRL, head on completions only", is_trl=True, patch="_let_trl_compact"),
-    "full_logits": Arm(
-        "ours: padded, full logits", options={"packing": False}, patch="_score_with_full_logits"
-    ),
-    "padded": Arm("ours: padded, compact head", options={"packing": False}),
-    "packed": Arm("ours: packed", options={"prefix_sharing": False}),
-    "tralign_fast": Arm("tralign-fast: packed, prompts shared"),
-}
-MAIN_ARMS = ("trl", "tralign_fast")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an arm's process is told."""
-
-    arm: str
-    distribution: str
-    steps: int  # the warm-up included
-    pairs: int
-    dtype: str
-    model: str
 
 
 @dataclass
@@ -138,239 +94,19 @@ class Run:
         return [end - begin for begin, end in self.spans]
 
     @property
+    def window_seconds(self) -> list[float]:
+        """Seconds per step of every window after the first, with what lies between the steps."""
+        whole = [b + s for b, s in zip(self.between, self.seconds[1:], strict=True)]
+        starts = range(SYNC_EVERY - 1, len(whole) - SYNC_EVERY + 1, SYNC_EVERY)
+        return [sum(whole[i : i + SYNC_EVERY]) / SYNC_EVERY for i in starts]
+
+    @property
     def useful(self) -> list[int]:
         return [sum(lengths) for lengths in self.lengths]
 
 
 class Disagreement(Exception):
     """Two arms did not compute the same thing."""
-
-
-# --- in the process of an arm ---------------------------------------------------------------------
-
-
-def run_arm(job: Job, pipe: Any) -> None:
-    """Trains, one step for each word of the parent, and tells it what it took."""
-    _quieten()
-    import torch
-    from transformers import PrinterCallback
-
-    if (patch := ARMS[job.arm].patch) is not None:
-        globals()[patch]()
-    model, tokenizer = load_model(job.model, getattr(torch, _TORCH_DTYPES[job.dtype]))
-    reference = copy.deepcopy(model)
-    loaded_mb = _resident_mb()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _make_trainer(job, model, reference, tokenizer, folder)
-        trainer.data_collator = counter = _CountingCollator(trainer.data_collator)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_make_turns(pipe, counter))  # the last one: after the sync
-        trainer.train()
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    config = model.config
-    shape = f"layers={config.num_hidden_layers} H={config.hidden_size} V={config.vocab_size}"
-    facts = {"loaded_mb": loaded_mb, "peak_mb": peak_mb, "model": shape}
-    pipe.send(("done", {**facts, "threads": torch.get_num_threads()}))
-
-
-_TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-def _quieten() -> None:
-    """No progress bars or paths on the parent's terminal; warnings stay, one line each."""
-    os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-
-
-def load_model(name: str, dtype: Any) -> tuple[Any, Any]:
-    """SmolLM2 or, to try the benchmark, two random layers of its vocabulary; and the tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tralign_fast.smollm2 import load_smollm2, load_smollm2_tokenizer
-
-    if name == "smollm2":
-        return load_smollm2(dtype)
-    tokenizer: Any = load_smollm2_tokenizer()
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config).to(dtype), tokenizer
-
-
-def _make_trainer(job: Job, model: Any, reference: Any, tokenizer: Any, folder: str) -> Any:
-    from datasets import Dataset
-
-    arm = ARMS[job.arm]
-    rows = make_rows(job.distribution, job.steps * job.pairs)
-    options = {
-        "output_dir": folder,
-        "max_steps": job.steps,
-        "per_device_train_batch_size": job.pairs,
-        "train_sampling_strategy": "sequential",
-        "max_length": MAX_LENGTH,
-        "learning_rate": 1e-5,  # 1e-6 moves the loss by 1e-4 in five steps: nothing to compare
-        "lr_scheduler_type": "constant",
-        "sync_ref_model": True,
-        "ref_model_sync_steps": SYNC_EVERY,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": [],
-        "disable_tqdm": True,
-        "seed": SEED,
-        **arm.options,
-    }
-    if arm.is_trl:
-        from trl import DPOConfig, DPOTrainer
-
-        make_trainer, config = DPOTrainer, DPOConfig(**options)
-    else:
-        from tralign_fast import TRConfig, TRTrainer
-
-        make_trainer, config = TRTrainer, TRConfig(**options, reference="resident")
-    return make_trainer(
-        model,
-        ref_model=reference,
-        args=config,  # pyright: ignore[reportArgumentType]
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-
-
-def make_rows(distribution: str, count: int) -> list[dict[str, str]]:
-    """Text rows of English from Python's own help; the first n are the same whatever the count."""
-    from pydoc_data.topics import topics
-
-    words = " ".join(topics[key] for key in sorted(topics)).split()
-    draw, lengths = random.Random(SEED), DISTRIBUTIONS[distribution]
-
-    def text(bounds: tuple[int, int]) -> str:
-        length = draw.randint(*bounds)
-        start = draw.randrange(len(words) - length)
-        return " ".join(words[start : start + length])
-
-    return [
-        {
-            "prompt": text(lengths.prompt),
-            "chosen": " " + text(lengths.completion),
-            "rejected": " " + text(lengths.completion),
-        }
-        for _ in range(count)
-    ]
-
-
-class _CountingCollator:
-    """Notes what goes into a batch; runs between steps, outside the timed span."""
-
-    def __init__(self, collator: Callable[[Any], Any]) -> None:
-        self.collator = collator
-        self.counts: list[tuple[int, list[int]]] = []  # tokens computed, tokens of the sequences
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        batch = self.collator(examples)
-        lengths = [
-            len(example["prompt_ids"]) + len(example[completion])
-            for completion in ("chosen_ids", "rejected_ids")
-            for example in examples
-        ]
-        assert max(lengths) < MAX_LENGTH, "a row was cut; expected max_length to hold every row"
-        tokens = batch["input_ids"].numel() if isinstance(batch, dict) else batch.num_tokens
-        self.counts.append((2 * tokens, lengths))  # the policy's and the reference's
-        return batch
-
-
-def _make_turns(pipe: Any, counter: _CountingCollator) -> Any:
-    from transformers import TrainerCallback
-
-    class Turns(TrainerCallback):
-        """Waits for the arm's turn before a step, and tells what the step took after it."""
-
-        begin = busy = 0.0
-
-        def on_step_begin(self, args, state, control, **kwargs) -> None:
-            # the loader fetches one batch ahead, so the newest count is not this step's
-            pipe.send(("ready", (time.monotonic(), *counter.counts[state.global_step])))
-            pipe.recv()
-            self.busy = _others_seconds()
-            self.begin = time.monotonic()
-
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            end = time.monotonic()
-            others = max(0.0, _others_seconds() - self.busy) / (end - self.begin)
-            pipe.send(("step", (self.begin, end, others)))
-
-        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-            if logs and "loss" in logs:
-                pipe.send(("log", (logs["loss"], logs["grad_norm"])))
-
-    return Turns()
-
-
-def _others_seconds() -> float:
-    """CPU seconds that all processes but this one have used since the machine started."""
-    import psutil
-
-    times = psutil.cpu_times()._asdict()
-    idle = sum(times.get(name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
-    return sum(times.values()) - idle - time.process_time()
-
-
-def _resident_mb() -> float:
-    """Resident memory now, what the allocator holds back given to the system first."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    import psutil
-
-    return psutil.Process().memory_info().rss / 2**20
-
-
-# --- what an ablation replaces --------------------------------------------------------------------
-
-
-def _let_trl_compact() -> None:
-    """TRL scores completions alone where it has Triton, every position on a CPU: here as there."""
-    import trl.trainer.utils as utils
-
-    assert hasattr(utils, "_use_triton"), "TRL's head has changed: this ablation needs a new patch"
-    # in this module it decides which positions are scored; the kernels ask their own module
-    utils._use_triton = lambda device: True
-
-
-def _score_with_full_logits() -> None:
-    """The head by the book: log_softmax over the logits of every position, padding too."""
-    import tralign_fast.reference.resident as resident
-    import tralign_fast.trainer as trainer
-
-    def sequence_logps(model: Any, batch: Any) -> Any:
-        logits = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-        ).logits  # (S, L, V)
-        logps = logits.float().log_softmax(-1)
-        return batch.sum_per_sequence(logps.flatten(0, 1)[batch.score_index, batch.targets])
-
-    assert hasattr(resident, "sequence_logps")
-    assert hasattr(trainer, "sequence_logps")
-    resident.sequence_logps = trainer.sequence_logps = sequence_logps
 
 
 # --- in the parent --------------------------------------------------------------------------------
@@ -500,6 +236,7 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
             [a / b for a, b in zip(theirs, seconds, strict=True)]
         ).median,
         "between_s": summarize(run.between).median,
+        "window_s": summarize(run.window_seconds).median if run.window_seconds else float("nan"),
         "others_cores": sum(run.others[1:]) / len(seconds),
         "tokens_computed": round(sum(run.computed[1:]) / len(seconds)),
         "useful_tokens": round(sum(run.useful[1:]) / len(seconds)),
@@ -522,13 +259,14 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    header = ["", "s/step", "p20", "p80", "speed-up", "pairwise", "tokens", "useful tok/s",
-              "peak MiB", "+MiB", "loss diff"]  # fmt: skip
+    header = ["", "s/step", "p20", "p80", "speed-up", "pairwise", "with sweep", "tokens",
+              "useful tok/s", "peak MiB", "+MiB", "loss diff"]  # fmt: skip
     rows = [
         [
             f"{r['distribution']}: {ARMS[r['arm']].label}",
             *(f"{r[key]:.3f}" for key in ("median_s", "p20_s", "p80_s")),
             *(f"{r[key]:.2f}x" for key in ("ratio_to_trl", "pairwise_ratio_to_trl")),
+            f"{r['window_s']:.3f}",
             f"{r['tokens_computed']:,}",
             f"{r['useful_tokens_per_s']:,.0f}",
             *(f"{r[key]:,.0f}" for key in ("peak_rss_mb", "delta_rss_mb")),
@@ -558,7 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if the arms disagree, and writes nothing of that distribution."""
     options = _parser().parse_args(arguments)
     names = list(DISTRIBUTIONS) if options.distribution == "all" else [options.distribution]
-    arms = list(ARMS) if options.ablations else list(MAIN_ARMS)
+    arms = ABLATIONS if options.ablations else MAIN_ARMS
+    arms = REFERENCE_ARMS if options.references else arms
+    file = "step_references" if options.references else "step"
     system, records = environment(), []
     folder = Path(options.output_dir)
     from tqdm import tqdm  # not above: an arm switches it off before it imports it
@@ -577,8 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: not a comparison, nothing is reported: {error}", file=sys.stderr)
                 return 1
             records += [{**record, **system} for record in make_records(jobs, runs)]
-            write_csv(folder / "step.csv", records)  # after each: a long run may be cut short
-            plot(folder / "step.png", records)
+            write_csv(folder / f"{file}.csv", records)  # after each: a long run may be cut short
+            plot(folder / f"{file}.png", records)
     print(table(records))
     loss, norm = (max(r[f"max_rel_{key}_diff"] for r in records) for key in ("loss", "grad_norm"))
     print(
@@ -599,12 +339,16 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=10, help="timed steps; one more is the warm-up"
     )
     parser.add_argument("--pairs", type=_positive, default=2, help="pairs in a batch")
-    parser.add_argument("--ablations", action="store_true", help="also arms with one part off")
-    parser.add_argument("--dtype", choices=list(_TORCH_DTYPES), default="fp32")
+    extra = parser.add_mutually_exclusive_group()
+    extra.add_argument("--ablations", action="store_true", help="also arms with one part off")
+    extra.add_argument(
+        "--references", action="store_true", help="the places of the reference, hard updates"
+    )
+    parser.add_argument("--dtype", choices=list(TORCH_DTYPES), default="fp32")
     parser.add_argument(
         "--model", choices=list(MODELS), default="smollm2", help="tiny: to try it out"
     )
-    parser.add_argument("--output_dir", default="benchmarks/results", help="step.csv, step.png")
+    parser.add_argument("--output_dir", default="benchmarks/results", help="for step.csv, step.png")
     return parser
 
 

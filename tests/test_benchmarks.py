@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks import common, step
+from benchmarks import common, step, step_arm
 
 COLUMNS = {
     "distribution", "arm", "steps", "median_s", "p20_s", "p80_s", "ratio_to_trl", "tokens_computed",
@@ -87,8 +87,8 @@ def test_disagreement_ends_the_benchmark(monkeypatch, tmp_path, capsys):
 
 def test_rows_keep_the_stated_lengths():
     for name, words in step.DISTRIBUTIONS.items():
-        rows = step.make_rows(name, 20)
-        assert rows[:5] == step.make_rows(name, 5)
+        rows = step_arm.make_rows(name, 20)
+        assert rows[:5] == step_arm.make_rows(name, 5)
         for row in rows:
             assert words.prompt[0] <= len(row["prompt"].split()) <= words.prompt[1]
             for completion in (row["chosen"], row["rejected"]):
@@ -98,10 +98,23 @@ def test_rows_keep_the_stated_lengths():
 
 @pytest.mark.slow
 def test_ablations_compute_the_same_with_less_and_less_work():
-    runs = {run.arm: run for run in step.measure(jobs(tuple(step.ARMS)))}
+    runs = {run.arm: run for run in step.measure(jobs(step.ABLATIONS))}
     for run in runs.values():
         assert run.losses == pytest.approx(runs["trl"].losses, rel=1e-4)
     assert runs["full_logits"].computed == runs["padded"].computed == runs["trl"].computed
     for more, less in (("padded", "packed"), ("packed", "tralign_fast")):
         for a, b in zip(runs[more].computed, runs[less].computed, strict=True):
             assert a > b or more == "padded"
+
+
+def test_places_of_the_reference_agree_and_the_sweep_is_timed():
+    four = [
+        step.Job(arm, "chat", steps=5, pairs=1, dtype="fp32", model="tiny")
+        for arm in ("resident", "snapshot", "offloaded")
+    ]
+    resident, snapshot, offloaded = step.measure(four)  # raises where they disagree
+    for run in (resident, snapshot, offloaded):
+        assert len(run.window_seconds) == 1  # steps 3 and 4: the second window
+        # steps 2 to 3 hold the sweep, 3 to 4 do not
+    assert snapshot.between[1] > 2 * snapshot.between[2]
+    assert offloaded.between[1] > 2 * offloaded.between[2]

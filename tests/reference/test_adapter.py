@@ -431,7 +431,9 @@ def test_resume(tiny_llama, small_tokenizer, tmp_path):
     assert (folder / "adapter_model.safetensors").is_file()
     assert not list(folder.glob("model*.safetensors"))
     other = make(policy, small_tokenizer, tmp_path, rows=rows, adapter_tolerance=1e-3, **extra)
-    with pytest.raises(ValueError, match="resume with the options it was started with"):
+    with pytest.raises(
+        ValueError, match="resume with the options and the data it was started with"
+    ):
         other.train(resume_from_checkpoint=str(folder))
 
 
