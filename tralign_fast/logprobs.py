@@ -8,7 +8,8 @@ The logits are made tile by tile, (N, W) at a time, and every tile passes two ti
     backward   in place, logits → gradient of the logits
 
 Both exist twice with one signature: here in PyTorch (any device) and in `tralign_kernels.logprob`
-(Triton). Everything around them, the matrix products, is shared.
+(Triton). Everything around them, the matrix products, is shared. A Triton forward that keeps no
+logits takes one kernel for product and reduction instead (`tralign_kernels.linear_logprob`).
 """
 
 from __future__ import annotations
@@ -153,17 +154,49 @@ def _linear_logprobs_op(
     kept = x.new_empty(rows * vocab if keep else 0)
     if rows == 0:
         return logsumexp, logsumexp.clone(), kept
+    transform = dict(
+        logit_scale=logit_scale, softcap=softcap, inverse_temperature=inverse_temperature
+    )
+    if _makes_no_logits(backend, keep):
+        _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, tile, transform)
+        return target_logit - logsumexp, logsumexp, kept
     tile_forward_, _ = _tile_ops(backend)
     buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
     with _autocast_off(hidden.device):
         for start, stop in _tiles(vocab, tile):
             logits = _tile_view(buffer, rows, start, stop, keep)
             _project(x, weight[start:stop], None if bias is None else bias[start:stop], logits)
-            tile_forward_(
-                logits, targets, start, logsumexp, target_logit,
-                logit_scale=logit_scale, softcap=softcap, inverse_temperature=inverse_temperature,
-            )  # fmt: skip
+            tile_forward_(logits, targets, start, logsumexp, target_logit, **transform)
     return target_logit - logsumexp, logsumexp, kept
+
+
+def _makes_no_logits(backend: str, keep: bool) -> bool:
+    """Whether product and reduction are one kernel: Triton, and nobody reads the logits again."""
+    return backend == "triton" and not keep
+
+
+def _fused_forward_(
+    x: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    target_logit: Tensor,
+    tile: int,
+    transform: dict[str, Any],
+) -> None:
+    from tralign_kernels import linear_logprob_forward_
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    # a weight of another dtype (autocast) is converted tile by tile, never as a whole
+    tile = weight.shape[0] if weight.dtype == x.dtype else tile
+    for start, stop in _tiles(weight.shape[0], tile):
+        part = weight[start:stop].to(x.dtype)
+        linear_logprob_forward_(
+            x, part if part.stride(1) == 1 else part.contiguous(), targets, start, logsumexp,
+            target_logit, bias=None if bias is None else bias[start:stop].to(x.dtype).contiguous(),
+            **transform,
+        )  # fmt: skip
 
 
 @_linear_logprobs_op.register_fake
@@ -172,6 +205,7 @@ def _(hidden, weight, targets, bias, logit_scale, softcap, inverse_temperature, 
     rows = hidden.shape[0]
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
     size = rows * (weight.shape[0] if keep else min(tile, weight.shape[0]))
+    size = 0 if _makes_no_logits(backend, keep) else size
     logits = hidden.new_empty(size, dtype=compute_dtype)
     per_row = hidden.new_empty(rows, dtype=torch.float32)
     return per_row, torch.empty_like(per_row), logits if keep else logits.new_empty(0)
@@ -305,7 +339,8 @@ def linear_logprobs(
 
     Memory: at most `logits_budget_mb` of logits. If all N·V fit and a gradient is wanted, they are
     kept and the backward overwrites them: three matrix products in all. Else they are recomputed
-    tile by tile: four. No fp32 buffer of (V, H); the gradient of a frozen tensor is not computed.
+    tile by tile: four. Without a gradient, and where they will be recomputed, the Triton backend
+    makes none: its forward is one kernel, in which they exist in registers alone. No fp32 buffer of (V, H); the gradient of a frozen tensor is not computed.
 
     Args:
         hidden: (N, H) hidden states of the scored positions, fp32, bf16 or fp16.

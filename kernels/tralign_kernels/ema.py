@@ -7,7 +7,6 @@ every pair of one (ref dtype, θ dtype): an 8B model has 291 weights, and a laun
 most of the small ones (norms) bound by launch latency. A program works on one chunk of one tensor.
 """
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,19 +15,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-
-class Launch(NamedTuple):
-    """How one kernel is launched on one architecture family."""
-
-    block: int  # elements per iteration of a program
-    num_warps: int
-
+from tralign_kernels.launch import INTERPRETED, Launch, backend, device_of
 
 # 16 elements a thread on NVIDIA (8 on AMD, whose warps have 64 threads): two 16-byte loads of bf16
 # in flight per operand. bf16 takes 32 registers on sm_80 and sm_90, at which all 2,048 threads of
-# an SM reside, and 26 on gfx942 (python -m benchmarks.aot).
+# an SM reside, and 26 on gfx942 (python -m benchmarks.report).
 EMA_LAUNCH = {"cuda": Launch(block=4096, num_warps=8), "hip": Launch(block=4096, num_warps=8)}
 
 # Elements of one program: 8 blocks, so that the three dependent loads that find a tensor (chunk →
@@ -41,8 +33,6 @@ _LANES = tl.constexpr(8)  # 16-bit random numbers that one Philox call yields (4
 # Philox4x32 passes BigCrush from 7 rounds on (Salmon et al. 2011, table 2); Triton's default of 10
 # would be 1.4 times the integer work, most of what this kernel computes.
 _PHILOX_ROUNDS = tl.constexpr(7)
-# The interpreter converts fp32 → bf16 by cutting bits off: there `round_nearest` works on the bits.
-_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 _TRITON_DTYPE = {
     torch.float32: tl.float32,
@@ -54,7 +44,8 @@ _TRITON_DTYPE = {
 @triton.jit
 def round_nearest(x, DTYPE: tl.constexpr):
     """fp32 → `DTYPE`, round to nearest even."""
-    if _INTERPRETED:
+    # the interpreter converts fp32 → bf16 by cutting bits off: there this works on the bits
+    if INTERPRETED:
         if tl.bfloat16 == DTYPE:
             word = tl.where(x == x, x, 0.0).to(tl.uint32, bitcast=True)
             word = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
@@ -184,7 +175,7 @@ def ema_update_(
             torch._foreach_copy_([row.ref for row in rows], [row.theta for row in rows])
             continue
         table, chunk_tensor = _build_table(rows, device)
-        launch = EMA_LAUNCH["hip" if torch.version.hip else "cuda"]
+        launch = EMA_LAUNCH[backend()]
         with device_of(table):
             _ema_kernel[(chunk_tensor.numel(),)](
                 table,
@@ -248,15 +239,10 @@ def _check_pairs(ref_tensors: Sequence[Tensor], tensors: Sequence[Tensor]) -> No
             assert tensor.is_contiguous(), tensor.stride()
         assert ref.device == theta.device, (ref.device, theta.device)
         # the kernel dereferences raw addresses: in the interpreter those must be host addresses
-        assert not (_INTERPRETED.value and ref.is_cuda), "interpreted kernels need CPU tensors"
+        assert not (INTERPRETED.value and ref.is_cuda), "interpreted kernels need CPU tensors"
     # a tied weight listed twice would be moved by two programs at once
     written = [ref.data_ptr() for ref in ref_tensors if ref.numel()]
     assert len(set(written)) == len(written), "a reference tensor is listed twice"
-
-
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it that of `tensor`."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def aot_configurations(backend: str) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tralign_kernels.ema import Launch, device_of, round_nearest
+from tralign_kernels.ema import round_nearest
+from tralign_kernels.launch import Launch, backend, device_of
 
 # Both read (and the backward writes) 16 bytes a thread per load in bf16. Forward: one program walks
 # a row, so a block must be wide enough to hide the one reduction over warps per block: 16 columns a
@@ -26,7 +27,7 @@ from tralign_kernels.ema import Launch, device_of, round_nearest
 FORWARD_LAUNCH = {"cuda": Launch(block=4096, num_warps=8), "hip": Launch(block=4096, num_warps=8)}
 BACKWARD_LAUNCH = {"cuda": Launch(block=2048, num_warps=8), "hip": Launch(block=2048, num_warps=4)}
 
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def tanh_and_slope(u):
 
 
 @triton.jit
-def _score(x, inner, outer, SOFTCAP: tl.constexpr):
+def score(x, inner, outer, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         t, _ = tanh_and_slope(x * inner)
         z = t * outer
@@ -85,7 +86,7 @@ def _logprob_forward_kernel(
         column = first + tl.arange(0, BLOCK)
         inside = column < W
         x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(inside, _score(x, inner, outer, SOFTCAP), -float("inf"))
+        z = tl.where(inside, score(x, inner, outer, SOFTCAP), -float("inf"))
         # maxima skip NaN, the sum below does not
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         # a row of -inf so far: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
@@ -102,7 +103,7 @@ def _logprob_forward_kernel(
     column = tl.load(targets_ptr + row) - start
     inside = (column >= 0) & (column < W)
     x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target_logit_ptr + row, _score(x, inner, outer, SOFTCAP), mask=inside)
+    tl.store(target_logit_ptr + row, score(x, inner, outer, SOFTCAP), mask=inside)
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -167,12 +168,12 @@ def logprob_forward_(
     softcap makes ±inf finite.) Traffic: the logits are read once.
     """
     N, W = _check_tile(logits, targets, logsumexp)
-    _check_vector(target_logit, N, torch.float32)
+    check_vector(target_logit, N, torch.float32)
     assert logsumexp.is_contiguous(), logsumexp.stride()
     assert target_logit.is_contiguous(), target_logit.stride()
     if N == 0 or W == 0:
         return
-    launch = FORWARD_LAUNCH[_backend()]
+    launch = FORWARD_LAUNCH[backend()]
     # One program per row: the sum needs no second pass nor atomics, and the thousands of rows of a
     # training step fill a GPU (132 SMs on an H100).
     with device_of(logits):
@@ -184,7 +185,7 @@ def logprob_forward_(
             start,
             W,
             logits.stride(0),
-            *_fold(logit_scale, softcap, inverse_temperature),
+            *fold(logit_scale, softcap, inverse_temperature),
             SOFTCAP=softcap is not None,
             BLOCK=launch.block,
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
@@ -214,10 +215,10 @@ def logprob_backward_(
     logits are read and written once.
     """
     N, W = _check_tile(logits, targets, logsumexp)
-    _check_vector(grad, N, torch.float32)
+    check_vector(grad, N, torch.float32)
     if N == 0 or W == 0:
         return
-    launch = BACKWARD_LAUNCH[_backend()]
+    launch = BACKWARD_LAUNCH[backend()]
     # A program per row and block of columns, because nothing is reduced: a few hundred rows fill a
     # GPU too. One axis of the grid, because the others end at 65,535 on NVIDIA.
     programs = N * triton.cdiv(W, launch.block)
@@ -231,14 +232,14 @@ def logprob_backward_(
             start,
             W,
             logits.stride(0),
-            *_fold(logit_scale, softcap, inverse_temperature),
+            *fold(logit_scale, softcap, inverse_temperature),
             SOFTCAP=softcap is not None,
             BLOCK=launch.block,
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
         )
 
 
-def _fold(
+def fold(
     logit_scale: float, softcap: float | None, inverse_temperature: float
 ) -> tuple[float, float]:
     """(inner, outer) of the module's second form; floats, for Triton types an int as an integer."""
@@ -249,20 +250,16 @@ def _fold(
 
 def _check_tile(logits: Tensor, targets: Tensor, logsumexp: Tensor) -> tuple[int, int]:
     N, W = logits.shape
-    assert logits.dtype in _DTYPES, logits.dtype
+    assert logits.dtype in DTYPES, logits.dtype
     assert W <= 1 or logits.stride(1) == 1, logits.stride()
-    _check_vector(targets, N, torch.int64)
-    _check_vector(logsumexp, N, torch.float32)
+    check_vector(targets, N, torch.int64)
+    check_vector(logsumexp, N, torch.float32)
     return N, W
 
 
-def _check_vector(vector: Tensor, N: int, dtype: torch.dtype) -> None:
+def check_vector(vector: Tensor, N: int, dtype: torch.dtype) -> None:
     assert vector.shape == (N,), (vector.shape, N)
     assert vector.dtype == dtype, (vector.dtype, dtype)
-
-
-def _backend() -> str:
-    return "hip" if torch.version.hip else "cuda"
 
 
 def aot_configurations(backend: str) -> list[dict[str, Any]]:
@@ -276,7 +273,7 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
         (_logprob_forward_kernel, "target_logit_ptr", FORWARD_LAUNCH),
         (_logprob_backward_kernel, "grad_ptr", BACKWARD_LAUNCH),
     ):
-        for dtype in _DTYPES.values():
+        for dtype in DTYPES.values():
             for softcap in (False, True):
                 for aligned in (True, False):
                     name = f"{fn.__name__.strip('_').removesuffix('_kernel')} {dtype}"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tralign_kernels
 from tralign_fast import linear_logprobs, logprobs_from_logits
 
 
@@ -27,6 +28,41 @@ def test_linear_logprobs(dtype, budget, options, device):
     tolerance = 1e-5 if dtype == torch.float32 else 2**-8
     for a, b in zip(ours, expected, strict=True):
         assert (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "logit_scale": 0.5, "temperature": 0.8}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradient_no_logits_are_made(dtype, options, device, monkeypatch):
+    """One fused call over the whole vocabulary, whatever the budget, and the same log-probs."""
+    torch.manual_seed(0)
+    hidden = torch.randn(24, 13, device=device).to(dtype).t()  # strided
+    weight = torch.randn(603, 48, device=device).to(dtype)[:, ::2]
+    bias, targets = torch.randn(603, device=device).to(dtype), torch.arange(13, device=device)
+    calls, fused = [], tralign_kernels.linear_logprob_forward_
+    monkeypatch.setattr(
+        tralign_kernels,
+        "linear_logprob_forward_",
+        lambda *args, **kwargs: (calls.append(args[1].shape), fused(*args, **kwargs)),
+    )
+    options = {**options, "bias": bias, "logits_budget_mb": 0}
+    ours = linear_logprobs(hidden, weight, targets, backend="triton", **options)
+    expected = linear_logprobs(hidden, weight, targets, backend="torch", **options)
+    assert calls == [(603, 24)]
+    # of rounded logits both, whose sums may fall on different sides of a bf16 tie
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_weight_of_another_dtype_is_converted_tile_by_tile(device):
+    """Autocast: an fp32 weight is never copied as a whole."""
+    hidden, weight = torch.randn(13, 24, device=device), torch.randn(603, 24, device=device)
+    targets = torch.arange(13, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = [
+            linear_logprobs(hidden, weight, targets, backend=name, logits_budget_mb=0)
+            for name in ("triton", "torch")
+        ]
+    torch.testing.assert_close(*out, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,407 @@
+"""hidden @ Wᵀ → running logsumexp and target logit in one kernel; no logits in device memory.
+
+Letters: N scored tokens (rows), H hidden size, W rows of the weight: the vocabulary's columns
+[start, start + W). Scores z of the softmax as in `logprob`, of logits rounded to the dtype of
+hidden, as a Linear layer and the tile path round them: a policy that keeps its logits and a
+reference that never makes them must agree (the first DPO loss is ln 2).
+
+A work item is one block of rows and `SPLIT` columns. It keeps the maximum of its scores and the sum
+of their exponentials in registers and stores two numbers a row; a second, small kernel combines the
+items of a row in the order of their columns. Which columns an item has depends on the shape alone,
+so that results do not depend on the number of multiprocessors, nor on the order of the items.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tralign_kernels.ema import round_nearest
+from tralign_kernels.launch import DotLaunch, architecture, device_of, dot, pick
+from tralign_kernels.logprob import DTYPES, check_vector, fold, logprob_reference, score
+
+# Halves whose rows are multiples of 16 elements. The first of a row is the default, the others are
+# tried with TRALIGN_AUTOTUNE=1. Chosen by what fits without a spill; none was timed yet.
+#   sm_80   128×128: 64 accumulators a thread; three stages of 32 kB fit the 99 kB that a program
+#           may have on sm_86, sm_89 and sm_120 as well.
+#   sm_90   256×128, a warpgroup each half: the L2 cache feeds a tile 3 bytes for every 256 products,
+#           4 if it were 128×128. TMA frees the registers of addresses, which 128 accumulators need.
+#   sm_100  128×128, one tile of tensor memory; to leave it, 256×128 took more registers than it had.
+#   gfx942  64 kB of shared memory, whose second stage waits in registers.
+WIDE_LAUNCH = {
+    "sm_80": (DotLaunch(128, 128, 64, 8, 3), DotLaunch(64, 128, 64, 8, 3)),
+    "sm_90": (
+        DotLaunch(256, 128, 64, 8, 3, tma=True, persistent=True),
+        DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),
+    ),
+    "sm_100": (
+        DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),
+        DotLaunch(128, 64, 64, 4, 4, tma=True, persistent=True),
+    ),
+    "gfx942": (DotLaunch(128, 128, 64, 8, 2), DotLaunch(64, 128, 64, 4, 2)),
+}
+# fp32 (tests, small models), and halves that neither TMA nor 16-byte loads can address. NVIDIA's
+# tensor cores multiply fp32 as three products of TF32, of the leading 11 bits of a factor and the
+# next 11: a relative error of about 2⁻²², where one product of TF32 would leave 2⁻¹¹. AMD's matrix
+# cores take fp32 as it is. One stage on AMD: with two, masks spill from scalar registers.
+SMALL_LAUNCH = {
+    "sm_80": (DotLaunch(64, 32, 16, 4, 2),),
+    "sm_90": (DotLaunch(64, 64, 16, 8, 2),),
+    "sm_100": (DotLaunch(64, 64, 16, 8, 2),),
+    "gfx942": (DotLaunch(64, 64, 16, 8, 1),),
+}
+PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}
+
+# Columns of a work item: 16 tiles of 128. Llama 3's vocabulary has 63 items a row, so that 2,048
+# rows make 504 of them (3.8 for each of an H100's 132 SMs) and leave 0.5 kB a row to combine.
+_SPLIT = 2048
+_COMBINE_BLOCK = 128
+
+
+@triton.jit
+def _load_tile(
+    source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) of a row-major matrix, zeros outside of it."""
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        i = row + tl.arange(0, ROWS)
+        j = column + tl.arange(0, COLUMNS)
+        inside = (i < rows)[:, None] & (j < columns)[None, :]
+        address = source + i.to(tl.int64)[:, None] * stride + j[None, :]
+        tile = tl.load(address, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize=["start", "N"])
+def _linear_logprob_kernel(
+    hidden,  # (N, H): pointer or, with TMA, descriptor
+    weight,  # (W, H): likewise
+    bias_ptr,  # (W,)
+    targets_ptr,  # (N,) int64
+    peak_ptr,  # (splits, N) fp32: maximum of an item's scores
+    mass_ptr,  # (splits, N) fp32: sum of exp(score - maximum)
+    target_logit_ptr,  # (N,) fp32
+    start,
+    N,
+    W,
+    H,
+    hidden_stride,
+    weight_stride,
+    inner,
+    outer,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    dtype: tl.constexpr = hidden.dtype if TMA else hidden.dtype.element_ty
+    # rows vary fastest: programs that run together read the same part of the weight, which thus
+    # comes from device memory once, and all of hidden, which stays in the L2 cache
+    row_blocks = tl.cdiv(N, ROWS)
+    for item in tl.range(tl.program_id(0), row_blocks * tl.cdiv(W, SPLIT), tl.num_programs(0)):
+        split = item // row_blocks
+        first_row = item % row_blocks * ROWS
+        row = first_row + tl.arange(0, ROWS)
+        row_inside = row < N
+        begin = split * SPLIT
+        end = tl.minimum(begin + SPLIT, W)
+        # a target lies in one item, which alone writes it; 32 bits, as the columns it is sought in
+        target = tl.load(targets_ptr + row, mask=row_inside, other=-1) - start
+        own = row_inside & (target >= begin) & (target < end)
+        target = tl.where(own, target, -1).to(tl.int32)
+        peak = tl.full((ROWS,), -float("inf"), tl.float32)
+        mass = tl.zeros((ROWS,), tl.float32)
+        target_logit = tl.zeros((ROWS,), tl.float32)
+        for first_column in tl.range(begin, end, COLUMNS):
+            column = first_column + tl.arange(0, COLUMNS)
+            inside = column < W
+            x = tl.zeros((ROWS, COLUMNS), tl.float32)
+            if BIAS:  # first, not last: registers are scarcest after the product
+                x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            for k in tl.range(0, H, DEPTH):
+                a = _load_tile(hidden, first_row, k, N, H, hidden_stride, ROWS, DEPTH, TMA)
+                b = _load_tile(weight, first_column, k, W, H, weight_stride, COLUMNS, DEPTH, TMA)
+                x = dot(a, b.T, x, PRECISION)
+            z = score(round_nearest(x, dtype).to(tl.float32), inner, outer, SOFTCAP)
+            z = tl.where(inside[None, :], z, -float("inf"))
+            at_target = column[None, :] == target[:, None]
+            target_logit += tl.sum(tl.where(at_target, z, 0.0), axis=1)
+            # maxima skip NaN, sums do not; a row of -inf so far: exp(-inf - 0) = 0, not NaN
+            new_peak = tl.maximum(peak, tl.max(z, axis=1))
+            pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+            mass = mass * tl.exp(peak - pivot) + tl.sum(tl.exp(z - pivot[:, None]), axis=1)
+            peak = new_peak
+        partial = split.to(tl.int64) * N + row
+        tl.store(peak_ptr + partial, peak, mask=row_inside)
+        tl.store(mass_ptr + partial, mass, mask=row_inside)
+        tl.store(target_logit_ptr + row, target_logit, mask=own)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _combine_kernel(
+    peak_ptr,  # (splits, N) fp32
+    mass_ptr,  # (splits, N) fp32
+    logsumexp_ptr,  # (N,) fp32, running
+    N,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < N
+    peak = tl.load(logsumexp_ptr + row, mask=inside, other=0.0)
+    mass = tl.full((BLOCK,), 1.0, tl.float32)
+    for split in range(0, splits):
+        other_peak = tl.load(peak_ptr + row, mask=inside, other=0.0)
+        other_mass = tl.load(mass_ptr + row, mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, other_peak)
+        pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        mass = mass * tl.exp(peak - pivot) + other_mass * tl.exp(other_peak - pivot)
+        peak = new_peak
+        peak_ptr += N
+        mass_ptr += N
+    pivot = tl.where(peak == -float("inf"), 0.0, peak)
+    tl.store(logsumexp_ptr + row, pivot + tl.log(mass), mask=inside)
+
+
+def linear_logprob_forward_(
+    hidden: Tensor,  # (N, H) fp32, bf16 or fp16, unit column stride, any row stride
+    weight: Tensor,  # (W, H) of the same dtype, unit column stride, any row stride
+    targets: Tensor,  # (N,) int64
+    start: int,
+    logsumexp: Tensor,  # (N,) float32, read and written
+    target_logit: Tensor,  # (N,) float32, written where the target lies in the tile
+    *,
+    bias: Tensor | None = None,  # (W,) of the same dtype
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    inverse_temperature: float = 1.0,
+) -> None:
+    """`logprob_forward_(F.linear(hidden, weight, bias), ...)` without the logits.
+
+    One difference: products of fp32 inputs are summed in another order than torch's. Products are
+    accumulated in fp32, plus bias, rounded once to the dtype of the inputs; fp32 inputs are
+    multiplied to fp32's precision (TF32 three times over on NVIDIA, IEEE on AMD).
+
+    Traffic: the weight is read once from device memory while hidden fits in the L2 cache; memory:
+    two floats a row for every 2,048 columns. The result is the same on every run, and does not
+    depend on the number of multiprocessors.
+    """
+    N, H = hidden.shape
+    W = weight.shape[0]
+    _check(hidden, weight, targets, bias, logsumexp, target_logit)
+    if N == 0 or W == 0:
+        return
+    name = architecture(hidden.device)
+    wide = hidden.dtype != torch.float32 and _is_aligned(hidden) and _is_aligned(weight)
+    candidates = (WIDE_LAUNCH if wide else SMALL_LAUNCH)[name]
+    if softcap is not None:
+        candidates = [c for c in candidates if _fits_softcap(c)]
+    splits = triton.cdiv(W, _SPLIT)
+    peaks, masses = hidden.new_empty((2, splits, N), dtype=torch.float32)
+
+    def run(launch: DotLaunch) -> None:
+        items = triton.cdiv(N, launch.rows) * splits
+        assert items < 2**31, (N, W)
+        programs = min(items, _multiprocessors(hidden.device)) if launch.persistent else items
+        _linear_logprob_kernel[(programs,)](
+            _describe(hidden, launch.rows, launch.depth) if launch.tma else hidden,
+            _describe(weight, launch.columns, launch.depth) if launch.tma else weight,
+            hidden if bias is None else bias,  # any pointer, not read
+            targets.contiguous(),
+            peaks,
+            masses,
+            target_logit,
+            start,
+            N,
+            W,
+            H,
+            hidden.stride(0),
+            weight.stride(0),
+            *fold(logit_scale, softcap, inverse_temperature),
+            BIAS=bias is not None,
+            SOFTCAP=softcap is not None,
+            TMA=launch.tma,
+            PRECISION=PRECISION[name],
+            SPLIT=_SPLIT,
+            ROWS=launch.rows,
+            COLUMNS=launch.columns,
+            DEPTH=launch.depth,
+            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+            num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
+        )
+
+    with device_of(hidden):
+        key = (_linear_logprob_kernel, name, hidden.dtype, N, W, H, bias is None, softcap is None)
+        run(pick(candidates, key, run))
+        _combine_kernel[(triton.cdiv(N, _COMBINE_BLOCK),)](
+            peaks, masses, logsumexp, N, splits, BLOCK=_COMBINE_BLOCK
+        )
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    target_logit: Tensor,
+) -> None:
+    N, H = hidden.shape
+    assert weight.shape[1] == H, (hidden.shape, weight.shape)
+    assert hidden.dtype in DTYPES, hidden.dtype
+    assert weight.dtype == hidden.dtype, (hidden.dtype, weight.dtype)
+    for matrix in (hidden, weight):
+        assert H <= 1 or matrix.stride(1) == 1, matrix.stride()
+    if bias is not None:
+        check_vector(bias, weight.shape[0], hidden.dtype)
+        assert bias.is_contiguous(), bias.stride()
+    check_vector(targets, N, torch.int64)
+    for vector in (logsumexp, target_logit):
+        check_vector(vector, N, torch.float32)
+        assert vector.is_contiguous(), vector.stride()
+
+
+def _fits_softcap(launch: DotLaunch) -> bool:
+    """tanh takes more registers than 128 accumulators a thread leave: the tile may have 64."""
+    return launch.rows * launch.columns <= 64 * 32 * launch.num_warps
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    """Whether TMA can address it, and pointers 16 bytes a thread: as every language model's."""
+    return (matrix.data_ptr() | matrix.stride(0) | matrix.shape[1]) % 16 == 0
+
+
+def _describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns])
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # interpreted: fewer programs than items, as on a GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def aot_configurations(backend: str) -> list[dict[str, Any]]:
+    """Every configuration that the launcher can launch on `backend`, as `ema.aot_configurations`.
+
+    targets: the architectures that launch it; default: whether without TRALIGN_AUTOTUNE.
+    """
+    architectures = ["sm_80", "sm_90", "sm_100"] if backend == "cuda" else ["gfx942"]
+    configurations = [_combine_configuration()]
+    for name in architectures:
+        for dtype in DTYPES.values():
+            small = SMALL_LAUNCH[name]
+            candidates = small if dtype == "fp32" else WIDE_LAUNCH[name]
+            ways = [(launch, True, launch == candidates[0]) for launch in candidates]
+            for launch, aligned, default in [*ways, (small[0], False, True)]:
+                plain, every = (False, False), (True, _fits_softcap(launch))
+                for bias, softcap in (plain, every):
+                    configurations.append(
+                        _configuration(name, dtype, launch, aligned, bias, softcap, default)
+                    )
+    return configurations
+
+
+def _configuration(
+    target: str, dtype: str, launch: DotLaunch, aligned: bool, bias: bool, softcap: bool,
+    default: bool,
+) -> dict[str, Any]:  # fmt: skip
+    N, W, H = 2048, 128_256, 4096  # Llama-3-8B
+    size = 4 if dtype == "fp32" else 2
+    tiles = triton.cdiv(N, launch.rows) * triton.cdiv(W, launch.columns)
+    partials = 8 * N * triton.cdiv(W, _SPLIT)
+    vectors = N * (8 + 4) + bias * W * size
+    constexprs = {
+        "BIAS": bias,
+        "SOFTCAP": softcap,
+        "TMA": launch.tma,
+        "PRECISION": PRECISION[target],
+        "SPLIT": _SPLIT,
+        "ROWS": launch.rows,
+        "COLUMNS": launch.columns,
+        "DEPTH": launch.depth,
+    }
+    pointer = f"*{dtype}"
+    hidden = f"tensordesc<{dtype}[{launch.rows}, {launch.depth}]>" if launch.tma else pointer
+    weight = f"tensordesc<{dtype}[{launch.columns}, {launch.depth}]>" if launch.tma else pointer
+    # arguments divisible by 16: pointers, W, H, row strides
+    divisible = (0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 12) if aligned else (0, 1, 2, 3, 4, 5, 6)
+    name = f"linear_logprob {dtype} {launch.rows}x{launch.columns}"
+    name += " bias" * bias + " softcap" * softcap + " unaligned" * (not aligned)
+    return {
+        "name": name,
+        "targets": (target,),
+        "default": default,
+        "fn": _linear_logprob_kernel,
+        "signature": {
+            "hidden": hidden,
+            "weight": weight,
+            "bias_ptr": pointer,
+            "targets_ptr": "*i64",
+            "peak_ptr": "*fp32",
+            "mass_ptr": "*fp32",
+            "target_logit_ptr": "*fp32",
+            **dict.fromkeys(("start", "N", "W", "H", "hidden_stride", "weight_stride"), "i32"),
+            "inner": "fp32",
+            "outer": "fp32",
+            **dict.fromkeys(constexprs, "constexpr"),
+        },
+        "constexprs": constexprs,
+        "attrs": {
+            (i,): [["tt.divisibility", 16]] for i in divisible if not (launch.tma and i in (0, 1))
+        },
+        "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        "shape": f"N={N} W={W} H={H}",
+        "moved": tiles * (launch.rows + launch.columns) * H * size + partials + vectors,
+        "minimum": (N + W) * H * size + vectors,
+    }
+
+
+def _combine_configuration() -> dict[str, Any]:
+    N, splits = 2048, triton.cdiv(128_256, _SPLIT)
+    traffic = 8 * N * splits + 8 * N
+    return {
+        "name": "linear_logprob combine",
+        "fn": _combine_kernel,
+        "signature": {
+            "peak_ptr": "*fp32",
+            "mass_ptr": "*fp32",
+            "logsumexp_ptr": "*fp32",
+            "N": "i32",
+            "splits": "i32",
+            "BLOCK": "constexpr",
+        },
+        "constexprs": {"BLOCK": _COMBINE_BLOCK},
+        "attrs": {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2)},
+        "options": {"num_warps": 4},
+        "shape": f"N={N} splits={splits}",
+        "moved": traffic,
+        "minimum": traffic,
+    }
+
+
+def linear_logprob_reference(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64; outside [0, V): no target
+    *,
+    bias: Tensor | None = None,  # (V,)
+    dtype: torch.dtype = torch.float64,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """(logsumexp (N,), target_logit (N,)) of unrounded logits in `dtype`, in plain PyTorch."""
+    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    no_grad = torch.zeros(len(targets), device=hidden.device)
+    return logprob_reference(logits, targets, no_grad, dtype=dtype, **options)[:2]
