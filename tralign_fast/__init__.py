@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from tralign_fast.ema import ema_update_
 from tralign_fast.logprobs import linear_logprobs, logprobs_from_logits
-from tralign_fast.losses import LOSSES, PreferenceLoss, dpo_loss, ipo_loss, kto_loss
+from tralign_fast.losses import (
+    LOSSES,
+    PreferenceLoss,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    preference_loss,
+)
 from tralign_fast.reference import TrustRegion
 
 if TYPE_CHECKING:
@@ -28,6 +35,7 @@ __all__ = [
     "kto_loss",
     "linear_logprobs",
     "logprobs_from_logits",
+    "preference_loss",
 ]
 
 _LAZY = {"TRConfig": "tralign_fast.config", "TRTrainer": "tralign_fast.trainer"}

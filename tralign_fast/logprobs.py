@@ -154,9 +154,11 @@ def _linear_logprobs_op(
     kept = x.new_empty(rows * vocab if keep else 0)
     if rows == 0:
         return logsumexp, logsumexp.clone(), kept
-    transform = dict(
-        logit_scale=logit_scale, softcap=softcap, inverse_temperature=inverse_temperature
-    )
+    transform = {
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "inverse_temperature": inverse_temperature,
+    }
     if _makes_no_logits(backend, keep):
         _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, tile, transform)
         return target_logit - logsumexp, logsumexp, kept
@@ -340,7 +342,8 @@ def linear_logprobs(
     Memory: at most `logits_budget_mb` of logits. If all N·V fit and a gradient is wanted, they are
     kept and the backward overwrites them: three matrix products in all. Else they are recomputed
     tile by tile: four. Without a gradient, and where they will be recomputed, the Triton backend
-    makes none: its forward is one kernel, in which they exist in registers alone. No fp32 buffer of (V, H); the gradient of a frozen tensor is not computed.
+    makes none: its forward is one kernel, in which they exist in registers alone. No fp32 buffer of
+    (V, H); the gradient of a frozen tensor is not computed.
 
     Args:
         hidden: (N, H) hidden states of the scored positions, fp32, bf16 or fp16.

@@ -3,8 +3,10 @@
 from tralign_kernels.ema import ema_reference, ema_update_
 from tralign_kernels.linear_logprob import linear_logprob_forward_, linear_logprob_reference
 from tralign_kernels.logprob import logprob_backward_, logprob_forward_, logprob_reference
+from tralign_kernels.preference import Preference, preference_forward, preference_reference
 
 __all__ = [
+    "Preference",
     "ema_reference",
     "ema_update_",
     "linear_logprob_forward_",
@@ -12,4 +14,6 @@ __all__ = [
     "logprob_backward_",
     "logprob_forward_",
     "logprob_reference",
+    "preference_forward",
+    "preference_reference",
 ]

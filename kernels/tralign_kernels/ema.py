@@ -29,12 +29,12 @@ _CHUNK = 1 << 15
 _COLUMNS = tl.constexpr(
     5
 )  # of the table: addresses of ref and θ, elements, first chunk and counter
-_LANES = tl.constexpr(8)  # 16-bit random numbers that one Philox call yields (4 words of 32 bits)
+LANES = tl.constexpr(8)  # 16-bit random numbers that one Philox call yields (4 words of 32 bits)
 # Philox4x32 passes BigCrush from 7 rounds on (Salmon et al. 2011, table 2); Triton's default of 10
 # would be 1.4 times the integer work, most of what this kernel computes.
 _PHILOX_ROUNDS = tl.constexpr(7)
 
-_TRITON_DTYPE = {
+TRITON_DTYPE = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -87,22 +87,29 @@ def round_stochastic(x, noise, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def random_bits16(seed, first_counter, BLOCK: tl.constexpr):
-    """(BLOCK,) uint32, each 16 random bits, from BLOCK / 8 Philox counters from `first_counter` on.
+def random_bits16(seed, counters, SHAPE: tl.constexpr):
+    """`SHAPE` uint32, each 16 random bits, 8 along the last axis for each of the Philox `counters`.
 
-    Element i depends on (seed, first_counter + i // 8, i % 8) alone: not on the launch.
+    Element i of a counter depends on (seed, counter, i) alone: not on the launch.
     """
-    counters = first_counter + tl.arange(0, BLOCK // _LANES)
     a, b, c, d = tl.randint4x(seed, counters, n_rounds=_PHILOX_ROUNDS)
-    words = tl.join(tl.join(a, b), tl.join(c, d))  # (BLOCK / 8, 2, 2)
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
+    words = tl.join(tl.join(a, b), tl.join(c, d))  # counters × 2 × 2
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), SHAPE)
+
+
+@triton.jit
+def move(ref, theta, weight):
+    """fp32 ref + α·(θ - ref) from the nearer end; `weight` is `signed_weight(α)`."""
+    # the multiply-add is explicit, so that every backend and the interpreter round alike
+    nearer = tl.where(weight > 0.0, ref, theta)
+    return tl.fma(theta - ref, tl.full(ref.shape, weight, tl.float32), nearer)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _ema_kernel(
     table_ptr,  # (tensors, 5) int64
     chunk_tensor_ptr,  # (chunks,) int32: the tensor that a chunk belongs to
-    weight,  # α if α < ½, else α - 1
+    weight,  # signed_weight(α)
     seed,
     REF: tl.constexpr,  # dtypes
     THETA: tl.constexpr,
@@ -117,23 +124,22 @@ def _ema_kernel(
     ref_ptr = tl.load(row_ptr).to(tl.pointer_type(REF)) + begin  # pyright: ignore[reportArgumentType]
     theta_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(THETA)) + begin  # pyright: ignore[reportArgumentType]
     size = tl.minimum(tl.load(row_ptr + 2) - begin, CHUNK).to(tl.int32)
-    counter = tl.load(row_ptr + 4) + begin // _LANES
+    counter = tl.load(row_ptr + 4) + begin // LANES
     if ALIGNED:
         # an address read from memory may be anything to the compiler, which would then load
         # element by element (2 bytes of bf16) instead of 16 bytes a thread
         ref_ptr = tl.multiple_of(ref_ptr, 16)
         theta_ptr = tl.multiple_of(theta_ptr, 16)
-        size = tl.multiple_of(size, _LANES)
+        size = tl.multiple_of(size, LANES)
     for offset in range(0, size, BLOCK):
         index = offset + tl.arange(0, BLOCK)
         inside = index < size
         ref = tl.load(ref_ptr + index, mask=inside, other=0.0).to(tl.float32)
         theta = tl.load(theta_ptr + index, mask=inside, other=0.0).to(tl.float32)
-        # the multiply-add is explicit, so that every backend and the interpreter round alike
-        nearer = tl.where(weight > 0.0, ref, theta)
-        moved = tl.fma(theta - ref, tl.full((BLOCK,), weight, tl.float32), nearer)
+        moved = move(ref, theta, weight)
         if STOCHASTIC:
-            noise = random_bits16(seed, counter + offset // _LANES, BLOCK)
+            counters = counter + offset // LANES + tl.arange(0, BLOCK // LANES)
+            noise = random_bits16(seed, counters, (BLOCK,))
             result = round_stochastic(moved, noise, REF)
         else:
             result = round_nearest(moved, REF)
@@ -167,9 +173,7 @@ def ema_update_(
     alpha = torch.tensor(alpha, dtype=torch.float32).item()
     if alpha == 0.0:
         return
-    # As torch.lerp: from the nearer end, ref + α·(θ - ref) or θ + (α - 1)·(θ - ref), so that α → 1
-    # gives θ without cancellation. Of α in fp32, α - 1 is exact from ½ on.
-    weight = alpha if alpha < 0.5 else alpha - 1.0
+    weight = signed_weight(alpha)
     for (device, ref_dtype, dtype, aligned), rows in _group(ref_tensors, tensors).items():
         if alpha == 1.0:
             torch._foreach_copy_([row.ref for row in rows], [row.theta for row in rows])
@@ -182,14 +186,24 @@ def ema_update_(
                 chunk_tensor,
                 weight,
                 seed,
-                REF=_TRITON_DTYPE[ref_dtype],
-                THETA=_TRITON_DTYPE[dtype],
+                REF=TRITON_DTYPE[ref_dtype],
+                THETA=TRITON_DTYPE[dtype],
                 STOCHASTIC=rounding == "stochastic" and ref_dtype != torch.float32,
                 ALIGNED=aligned,
                 CHUNK=_CHUNK,
                 BLOCK=launch.block,
                 num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
             )
+
+
+def signed_weight(alpha: float) -> float:
+    """α if α < ½, else α - 1, of α rounded to fp32.
+
+    As torch.lerp: from the nearer end, ref + α·(θ - ref) or θ + (α - 1)·(θ - ref), so that α → 1
+    gives θ without cancellation. Of α in fp32, α - 1 is exact from ½ on.
+    """
+    alpha = torch.tensor(alpha, dtype=torch.float32).item()
+    return alpha if alpha < 0.5 else alpha - 1.0
 
 
 class _Row(NamedTuple):
@@ -211,10 +225,10 @@ def _group(
     for ref, theta in zip(ref_tensors, tensors, strict=True):
         numel = ref.numel()
         if numel:
-            aligned = (ref.data_ptr() | theta.data_ptr()) % 16 == 0 and numel % _LANES.value == 0
+            aligned = (ref.data_ptr() | theta.data_ptr()) % 16 == 0 and numel % LANES.value == 0
             key = (ref.device, ref.dtype, theta.dtype, aligned)
             groups[key].append(_Row(ref, theta, counter))
-        counter += triton.cdiv(numel, _LANES.value)
+        counter += triton.cdiv(numel, LANES.value)
     return groups
 
 
@@ -235,7 +249,7 @@ def _check_pairs(ref_tensors: Sequence[Tensor], tensors: Sequence[Tensor]) -> No
     for ref, theta in zip(ref_tensors, tensors, strict=True):
         assert ref.shape == theta.shape, (ref.shape, theta.shape)
         for tensor in (ref, theta):
-            assert tensor.dtype in _TRITON_DTYPE, tensor.dtype
+            assert tensor.dtype in TRITON_DTYPE, tensor.dtype
             assert tensor.is_contiguous(), tensor.stride()
         assert ref.device == theta.device, (ref.device, theta.device)
         # the kernel dereferences raw addresses: in the interpreter those must be host addresses

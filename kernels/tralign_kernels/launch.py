@@ -1,4 +1,4 @@
-"""What the launchers share: where a kernel runs, with which tile, and which one is fastest there."""
+"""What the launchers share: where a kernel runs, and with which tile."""
 
 import contextlib
 import os

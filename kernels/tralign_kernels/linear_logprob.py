@@ -27,9 +27,9 @@ from tralign_kernels.logprob import DTYPES, check_vector, fold, logprob_referenc
 # tried with TRALIGN_AUTOTUNE=1. Chosen by what fits without a spill; none was timed yet.
 #   sm_80   128×128: 64 accumulators a thread; three stages of 32 kB fit the 99 kB that a program
 #           may have on sm_86, sm_89 and sm_120 as well.
-#   sm_90   256×128, a warpgroup each half: the L2 cache feeds a tile 3 bytes for every 256 products,
-#           4 if it were 128×128. TMA frees the registers of addresses, which 128 accumulators need.
-#   sm_100  128×128, one tile of tensor memory; to leave it, 256×128 took more registers than it had.
+#   sm_90   256×128, a half for each of two warpgroups: 6 bytes from the L2 cache for 256 products,
+#           where 128×128 reads 8. TMA frees the registers of addresses for 128 accumulators.
+#   sm_100  128×128; the product leaves tensor memory for registers, of which 256×128 had too few.
 #   gfx942  64 kB of shared memory, whose second stage waits in registers.
 WIDE_LAUNCH = {
     "sm_80": (DotLaunch(128, 128, 64, 8, 3), DotLaunch(64, 128, 64, 8, 3)),
@@ -160,7 +160,7 @@ def _combine_kernel(
     inside = row < N
     peak = tl.load(logsumexp_ptr + row, mask=inside, other=0.0)
     mass = tl.full((BLOCK,), 1.0, tl.float32)
-    for split in range(0, splits):
+    for _ in range(0, splits):
         other_peak = tl.load(peak_ptr + row, mask=inside, other=0.0)
         other_mass = tl.load(mass_ptr + row, mask=inside, other=0.0)
         new_peak = tl.maximum(peak, other_peak)
