@@ -1,4 +1,4 @@
-"""In-place update of reference weights: `ref ← (1-α)·ref + α·θ`."""
+"""In-place update of reference weights: `ref ← (1-α)·ref + α·θ`, θ with or without an adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tralign_fast._backend import pick_backend
+from tralign_fast._backend import pick_backend, warn_once
 
 # 1M fp32 elements are 4 MB: the temporaries of a chunk stay in the cache of a CPU core, and the
 # peak of the foreach path on a device is bounded whatever the size of the largest weight.
@@ -49,10 +49,7 @@ def ema_update_(
 
     Source: Gorbatovski et al. 2024, arXiv 2404.09656, eq. 2 (soft update) and 3 (hard update).
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"ema_update_: alpha must lie in [0, 1], got {alpha}")
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"ema_update_: rounding must be nearest or stochastic, got {rounding!r}")
+    _check_options("ema_update_", alpha, rounding)
     refs, thetas = [local_shard(t) for t in ref_tensors], [local_shard(t) for t in tensors]
     _check_match(refs, thetas)
     if alpha == 0.0 or not refs:
@@ -95,13 +92,80 @@ def _foreach_update_(
         flat_ref = ref.view(-1) if ref.is_contiguous() else ref[None]
         flat_theta = theta.reshape(-1) if ref.is_contiguous() else theta[None]
         for start in range(0, flat_ref.shape[0], _CHUNK):
-            part = flat_ref[start : start + _CHUNK]
-            moved = part.float()
-            # lerp into a copy, also for an fp32 reference of a bf16 policy: `float()` makes none
-            moved = moved.lerp(flat_theta[start : start + _CHUNK].float(), alpha)
-            if random is not None and part.dtype != torch.float32:
-                _round_stochastically_(moved, part.dtype, random)
-            part.copy_(moved)
+            part = slice(start, start + _CHUNK)
+            _move_(flat_ref[part], flat_theta[part].float(), alpha, random)
+
+
+def _move_(ref: Tensor, theta: Tensor, alpha: float, random: torch.Generator | None) -> None:
+    """ref ← lerp(ref, θ, α) in fp32, rounded once; stochastically if `random` is given."""
+    # lerp into a copy, also for an fp32 reference of a bf16 policy: `float()` makes none
+    moved = ref.float().lerp(theta, alpha)
+    if random is not None and ref.dtype != torch.float32:
+        _round_stochastically_(moved, ref.dtype, random)
+    ref.copy_(moved)
+
+
+@torch.no_grad()
+def lora_merge_(
+    ref: Tensor,  # (R, C)
+    weight: Tensor,  # (R, C)
+    lora_a: Tensor,  # (r, C)
+    lora_b: Tensor,  # (R, r)
+    scale: float,
+    alpha: float,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> None:
+    """Moves a reference towards a weight with its adapter: `ref ← (1-α)·ref + α·(W + s·B·A)`.
+
+    Equals `ref.lerp_(weight + scale * lora_b @ lora_a, alpha)` in fp32, with one rounding at the
+    end as in `ema_update_`; α = 1 gives the merged weight. For a reference with weights of its own
+    whose policy trains an adapter.
+
+    Memory: none with Triton; else fp32 rows of the product, 4 MB at a time.
+
+    Args:
+        ref: reference weight, written in place; fp32, bf16 or fp16.
+        weight: the weight that the adapter belongs to.
+        lora_a, lora_b: the factors, of one dtype.
+        scale: s, lora_alpha / r.
+        alpha: α in [0, 1]; 0 does nothing.
+        rounding, generator: as `ema_update_`.
+        backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
+
+    Raises:
+        ValueError: α out of range, unknown rounding, or shapes and dtypes that do not match.
+    """
+    _check_options("lora_merge_", alpha, rounding)
+    rank = lora_a.shape[0]
+    shapes = [tuple(t.shape) for t in (ref, weight, lora_a, lora_b)]
+    R, C = shapes[0] if ref.dim() == 2 else (-1, -1)
+    if shapes != [(R, C), (R, C), (rank, C), (R, rank)] or lora_a.dtype != lora_b.dtype:
+        raise ValueError(
+            "lora_merge_: expected ref and weight (R, C), A (r, C) and B (R, r) of one dtype, got "
+            f"{shapes}, {lora_a.dtype} and {lora_b.dtype}"
+        )
+    if alpha == 0.0 or ref.numel() == 0:
+        return
+    tensors = (ref, weight, lora_a, lora_b)
+    if pick_backend(backend, ref.device) == "triton":
+        if all(t.dtype in _FUSED and (t.shape[1] <= 1 or t.stride(1) == 1) for t in tensors):
+            from tralign_kernels import lora_merge_ as fused_merge_
+
+            fused_merge_(*tensors, scale, alpha, rounding=rounding, seed=_draw_seed(generator))
+            return
+        warn_once("lora_merge_: strided columns or fp64 have no kernel and take the torch backend")
+    random = None
+    if rounding == "stochastic" and ref.dtype != torch.float32:
+        random = torch.Generator(ref.device).manual_seed(_draw_seed(generator))
+    step = max(1, _CHUNK // C)
+    for start in range(0, R, step):
+        rows = slice(start, start + step)
+        product = lora_b[rows].float() @ lora_a.float()
+        theta = product.mul_(scale).add_(weight[rows])
+        _move_(ref[rows], theta, alpha, random)
 
 
 def _round_stochastically_(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:
@@ -137,6 +201,13 @@ def local_shard(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "to_local"):
         return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     return tensor.detach()
+
+
+def _check_options(name: str, alpha: float, rounding: str) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"{name}: alpha must lie in [0, 1], got {alpha}")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{name}: rounding must be nearest or stochastic, got {rounding!r}")
 
 
 def _check_match(refs: list[Tensor], thetas: list[Tensor]) -> None:

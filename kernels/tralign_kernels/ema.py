@@ -267,6 +267,7 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
     """
     launch = EMA_LAUNCH[backend]
     names = {tl.float32: "fp32", tl.bfloat16: "bf16", tl.float16: "fp16"}
+    size = 4096 * 14336  # the largest matrix of a layer of Llama-3-8B
     configurations = []
     for ref in names:
         for theta in names:
@@ -296,9 +297,17 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                             "constexprs": constexprs,
                             "attrs": {(i,): [["tt.divisibility", 16]] for i in (0, 1)},
                             "options": {"num_warps": launch.num_warps},
+                            "shape": f"{size} elements",
+                            **traffic(size, ref.primitive_bitwidth, theta.primitive_bitwidth),
                         }
                     )
     return configurations
+
+
+def traffic(size: int, ref_bits: int, theta_bits: int) -> dict[str, int]:
+    """Bytes that the kernel asks for, the table included, and that any kernel must."""
+    weights = size * (2 * ref_bits + theta_bits) // 8
+    return {"moved": weights + triton.cdiv(size, _CHUNK) * (4 + 5 * 8), "minimum": weights}
 
 
 def ema_reference(

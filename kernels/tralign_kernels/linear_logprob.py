@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tralign_kernels.ema import round_nearest
-from tralign_kernels.launch import DotLaunch, architecture, device_of, dot, pick
+from tralign_kernels.launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot, pick
 from tralign_kernels.logprob import DTYPES, check_vector, fold, logprob_reference, score
 
 # Halves whose rows are multiples of 16 elements. The first of a row is the default, the others are
@@ -43,17 +43,14 @@ WIDE_LAUNCH = {
     ),
     "gfx942": (DotLaunch(128, 128, 64, 8, 2), DotLaunch(64, 128, 64, 4, 2)),
 }
-# fp32 (tests, small models), and halves that neither TMA nor 16-byte loads can address. NVIDIA's
-# tensor cores multiply fp32 as three products of TF32, of the leading 11 bits of a factor and the
-# next 11: a relative error of about 2⁻²², where one product of TF32 would leave 2⁻¹¹. AMD's matrix
-# cores take fp32 as it is. One stage on AMD: with two, masks spill from scalar registers.
+# fp32 (tests, small models), and halves that neither TMA nor 16-byte loads can address. One stage on
+# AMD: with two, masks spill from scalar registers.
 SMALL_LAUNCH = {
     "sm_80": (DotLaunch(64, 32, 16, 4, 2),),
     "sm_90": (DotLaunch(64, 64, 16, 8, 2),),
     "sm_100": (DotLaunch(64, 64, 16, 8, 2),),
     "gfx942": (DotLaunch(64, 64, 16, 8, 1),),
 }
-PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}
 
 # Columns of a work item: 16 tiles of 128. Llama 3's vocabulary has 63 items a row, so that 2,048
 # rows make 504 of them (3.8 for each of an H100's 132 SMs) and leave 0.5 kB a row to combine.
@@ -231,7 +228,7 @@ def linear_logprob_forward_(
             BIAS=bias is not None,
             SOFTCAP=softcap is not None,
             TMA=launch.tma,
-            PRECISION=PRECISION[name],
+            PRECISION=FLOAT_PRECISION[name],
             SPLIT=_SPLIT,
             ROWS=launch.rows,
             COLUMNS=launch.columns,
@@ -294,7 +291,8 @@ def _multiprocessors(device: torch.device) -> int:
 def aot_configurations(backend: str) -> list[dict[str, Any]]:
     """Every configuration that the launcher can launch on `backend`, as `ema.aot_configurations`.
 
-    targets: the architectures that launch it; default: whether without TRALIGN_AUTOTUNE.
+    targets: the architectures that launch it. representative: whether the tests compile it, which
+    leave the candidates of TRALIGN_AUTOTUNE and most of the rest to benchmarks.report.
     """
     architectures = ["sm_80", "sm_90", "sm_100"] if backend == "cuda" else ["gfx942"]
     configurations = [_combine_configuration()]
@@ -302,30 +300,27 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
         for dtype in DTYPES.values():
             small = SMALL_LAUNCH[name]
             candidates = small if dtype == "fp32" else WIDE_LAUNCH[name]
-            ways = [(launch, True, launch == candidates[0]) for launch in candidates]
-            for launch, aligned, default in [*ways, (small[0], False, True)]:
+            for launch, aligned in [*((c, True) for c in candidates), (small[0], False)]:
                 plain, every = (False, False), (True, _fits_softcap(launch))
                 for bias, softcap in (plain, every):
-                    configurations.append(
-                        _configuration(name, dtype, launch, aligned, bias, softcap, default)
+                    configuration = _configuration(name, dtype, launch, aligned, bias, softcap)
+                    by_default = dtype == "bf16" and launch == candidates[0]
+                    configuration["representative"] = by_default or (
+                        dtype == "fp32" and softcap and not aligned
                     )
+                    configurations.append(configuration)
     return configurations
 
 
 def _configuration(
-    target: str, dtype: str, launch: DotLaunch, aligned: bool, bias: bool, softcap: bool,
-    default: bool,
-) -> dict[str, Any]:  # fmt: skip
+    target: str, dtype: str, launch: DotLaunch, aligned: bool, bias: bool, softcap: bool
+) -> dict[str, Any]:
     N, W, H = 2048, 128_256, 4096  # Llama-3-8B
-    size = 4 if dtype == "fp32" else 2
-    tiles = triton.cdiv(N, launch.rows) * triton.cdiv(W, launch.columns)
-    partials = 8 * N * triton.cdiv(W, _SPLIT)
-    vectors = N * (8 + 4) + bias * W * size
     constexprs = {
         "BIAS": bias,
         "SOFTCAP": softcap,
         "TMA": launch.tma,
-        "PRECISION": PRECISION[target],
+        "PRECISION": FLOAT_PRECISION[target],
         "SPLIT": _SPLIT,
         "ROWS": launch.rows,
         "COLUMNS": launch.columns,
@@ -341,7 +336,6 @@ def _configuration(
     return {
         "name": name,
         "targets": (target,),
-        "default": default,
         "fn": _linear_logprob_kernel,
         "signature": {
             "hidden": hidden,
@@ -362,9 +356,21 @@ def _configuration(
         },
         "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
         "shape": f"N={N} W={W} H={H}",
-        "moved": tiles * (launch.rows + launch.columns) * H * size + partials + vectors,
-        "minimum": (N + W) * H * size + vectors,
+        **traffic(N, W, H, 4 if dtype == "fp32" else 2, launch, bias),
     }
+
+
+def traffic(N: int, W: int, H: int, size: int, launch: DotLaunch, bias: bool) -> dict[str, int]:
+    """Bytes that the kernel asks for (caches serve most), and that any kernel must."""
+    row_blocks, splits = triton.cdiv(N, launch.rows), triton.cdiv(W, _SPLIT)
+    columns = sum(
+        triton.cdiv(min(_SPLIT, W - begin), launch.columns) for begin in range(0, W, _SPLIT)
+    )
+    operands = (columns * N + row_blocks * W) * H * size
+    # targets are read for every item; its two numbers are written
+    vectors = N * (splits * (8 + 8) + 4) + bias * row_blocks * W * size
+    least = (N + W) * H * size + N * (8 + 4 + 4) + bias * W * size
+    return {"moved": operands + vectors, "minimum": least}
 
 
 def _combine_configuration() -> dict[str, Any]:

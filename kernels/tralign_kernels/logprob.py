@@ -268,6 +268,7 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
     Aligned: W and the row stride are multiples of 16, as with nearly every vocabulary and tile; the
     other (GPT-2's 50,257) loads column by column.
     """
+    N, W = 2048, {True: 128_256, False: 50_257}  # the vocabularies of Llama 3 and GPT-2
     configurations = []
     for fn, fourth, launches in (
         (_logprob_forward_kernel, "target_logit_ptr", FORWARD_LAUNCH),
@@ -300,9 +301,26 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                             "constexprs": constexprs,
                             "attrs": {(i,): [["tt.divisibility", 16]] for i in divisible},
                             "options": {"num_warps": launches[backend].num_warps},
+                            "shape": f"N={N} W={W[aligned]}",
+                            **traffic(
+                                fn is _logprob_backward_kernel,
+                                N,
+                                W[aligned],
+                                4 if dtype == "fp32" else 2,
+                                launches[backend].block,
+                            ),  # fmt: skip
                         }
                     )
     return configurations
+
+
+def traffic(backward: bool, N: int, W: int, size: int, block: int) -> dict[str, int]:
+    """Bytes that a kernel asks for (caches serve some), and that any kernel must."""
+    if backward:  # three numbers a row, again for every block of columns
+        tile, vectors = 2 * N * W * size, N * (8 + 4 + 4)
+        return {"moved": tile + triton.cdiv(W, block) * vectors, "minimum": tile + vectors}
+    tile, vectors = N * W * size, N * (8 + 4 + 4 + 4)
+    return {"moved": tile + N * size + vectors, "minimum": tile + vectors}  # the target: twice
 
 
 def logprob_reference(

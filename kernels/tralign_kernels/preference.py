@@ -289,6 +289,7 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                     "constexprs": constexprs,
                     "attrs": {(i,): [["tt.divisibility", 16]] for i in range(8)},
                     "options": {"num_warps": launch.num_warps},
+                    "representative": loss == "dpo" and normalized,
                     "shape": f"N={N} S={S}",
                     "moved": 8 * N + vectors,
                     "minimum": 8 * N + vectors,

@@ -1,11 +1,16 @@
-"""Every shipped kernel configuration compiles for every target without a spill, on any machine."""
+"""Kernels compile for every target without a spill, on any machine.
+
+Every configuration of the small kernels, a representative few of those that take seconds each;
+`python -m benchmarks.report` compiles all and fails where one spills.
+"""
 
 import re
 
 import pytest
 
-from benchmarks.aot import TARGETS, compile_configuration, configurations, measure
+from benchmarks.report import TARGETS, compile_configuration, configurations, measure
 from tests.kernels.conftest import INTERPRETED
+from tralign_kernels import linear_logprob
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel cannot be compiled")
 
@@ -13,12 +18,13 @@ LIMIT = {"cuda": 227 * 1024, "hip": 64 * 1024}  # shared memory a program: H100,
 CASES = [
     pytest.param(configuration, target, id=f"{name}-{configuration['name'].replace(' ', '_')}")
     for name, target in TARGETS.items()
-    for configuration in ([] if INTERPRETED else configurations(target.backend))
+    for configuration in ([] if INTERPRETED else configurations(name))
+    if configuration.get("representative", True)
 ]
 
 
-def find(name: str, backend: str) -> dict:
-    (found,) = [c for c in configurations(backend) if c["name"] == name]
+def find(name: str, target: str) -> dict:
+    (found,) = [c for c in configurations(target) if c["name"] == name]
     return found
 
 
@@ -32,20 +38,27 @@ def test_no_spill(configuration, target) -> None:
 
 def test_every_kernel_is_listed() -> None:
     """Each kernel that a launcher starts is in the list, in as many ways as it is launched."""
-    for backend in ("cuda", "hip"):
-        listed = [c["fn"].__name__ for c in configurations(backend)]
+    for target in TARGETS:
+        listed = [c["fn"].__name__ for c in configurations(target)]
         # dtypes × softcap × alignment
         assert listed.count("_logprob_forward_kernel") == 3 * 2 * 2
         assert listed.count("_logprob_backward_kernel") == 3 * 2 * 2
         # ref × θ dtypes × alignment, the halves in two roundings
         assert listed.count("_ema_kernel") == 3 * 3 * 2 + 2 * 3 * 2
+        # tile candidates and the unaligned tile × plain or not; fp32 has one candidate
+        assert listed.count("_linear_logprob_kernel") == (2 * (2 + 1) + 1 + 1) * 2
+        assert listed.count("_combine_kernel") == 1
+        # losses × normalised or not
+        assert listed.count("_preference_kernel") == 3 * 2
+        # dtype pairs × roundings × alignment, fp32 in one rounding
+        assert listed.count("_lora_merge_kernel") == (1 + 3 * 2) * 2
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_measure_sees_a_spill(target) -> None:
+@pytest.mark.parametrize("name", TARGETS)
+def test_measure_sees_a_spill(name) -> None:
     """The forward kernel with fewer registers than it needs: 24 of 48 on NVIDIA, 64 for 128 columns
     a thread on AMD."""
-    configuration = find("logprob_forward bf16", target.backend)
+    configuration, target = find("logprob_forward bf16", name), TARGETS[name]
     if target.backend == "cuda":
         configuration["options"] = {"num_warps": 8, "maxnreg": 24}
     else:
@@ -57,13 +70,13 @@ def test_measure_sees_a_spill(target) -> None:
 @pytest.mark.parametrize("kernel", ["logprob_forward", "logprob_backward"])
 def test_row_offsets_are_64_bit(kernel: str) -> None:
     """row · stride passes 2³¹ with 16,384 rows of 131,072 logits."""
-    ttir = compile_configuration(find(f"{kernel} bf16", "cuda"), TARGETS["sm_90"]).asm["ttir"]
+    ttir = compile_configuration(find(f"{kernel} bf16", "sm_90"), TARGETS["sm_90"]).asm["ttir"]
     products = re.findall(r"arith\.muli %row\S*, .* : (\w+)", ttir)
     assert products == ["i64"], ttir
 
 
 def test_element_offsets_of_ema_are_64_bit() -> None:
-    ttir = compile_configuration(find("ema bf16<-bf16 nearest", "cuda"), TARGETS["sm_90"]).asm[
+    ttir = compile_configuration(find("ema bf16<-bf16 nearest", "sm_90"), TARGETS["sm_90"]).asm[
         "ttir"
     ]
     products = re.findall(r"%begin\S* = arith\.muli .* : (\w+)", ttir)
@@ -81,8 +94,34 @@ def test_element_offsets_of_ema_are_64_bit() -> None:
     ],
 )
 def test_aligned_tensors_move_16_bytes_a_thread(name: str) -> None:
-    ptx = compile_configuration(find(name, "cuda"), TARGETS["sm_90"]).asm["ptx"]
+    ptx = compile_configuration(find(name, "sm_90"), TARGETS["sm_90"]).asm["ptx"]
     assert "ld.global.v4.b32" in ptx
     if "forward" not in name:  # whose output is two numbers a row
         assert "st.global.v4.b32" in ptx
         assert "st.global.b16" not in ptx
+
+
+@pytest.mark.parametrize(
+    ("target", "instructions"),
+    [
+        ("sm_80", ["cp.async", "mma.sync"]),
+        ("sm_90", ["cp.async.bulk.tensor", "wgmma.mma_async"]),
+        ("sm_100", ["cp.async.bulk.tensor", "tcgen05.mma"]),
+    ],
+)
+def test_the_head_uses_what_the_architecture_has(target: str, instructions: list[str]) -> None:
+    launch = linear_logprob.WIDE_LAUNCH[target][0]
+    configuration = find(f"linear_logprob bf16 {launch.rows}x{launch.columns}", target)
+    ptx = compile_configuration(configuration, TARGETS[target]).asm["ptx"]
+    for instruction in instructions:
+        assert instruction in ptx
+
+
+def test_ampere_tiles_fit_smaller_gpus() -> None:
+    """sm_86, sm_89 and sm_120 run the tiles of sm_80 with 99 kB of shared memory a program."""
+    for configuration in configurations("sm_80"):
+        if configuration["fn"].__name__ == "_linear_logprob_kernel":
+            launch = configuration["constexprs"]
+            size = 4 if "fp32" in configuration["name"] else 2
+            slices = (launch["ROWS"] + launch["COLUMNS"]) * launch["DEPTH"] * size
+            assert slices * configuration["options"]["num_stages"] <= 99 * 1024
