@@ -3,14 +3,14 @@
     python -m benchmarks.report [sm_80 sm_90 sm_100 gfx942]
 
 Compiles all of them ahead of time, which needs no device: Triton brings the assemblers (ptxas,
-LLVM's AMDGPU backend). Prints a table, writes it to benchmarks/results/kernels.csv where all targets
-are asked for, and fails if a configuration spills. Says nothing about how fast a kernel is.
+LLVM's AMDGPU backend). Prints a table, writes it to benchmarks/results/kernels.csv where all
+targets are asked for, and fails if a configuration spills. Says nothing about how fast a kernel is.
 
     registers  of a thread
     shared     bytes of shared memory of a program
     spills     see `measure`
-    moved      MB that a launch of the stated shape asks for, counted from its launch parameters (a
-               test counts them in Triton's interpreter); what is read again mostly comes from caches
+    moved      MB that a launch of the stated shape asks for, by its launch parameters (a test
+               counts them in Triton's interpreter); what is read again comes from caches mostly
     ratio      moved / the least that any kernel must move between device memory and registers
 """
 
@@ -42,7 +42,7 @@ TARGETS = {
 
 
 def configurations(name: str) -> Iterator[dict[str, Any]]:
-    """What every module of tralign_kernels lists in `aot_configurations` for a target of TARGETS."""
+    """What every module of tralign_kernels lists in `aot_configurations` for a target."""
     backend = TARGETS[name].backend
     for module in pkgutil.iter_modules(tralign_kernels.__path__, "tralign_kernels."):
         listed = getattr(importlib.import_module(module.name), "aot_configurations", None)

@@ -15,7 +15,7 @@ from triton import knobs
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
-# How fp32 is multiplied (halves exactly, always summed in fp32). NVIDIA's tensor cores do it as three
+# How fp32 is multiplied (halves exactly; sums are fp32). NVIDIA's tensor cores do it as three
 # products of TF32, of the leading 11 bits of a factor and the next 11: a relative error of about
 # 2⁻²², where one product of TF32 would leave 2⁻¹¹. AMD's matrix cores take fp32 as it is.
 FLOAT_PRECISION = {"sm_80": "tf32x3", "sm_90": "tf32x3", "sm_100": "tf32x3", "gfx942": "ieee"}

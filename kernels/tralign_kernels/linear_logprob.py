@@ -43,8 +43,8 @@ WIDE_LAUNCH = {
     ),
     "gfx942": (DotLaunch(128, 128, 64, 8, 2), DotLaunch(64, 128, 64, 4, 2)),
 }
-# fp32 (tests, small models), and halves that neither TMA nor 16-byte loads can address. One stage on
-# AMD: with two, masks spill from scalar registers.
+# fp32 (tests, small models), and halves that neither TMA nor 16-byte loads can address. One stage
+# on AMD: with two, masks spill from scalar registers.
 SMALL_LAUNCH = {
     "sm_80": (DotLaunch(64, 32, 16, 4, 2),),
     "sm_90": (DotLaunch(64, 64, 16, 8, 2),),

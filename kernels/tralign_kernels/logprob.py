@@ -279,6 +279,7 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                 for aligned in (True, False):
                     name = f"{fn.__name__.strip('_').removesuffix('_kernel')} {dtype}"
                     name += " softcap" * softcap + " unaligned" * (not aligned)
+                    backward, size = fn is _logprob_backward_kernel, 4 if dtype == "fp32" else 2
                     constexprs = {"SOFTCAP": softcap, "BLOCK": launches[backend].block}
                     signature = {
                         "logits_ptr": f"*{dtype}",
@@ -302,13 +303,7 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                             "attrs": {(i,): [["tt.divisibility", 16]] for i in divisible},
                             "options": {"num_warps": launches[backend].num_warps},
                             "shape": f"N={N} W={W[aligned]}",
-                            **traffic(
-                                fn is _logprob_backward_kernel,
-                                N,
-                                W[aligned],
-                                4 if dtype == "fp32" else 2,
-                                launches[backend].block,
-                            ),  # fmt: skip
+                            **traffic(backward, N, W[aligned], size, launches[backend].block),
                         }
                     )
     return configurations

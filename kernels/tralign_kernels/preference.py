@@ -264,7 +264,6 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                 "SEQUENCES": launch.sequences,
                 "TOKENS": launch.tokens,
             }
-            vectors = 4 * S + 8 * (S + 1) + (S + 4) * (loss == "kto") + 4 * S + 8
             configurations.append(
                 {
                     "name": f"preference {loss}" + " normalized" * normalized,
@@ -291,11 +290,19 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                     "options": {"num_warps": launch.num_warps},
                     "representative": loss == "dpo" and normalized,
                     "shape": f"N={N} S={S}",
-                    "moved": 8 * N + vectors,
-                    "minimum": 8 * N + vectors,
+                    **traffic(N, S, loss == "kto", launch),
                 }
             )
     return configurations
+
+
+def traffic(N: int, S: int, kto: bool, launch: PreferenceLaunch) -> dict[str, int]:
+    """Bytes that the kernel asks for (a few offsets twice), and that any kernel must."""
+    # of a token: log-prob and gradient; of a sequence: reference, reward, and KTO's label
+    vectors = 8 * N + (4 + 4 + kto) * S + 2 * 4
+    bounds = 16 * S + 8 + 8 * triton.cdiv(N, launch.tokens)
+    kl = 4 * triton.cdiv(S, launch.sequences) if kto else 0
+    return {"moved": vectors + bounds + kl, "minimum": vectors + 8 * (S + 1) + 4 * kto}
 
 
 def preference_reference(

@@ -1,0 +1,99 @@
+"""The bytes that benchmarks.report states are the bytes that the kernels ask for."""
+
+import pytest
+import torch
+
+from tests.kernels.conftest import INTERPRETED
+from tralign_kernels import (
+    ema,
+    ema_update_,
+    linear_logprob,
+    linear_logprob_forward_,
+    logprob,
+    logprob_backward_,
+    logprob_forward_,
+    lora_merge,
+    lora_merge_,
+    preference,
+    preference_forward,
+)
+from tralign_kernels.launch import DotLaunch
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="loads are counted in the interpreter")
+HALF = torch.bfloat16
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A list of the bytes of every load and store, as the interpreter makes them."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    counts = []
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+
+    def count(pointers, mask):
+        counts.append(int(mask.data.sum()) * pointers.dtype.element_ty.primitive_bitwidth // 8)
+
+    def counted_load(pointers, mask, *rest):
+        count(pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def counted_store(pointers, value, mask, *rest):
+        count(pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", counted_load)
+    monkeypatch.setattr(interpreter_builder, "create_masked_store", counted_store)
+    return counts
+
+
+def test_logprob(asked):
+    N, W = 3, 5000
+    logits, targets = torch.randn(N, W).to(HALF), torch.zeros(N, dtype=torch.int64)
+    vectors = torch.zeros(N), torch.zeros(N)
+    logprob_forward_(logits, targets, 0, *vectors)
+    assert sum(asked) == logprob.traffic(False, N, W, 2, 4096)["moved"]
+    asked.clear()
+    logprob_backward_(logits, targets, 0, *vectors)
+    assert (
+        sum(asked) == logprob.traffic(True, N, W, 2, logprob.BACKWARD_LAUNCH["cuda"].block)["moved"]
+    )
+
+
+def test_linear_logprob(asked, monkeypatch):
+    launch = DotLaunch(16, 32, 16, 4, 2)
+    monkeypatch.setattr(linear_logprob, "SMALL_LAUNCH", {"sm_80": (launch,)})
+    monkeypatch.setattr(linear_logprob, "_SPLIT", 64)
+    monkeypatch.setattr(linear_logprob, "_combine_kernel", {(1,): lambda *_, **__: None})
+    N, W, H = 19, 150, 37
+    bias = torch.zeros(W, dtype=HALF)
+    linear_logprob_forward_(
+        torch.ones(N, H, dtype=HALF), torch.ones(W, H, dtype=HALF),
+        torch.zeros(N, dtype=torch.int64), 0, torch.zeros(N), torch.zeros(N), bias=bias,
+    )  # fmt: skip
+    assert sum(asked) == linear_logprob.traffic(N, W, H, 2, launch, bias=True)["moved"]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_preference(asked, loss):
+    N, offsets = 300, torch.tensor([0, 100, 130, 131, 300])
+    kto = {"is_desirable": torch.ones(4, dtype=torch.bool), "kl": torch.zeros(())}
+    options = kto if loss == "kto" else {}
+    preference_forward(torch.zeros(N), torch.zeros(4), offsets, loss=loss, beta=0.1, **options)
+    stated = preference.traffic(N, 4, loss == "kto", preference.PREFERENCE_LAUNCH["cuda"])
+    assert sum(asked) == stated["moved"]
+
+
+def test_ema(asked):
+    size = 2 * ema._CHUNK + 5
+    ema_update_([torch.zeros(size, dtype=HALF)], [torch.ones(size)], 0.3, rounding="stochastic")
+    assert sum(asked) == ema.traffic(size, 16, 32)["moved"]
+
+
+def test_lora_merge(asked):
+    R, C, rank = 70, 67, 5
+    tensors = [torch.ones(R, C, dtype=HALF), torch.ones(R, C, dtype=HALF)]
+    factors = torch.ones(rank, C), torch.ones(R, rank)
+    lora_merge_(*tensors, *factors, 1.0, 0.3, rounding="nearest")
+    stated = lora_merge.traffic(R, C, rank, 2, 4, lora_merge.LORA_LAUNCH["sm_80"])
+    assert sum(asked) == stated["moved"]
