@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tralign_fast import ema_update_
+from tralign_fast import ema, ema_update_
 from tralign_fast.ema import ema_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -152,3 +152,20 @@ def test_bad_arguments_say_what_was_expected(arguments, message):
 def test_unknown_rounding():
     with pytest.raises(ValueError, match="rounding must be nearest or stochastic"):
         ema_update_([torch.zeros(2)], [torch.zeros(2)], 0.5, rounding="up")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_lora_merge_is_the_update_of_the_merged_weight(dtype, monkeypatch):
+    """Row chunks, strided tensors, and the rounding of ema_update_."""
+    monkeypatch.setattr(ema, "_CHUNK", 64)
+    torch.manual_seed(0)
+    ref, weight = (torch.randn(21, 26).to(dtype)[:, ::2] for _ in range(2))
+    a, b = torch.randn(3, 13), torch.randn(21, 3)
+    merged = weight.float() + 0.5 * b @ a
+    for rounding, alpha in (("nearest", 0.3), ("stochastic", 0.3), ("nearest", 1.0)):
+        moved = ref.clone()
+        ema.lora_merge_(moved, weight, a, b, 0.5, alpha, rounding=rounding)
+        exact = torch.lerp(ref.float(), merged, alpha)
+        unit = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps * exact.abs()
+        steps = 0.5 if rounding == "nearest" and dtype == torch.bfloat16 else 1.0
+        assert ((moved.float() - exact).abs() <= steps * unit * 1.01 + 1e-6).all()

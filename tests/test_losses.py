@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tralign_fast import LOSSES, dpo_loss, ipo_loss, kto_loss
+from tralign_fast import LOSSES, dpo_loss, ipo_loss, kto_loss, preference_loss
 
 B = 7
 
@@ -116,3 +116,38 @@ def test_bad_arguments_say_what_was_expected(logps):
         dpo_loss(*logps, beta=0.1, label_smoothing=0.5)
     with pytest.raises(ValueError, match="bool is_desirable"):
         kto_loss(logps[0], logps[2], torch.ones(B), torch.tensor(0.0), beta=0.1)
+
+
+def test_preference_loss_sums_packed_tokens():
+    """Loss, rewards and the gradient of every token, by the functions it is made of."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 1, 5, 2])
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    tokens = (-torch.rand(11, generator=generator)).requires_grad_()
+    reference = torch.randn(4, generator=generator)
+    sums = torch.stack([part.sum() for part in tokens.split(lengths.tolist())])
+    for normalized in (False, True):
+        divisor = lengths if normalized else torch.ones(4)
+        direct = ipo_loss(*(sums / divisor).chunk(2), *(reference / divisor).chunk(2), beta=0.2)
+        out = preference_loss(
+            tokens, reference, offsets, loss="ipo", length_normalized=normalized, beta=0.2
+        )
+        torch.testing.assert_close(out.loss, direct.loss)
+        torch.testing.assert_close(
+            out.chosen_rewards, 0.2 * (sums - reference)[:2].detach(), rtol=1e-5, atol=1e-6
+        )
+        (ours,) = torch.autograd.grad(out.loss, tokens, retain_graph=True)
+        (expected,) = torch.autograd.grad(direct.loss, tokens, retain_graph=True)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_preference_loss_names_what_is_wrong():
+    logps, reference, offsets = torch.zeros(4), torch.zeros(2), torch.tensor([0, 2, 4])
+    with pytest.raises(ValueError, match="loss must be one of"):
+        preference_loss(logps, reference, offsets, loss="hinge", beta=0.1)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        preference_loss(logps, reference, offsets, loss="ipo", beta=0.1, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"offsets \(S \+ 1,\)"):
+        preference_loss(logps, reference, offsets[:2], loss="dpo", beta=0.1)
+    with pytest.raises(ValueError, match="needs is_desirable"):
+        preference_loss(logps, reference, offsets, loss="kto", beta=0.1)

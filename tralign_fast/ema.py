@@ -15,6 +15,7 @@ from tralign_fast._backend import pick_backend, warn_once
 _CHUNK = 1 << 20
 # Dtypes of the Triton kernel; fp64 weights take the torch backend.
 _FUSED = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)  # where rounding="stochastic" has something to round
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def _foreach_update_(
     for ref, theta, is_exact in pairs:
         if is_exact:
             continue
-        if rounding == "stochastic" and ref.dtype != torch.float32 and random is None:
+        if rounding == "stochastic" and ref.dtype in _HALVES and random is None:
             random = torch.Generator(ref.device).manual_seed(_draw_seed(generator))
         # a strided reference has no flat view to write through: it is one chunk
         flat_ref = ref.view(-1) if ref.is_contiguous() else ref[None]
@@ -100,7 +101,7 @@ def _move_(ref: Tensor, theta: Tensor, alpha: float, random: torch.Generator | N
     """ref ← lerp(ref, θ, α) in fp32, rounded once; stochastically if `random` is given."""
     # lerp into a copy, also for an fp32 reference of a bf16 policy: `float()` makes none
     moved = ref.float().lerp(theta, alpha)
-    if random is not None and ref.dtype != torch.float32:
+    if random is not None and ref.dtype in _HALVES:
         _round_stochastically_(moved, ref.dtype, random)
     ref.copy_(moved)
 
@@ -158,7 +159,7 @@ def lora_merge_(
             return
         warn_once("lora_merge_: strided columns or fp64 have no kernel and take the torch backend")
     random = None
-    if rounding == "stochastic" and ref.dtype != torch.float32:
+    if rounding == "stochastic" and ref.dtype in _HALVES:
         random = torch.Generator(ref.device).manual_seed(_draw_seed(generator))
     step = max(1, _CHUNK // C)
     for start in range(0, R, step):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -284,7 +284,7 @@ def _preference_op(
 
     beta, smoothing, desirable_weight, undesirable_weight = numbers
     result = preference_forward(
-        logps, ref_logps, offsets, loss=loss, beta=beta, label_smoothing=smoothing,
+        logps, ref_logps, offsets, loss=cast("Any", loss), beta=beta, label_smoothing=smoothing,
         length_normalized=length_normalized, is_desirable=is_desirable, kl=kl,
         desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
     )  # fmt: skip

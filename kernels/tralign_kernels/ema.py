@@ -139,7 +139,7 @@ def _ema_kernel(
         moved = move(ref, theta, weight)
         if STOCHASTIC:
             counters = counter + offset // LANES + tl.arange(0, BLOCK // LANES)
-            noise = random_bits16(seed, counters, (BLOCK,))
+            noise = random_bits16(seed, counters, (BLOCK,))  # pyright: ignore[reportArgumentType]
             result = round_stochastic(moved, noise, REF)
         else:
             result = round_nearest(moved, REF)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -74,10 +74,11 @@ def pick(candidates: Sequence[T], key: Hashable, run: Callable[[T], object]) -> 
     if len(candidates) == 1 or os.environ.get("TRALIGN_AUTOTUNE") != "1" or INTERPRETED.value:
         return candidates[0]
     if key not in _fastest:
-        times = [
-            triton.testing.do_bench(lambda c=c: run(c), return_mode="median") for c in candidates
-        ]
-        _fastest[key] = candidates[times.index(min(times))]
+
+        def milliseconds(candidate: T) -> Any:
+            return triton.testing.do_bench(lambda: run(candidate), return_mode="median")
+
+        _fastest[key] = min(candidates, key=milliseconds)
     return _fastest[key]  # pyright: ignore[reportReturnType]
 
 

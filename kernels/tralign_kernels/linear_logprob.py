@@ -105,7 +105,7 @@ def _linear_logprob_kernel(
     # rows vary fastest: programs that run together read the same part of the weight, which thus
     # comes from device memory once, and all of hidden, which stays in the L2 cache
     row_blocks = tl.cdiv(N, ROWS)
-    for item in tl.range(tl.program_id(0), row_blocks * tl.cdiv(W, SPLIT), tl.num_programs(0)):
+    for item in range(tl.program_id(0), row_blocks * tl.cdiv(W, SPLIT), tl.num_programs(0)):
         split = item // row_blocks
         first_row = item % row_blocks * ROWS
         row = first_row + tl.arange(0, ROWS)
@@ -119,13 +119,13 @@ def _linear_logprob_kernel(
         peak = tl.full((ROWS,), -float("inf"), tl.float32)
         mass = tl.zeros((ROWS,), tl.float32)
         target_logit = tl.zeros((ROWS,), tl.float32)
-        for first_column in tl.range(begin, end, COLUMNS):
+        for first_column in range(begin, end, COLUMNS):
             column = first_column + tl.arange(0, COLUMNS)
             inside = column < W
             x = tl.zeros((ROWS, COLUMNS), tl.float32)
             if BIAS:  # first, not last: registers are scarcest after the product
                 x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-            for k in tl.range(0, H, DEPTH):
+            for k in range(0, H, DEPTH):
                 a = _load_tile(hidden, first_row, k, N, H, hidden_stride, ROWS, DEPTH, TMA)
                 b = _load_tile(weight, first_column, k, W, H, weight_stride, COLUMNS, DEPTH, TMA)
                 x = dot(a, b.T, x, PRECISION)
@@ -241,7 +241,12 @@ def linear_logprob_forward_(
         key = (_linear_logprob_kernel, name, hidden.dtype, N, W, H, bias is None, softcap is None)
         run(pick(candidates, key, run))
         _combine_kernel[(triton.cdiv(N, _COMBINE_BLOCK),)](
-            peaks, masses, logsumexp, N, splits, BLOCK=_COMBINE_BLOCK
+            peaks,
+            masses,
+            logsumexp,
+            N,
+            splits,
+            BLOCK=_COMBINE_BLOCK,  # pyright: ignore[reportArgumentType]
         )
 
 

@@ -88,7 +88,8 @@ def _lora_merge_kernel(
         # ⌈C/8⌉ counters a row: an element's bits depend on its place alone, not on the tile
         first = row * tl.cdiv(C, LANES) + tl.program_id(0) % column_blocks * (COLUMNS // LANES)
         counters = first[:, None] + tl.arange(0, COLUMNS // LANES)[None, :]
-        result = round_stochastic(moved, random_bits16(seed, counters, (ROWS, COLUMNS)), dtype)
+        noise = random_bits16(seed, counters, (ROWS, COLUMNS))  # pyright: ignore[reportArgumentType]
+        result = round_stochastic(moved, noise, dtype)
     else:
         result = round_nearest(moved, dtype)
     tl.store(ref_ptr, result, mask=inside)
@@ -185,7 +186,7 @@ def _configuration(
         "DEPTH": launch.depth,
     }
     R = C = 4096
-    rank = 16
+    rank, size = 16, {"fp32": 4, "bf16": 2, "fp16": 2}
     name = f"lora_merge {base}<-{adapter}" + (" stochastic" if stochastic else " nearest")
     divisible = (*range(4), 5, 6, 7, 8, 9, 10) if aligned else range(4)
     return {
@@ -211,7 +212,7 @@ def _configuration(
         "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
         "representative": base == "bf16" and adapter == "fp32" and stochastic and not aligned,
         "shape": f"R={R} C={C} r={rank}",
-        **traffic(R, C, rank, *({"fp32": 4}.get(dtype, 2) for dtype in (base, adapter)), launch),
+        **traffic(R, C, rank, size[base], size[adapter], launch),
     }
 
 

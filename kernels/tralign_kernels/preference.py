@@ -68,7 +68,7 @@ def _log_ratio(
     begin = tl.load(offsets_ptr + sequence, mask=inside, other=0)
     length = tl.load(offsets_ptr + sequence + 1, mask=inside, other=0) - begin
     sums = tl.zeros((SEQUENCES, TOKENS), tl.float32)
-    for first in range(0, tl.max(length), TOKENS):
+    for first in range(0, tl.max(length), TOKENS):  # pyright: ignore[reportArgumentType]
         token = first + tl.arange(0, TOKENS)
         own = token[None, :] < length[:, None]
         sums += tl.load(logps_ptr + begin[:, None] + token[None, :], mask=own, other=0.0)
@@ -83,7 +83,7 @@ def _log_ratio(
 def _store_gradient(
     gradient_ptr, begin, length, value, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr
 ):
-    for first in range(0, tl.max(length), TOKENS):
+    for first in range(0, tl.max(length), TOKENS):  # pyright: ignore[reportArgumentType]
         token = first + tl.arange(0, TOKENS)
         own = token[None, :] < length[:, None]
         spread = tl.broadcast_to(value[:, None], (SEQUENCES, TOKENS))

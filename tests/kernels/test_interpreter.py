@@ -23,6 +23,7 @@ AT_LEAST = {
     "test_lora_merge": 53,
     "test_ops": 16,
     "test_preference": 28,
+    "test_traffic": 6,
 }
 
 

@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tralign_kernels import linear_logprob, linear_logprob_forward_, linear_logprob_reference
+from tralign_kernels import (
+    launch,
+    linear_logprob,
+    linear_logprob_forward_,
+    linear_logprob_reference,
+)
 from tralign_kernels.launch import DotLaunch
 from tralign_kernels.logprob import logprob_reference
 
@@ -214,3 +219,21 @@ def test_invariants_are_asserted(device) -> None:
     ):
         with pytest.raises(AssertionError):
             run(*bad)
+
+
+def test_autotuning_only_on_request(monkeypatch) -> None:
+    """The default without TRALIGN_AUTOTUNE=1, else the fastest, timed once a shape."""
+    timed = []
+
+    def do_bench(call, return_mode):
+        timed.append(call())
+        return timed[-1]
+
+    monkeypatch.setattr(launch, "INTERPRETED", type("Flag", (), {"value": False}))
+    monkeypatch.setattr(launch.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(launch, "_fastest", {})
+    assert launch.pick((3, 1, 2), "shape", lambda c: c) == 3
+    assert timed == []
+    monkeypatch.setenv("TRALIGN_AUTOTUNE", "1")
+    assert [launch.pick((3, 1, 2), "shape", lambda c: c) for _ in range(2)] == [1, 1]
+    assert timed == [3, 1, 2]
