@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from tralign_fast.gradient_release import check_releasable
 from tralign_fast.losses import LOSSES, LossSpec
 from tralign_fast.reference import REFERENCES, TrustRegion
 
@@ -96,6 +97,11 @@ class TRConfig(TrainingArguments):
         None, "Keywords of from_pretrained, for a model given by its name."
     )
     disable_dropout: bool = _option(True, "Switch dropout off in the policy and the reference.")
+    gradient_release: bool = _option(
+        False,
+        "Use up and free every gradient inside the backward: no memory for gradients. Needs "
+        "max_grad_norm=0, one backward a step, and adamw_torch(_fused), adafactor or adamw_bnb_8bit.",
+    )
     logits_budget_mb: float = _option(1024, "MiB of logits that may exist at a time.")
     log_kl_initial: bool = _option(
         False, "Evaluation: KL to the initial model (kl/initial); keeps a copy of its weights."
@@ -143,6 +149,8 @@ class TRConfig(TrainingArguments):
         super().__post_init__()
         if wants_bf16 is None:
             self.bf16 = not self.fp16 and self.device.type != "cpu"
+        if self.gradient_release:
+            check_releasable(self)
 
     @property
     def trust_region(self) -> TrustRegion:

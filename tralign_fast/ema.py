@@ -169,7 +169,9 @@ def lora_merge_(
         _move_(ref[rows], theta, alpha, random)
 
 
-def _round_stochastically_(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> None:
+def _round_stochastically_(
+    x: Tensor, dtype: torch.dtype, generator: torch.Generator | None
+) -> None:
     """Moves fp32 `x` in place to one of its two neighbours in `dtype`, unbiased.
 
     bf16 is the upper half of fp32: random bits are added under its last bit and the rest is cut.

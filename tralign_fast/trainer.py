@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import (
+    Adafactor,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -38,6 +39,7 @@ from tralign_fast.checkpoints import (
 from tralign_fast.config import TRConfig
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
+from tralign_fast.gradient_release import BlockAdafactor, GradientRelease
 from tralign_fast.lookahead import Lookahead
 from tralign_fast.losses import PreferenceLoss
 from tralign_fast.metrics import MeanMetrics
@@ -239,6 +241,18 @@ class TRTrainer(Trainer):
         else:
             model = self.accelerator.prepare_model(start, evaluation_mode=True)
         return ResidentReference(self.model, schedule, model, **rounding)
+
+    # --- the optimizer ----------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if not self.args.gradient_release or isinstance(self.optimizer, GradientRelease):
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            factory, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            factory = BlockAdafactor if factory is Adafactor else factory
+            self.optimizer_cls_and_kwargs = factory, options
+        self.optimizer = GradientRelease(super().create_optimizer(model))
+        return self.optimizer
 
     # --- windows ----------------------------------------------------------------------------------
 
