@@ -25,8 +25,8 @@ RELEASABLE = (
 )  # fmt: skip
 # The same by class, for an optimizer that the user made.
 _CLASSES = {"AdamW", "Adam", "SGD", "Adafactor", "BlockAdafactor", "AdamW8bit", "Adam8bit"}
-# Elements of a block: 16 MB in fp32, three of which live at a time.
-_BLOCK = 1 << 22
+# Elements of a block: 64 MB in fp32, three of which live at a time.
+_BLOCK = 1 << 24
 
 
 class GradientRelease(Optimizer):
@@ -120,7 +120,7 @@ class BlockAdafactor(Adafactor):
     that bf16 has around 0.02, and nearest rounding (transformers') would drop every single one.
     The random bits are the device's default generator's.
 
-    Memory: 48 MB beside state and gradient; transformers' holds four fp32 copies of the weight
+    Memory: 192 MB beside state and gradient; transformers' holds four fp32 copies of the weight
     (8 GiB for the LM head of Llama-3-8B). torch's Adafactor needs one copy in the weight's dtype, but
     keeps bf16 statistics for bf16 weights, and its ε (the square of bf16's, 6e-5) hides second
     moments of gradients below 8e-3, which is to say all of them here.
