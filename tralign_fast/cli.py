@@ -1,4 +1,4 @@
-"""`tralign-fast demo | train`: one line and exit code 2 for whatever cannot be run."""
+"""`tralign-fast demo | train | plan`: one line and exit code 2 for whatever cannot be run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tralign-fast", description="Preference alignment with a moving reference."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | plan")
     commands.add_parser(
         "demo", add_help=False, help="align a small chat model on this machine's CPU, in minutes"
     )
@@ -21,10 +21,15 @@ def main(argv: list[str] | None = None) -> int:
         add_help=False,
         help="align a model of yours: --config recipe.yaml [--option value]",
     )
+    commands.add_parser(
+        "plan",
+        add_help=False,
+        help="does a training fit a GPU? --model llama-3.1-8b --gpu-memory 24GiB",
+    )
     arguments = sys.argv[1:] if argv is None else argv
     chosen, rest = parser.parse_known_args(arguments[:1])[0], arguments[1:]
     try:
-        return {"demo": _demo, "train": _train}[chosen.command](rest)
+        return {"demo": _demo, "train": _train, "plan": _plan}[chosen.command](rest)
     except (ValueError, ImportError) as error:
         print(f"tralign-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -70,6 +75,12 @@ def _train(arguments: list[str]) -> int:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from tralign_fast.plan import PlanOptions, run_plan
+
+    return run_plan(_parse("plan", [PlanOptions], arguments)[0])
 
 
 def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:

@@ -100,7 +100,7 @@ class TRConfig(TrainingArguments):
     gradient_release: bool = _option(
         False,
         "Use up and free every gradient inside the backward: no memory for gradients. Needs "
-        "max_grad_norm=0, one backward a step, and adamw_torch(_fused), adafactor or adamw_bnb_8bit.",
+        "max_grad_norm=0, one backward a step, and AdamW, adamw_bnb_8bit or adafactor.",
     )
     logits_budget_mb: float = _option(1024, "MiB of logits that may exist at a time.")
     log_kl_initial: bool = _option(

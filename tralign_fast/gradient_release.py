@@ -121,9 +121,9 @@ class BlockAdafactor(Adafactor):
     The random bits are the device's default generator's.
 
     Memory: 192 MB beside state and gradient; transformers' holds four fp32 copies of the weight
-    (8 GiB for the LM head of Llama-3-8B). torch's Adafactor needs one copy in the weight's dtype, but
-    keeps bf16 statistics for bf16 weights, and its ε (the square of bf16's, 6e-5) hides second
-    moments of gradients below 8e-3, which is to say all of them here.
+    (8 GiB for the LM head of Llama-3-8B). torch's Adafactor needs one copy in the weight's dtype,
+    but keeps bf16 statistics for bf16 weights, and its default ε (bf16's own, 8e-3, squared) hides
+    the second moments of all gradients below 8e-3.
 
     Raises:
         ValueError: `beta1` is set: it would keep a first moment of the size of the weights.

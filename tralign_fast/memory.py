@@ -1,7 +1,7 @@
 """Peak memory of a real training step, traced without the memory.
 
-The trainer itself runs, `TRTrainer.train()` from the dataloader to the optimizer and the reference's
-update, under `FakeTensorMode`: tensors have shapes and storages but no data. A dispatch mode counts
+The trainer itself runs, `TRTrainer.train()` from the dataloader to the optimizer and the update of
+the reference, under `FakeTensorMode`: tensors have shapes and storages but no data. A dispatch mode counts
 the storages that are alive. What it sees is tensors: not the allocator's fragmentation, nor
 the workspaces of kernels, nor the CUDA context (about 0.5 GiB).
 
@@ -173,11 +173,12 @@ class Workload:
     Args:
         model: config of a transformers causal LM.
         pairs: preference pairs of a batch (KTO: rows).
-        tokens: of the packed row in all: a pair is `[prompt | chosen | rejected]`, half of it prompt
-            and a quarter each completion, so that an unshared padded batch has 1.5 times as many.
+        tokens: of the packed row in all. A pair is `[prompt | chosen | rejected]`, half of it prompt
+            and a quarter each completion: an unshared padded batch has 1.5 times as many.
         dtype: of the weights, "bfloat16" or "float32" (then under bf16 autocast).
-        lora_rank: adapters on every linear layer but the head (PEFT's "all-linear"), in `lora_dtype`
-            (PEFT's own default is float32 beside bf16 weights); None: full fine-tuning.
+        lora_rank: adapters on every linear layer but the head (PEFT's "all-linear"); None: full
+            fine-tuning.
+        lora_dtype: of the adapters; PEFT's own default beside bf16 weights is "float32".
         base_bits: 16, or 4: the linear layers of the base are bitsandbytes' NF4.
         options: of `TRConfig`.
     """
@@ -332,7 +333,9 @@ class _TagReference(TrainerCallback):
         shared = {id(p) for p in self.reference.policy.parameters()}
         held = [t for t in _tensors_of(self.reference) if id(t) not in shared]
         self.live.tag(held, self.place)
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
+        return sum(
+            {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values()
+        )
 
 
 def _tensors_of(owner: Any) -> Iterator[Tensor]:
@@ -355,7 +358,9 @@ def trace_trl(work: Workload) -> MemoryReport:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-    config_class, trainer_class = (DPOConfig, DPOTrainer) if work.paired else (KTOConfig, KTOTrainer)
+    config_class, trainer_class = (
+        (DPOConfig, DPOTrainer) if work.paired else (KTOConfig, KTOTrainer)
+    )
 
     class Traced(trainer_class):
         def _prepare_dataset(self, dataset, *args, **kwargs):
@@ -462,13 +467,18 @@ def _as_on_gpu() -> Iterator[None]:
     def nothing(*args: Any, **kwargs: Any) -> None:
         """Triton's operations on tiles and reference weights: in place, no allocation."""
 
-    devices = "_get_foreach_kernels_supported_devices"
+    def tile_operations(backend: str) -> Any:
+        return nothing, nothing
+
+    def devices() -> list[str]:
+        return ["cpu", "cuda"]
+
     with (
         mock.patch.object(attention, "_varlen_function", varlen),
         mock.patch.object(logprobs, "_CPU_TILE_BYTES", 1 << 62),
-        mock.patch.object(logprobs, "_tile_ops", lambda backend: (nothing, nothing)),
+        mock.patch.object(logprobs, "_tile_ops", tile_operations),
         mock.patch.object(ema, "_foreach_update_", nothing),
-        mock.patch.object(torch_optimizer, devices, lambda: ["cpu", "cuda"]),
+        mock.patch.object(torch_optimizer, "_get_foreach_kernels_supported_devices", devices),
     ):
         yield
 
@@ -478,9 +488,15 @@ def _trl_as_on_gpu() -> Iterator[None]:
     """TRL's chunked LM head: Triton tile operations, and cuBLAS products with an fp32 sum."""
     from trl.kernels import chunked_logprob
 
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        """Triton's tile operations, and a product added to its sum by cuBLAS."""
+
+    def yes(device: torch.device) -> bool:
+        return True
+
     class Kernel:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *args, **kwargs: None
+            return nothing
 
     function = chunked_logprob.ChunkedLogProbFunction
 
@@ -493,10 +509,10 @@ def _trl_as_on_gpu() -> Iterator[None]:
         return staticmethod(call)
 
     with (
-        mock.patch.object(chunked_logprob, "_use_triton", lambda device: True),
+        mock.patch.object(chunked_logprob, "_use_triton", yes),
         mock.patch.object(chunked_logprob, "_forward_kernel", Kernel()),
         mock.patch.object(chunked_logprob, "_backward_kernel", Kernel()),
-        mock.patch.object(chunked_logprob, "_addmm_fp32", lambda total, a, b: None),
+        mock.patch.object(chunked_logprob, "_addmm_fp32", nothing),
         mock.patch.object(function, "forward", tagged(function.forward)),
         mock.patch.object(function, "backward", tagged(function.backward)),
     ):
