@@ -54,12 +54,17 @@ class GradientRelease(Optimizer):
                 f"gradient_release: {type(optimizer).__name__} is not known to update every "
                 f"parameter on its own; expected one of {', '.join(sorted(_CLASSES))}"
             )
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        devices = sorted({str(parameter.device) for parameter in parameters})
+        if len(devices) > 1:  # each has a thread of the backward: hooks would run at the same time
+            raise ValueError(
+                f"gradient_release: the model lies on several devices ({', '.join(devices)}); load "
+                "it on one, or leave gradient_release out"
+            )
         self.optimizer = optimizer
         self._stepped: set[Tensor] = set()
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._release)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
+            parameter.register_post_accumulate_grad_hook(self._release) for parameter in parameters
         ]
 
     def _release(self, parameter: Tensor) -> None:

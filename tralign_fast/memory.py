@@ -1,8 +1,8 @@
 """Peak memory of a real training step, traced without the memory.
 
 The trainer itself runs, `TRTrainer.train()` from the dataloader to the optimizer and the update of
-the reference, under `FakeTensorMode`: tensors have shapes and storages but no data. A dispatch mode counts
-the storages that are alive. What it sees is tensors: not the allocator's fragmentation, nor
+the reference, under `FakeTensorMode`: tensors have shapes and storages but no data. A dispatch mode
+counts the storages that are alive. What it sees is tensors: not the allocator's fragmentation, nor
 the workspaces of kernels, nor the CUDA context (about 0.5 GiB).
 
 The machine that traces needs no GPU. Fake tensors of a device that torch was not built for cannot
@@ -29,9 +29,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import TrainerCallback
@@ -118,7 +118,7 @@ class LiveTensors(TorchDispatchMode):
         self._start = len(self._events)
 
     def report(self) -> MemoryReport:
-        sums = dict.fromkeys((*CATEGORIES, _HOST), 0)
+        sums: dict[str, int] = dict.fromkeys((*CATEGORIES, _HOST), 0)
         peak, at_peak = -1, sums
         for index, (serial, size) in enumerate(self._events):
             sums[self._tags[serial]] += size
@@ -173,8 +173,8 @@ class Workload:
     Args:
         model: config of a transformers causal LM.
         pairs: preference pairs of a batch (KTO: rows).
-        tokens: of the packed row in all. A pair is `[prompt | chosen | rejected]`, half of it prompt
-            and a quarter each completion: an unshared padded batch has 1.5 times as many.
+        tokens: of the packed row in all. A pair is `[prompt | chosen | rejected]`, half of it
+            prompt, a quarter each completion: an unshared padded batch has 1.5 times as many.
         dtype: of the weights, "bfloat16" or "float32" (then under bf16 autocast).
         lora_rank: adapters on every linear layer but the head (PEFT's "all-linear"); None: full
             fine-tuning.
@@ -358,11 +358,10 @@ def trace_trl(work: Workload) -> MemoryReport:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-    config_class, trainer_class = (
-        (DPOConfig, DPOTrainer) if work.paired else (KTOConfig, KTOTrainer)
-    )
+    config_class: Any = DPOConfig if work.paired else KTOConfig
+    base: Any = DPOTrainer if work.paired else KTOTrainer
 
-    class Traced(trainer_class):
+    class Traced(base):
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 

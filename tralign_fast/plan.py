@@ -232,8 +232,10 @@ def _trace_trl(work: Workload) -> tuple[MemoryReport | None, str | None]:
         return None, "TRL not installed"
     if work.options.get("gradient_release"):  # which TRL has not
         work = _with(work, _NO_RELEASE)
+    moving = work.options["sync_ref_model"] and work.lora_rank is not None
+    frozen = "TRL moves no reference of a PEFT model: traced with a frozen one" if moving else None
     try:
-        return _traced("TRL on the same work", trace_trl, work), None
+        return _traced("TRL on the same work", trace_trl, work), frozen
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, f"TRL could not be traced: {reason}"
