@@ -194,3 +194,9 @@ def test_what_release_excludes_is_refused_in_one_line(option, expected, tmp_path
 def test_an_optimizer_that_looks_at_all_gradients_is_refused():
     with pytest.raises(ValueError, match="LBFGS is not known"):
         GradientRelease(torch.optim.LBFGS(nn.Linear(2, 2).parameters()))
+
+
+def test_a_model_on_several_devices_is_refused():
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))]
+    with pytest.raises(ValueError, match="several devices"):
+        GradientRelease(torch.optim.AdamW(parameters))
