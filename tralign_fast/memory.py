@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import TrainerCallback
 
-from tralign_fast import attention, ema, logprobs
+from tralign_fast import attention, ema, logprobs, modeling
 
 CATEGORIES = (
     "parameters", "gradients", "optimizer", "reference", "activations", "logits tile",
@@ -78,6 +78,9 @@ class LiveTensors(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> int:
         """Counts a tensor's storage, once; returns its serial number."""
+        if tensor.layout != torch.strided:  # a tied embedding's gradient on a CPU
+            self.add(tensor._indices())
+            return self.add(tensor._values())
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
@@ -477,6 +480,7 @@ def _as_on_gpu() -> Iterator[None]:
         mock.patch.object(logprobs, "_CPU_TILE_BYTES", 1 << 62),
         mock.patch.object(logprobs, "_tile_ops", tile_operations),
         mock.patch.object(ema, "_foreach_update_", nothing),
+        mock.patch.object(modeling, "_lighten_tied_embedding", nothing),
         mock.patch.object(torch_optimizer, "_get_foreach_kernels_supported_devices", devices),
     ):
         yield

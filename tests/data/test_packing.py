@@ -3,7 +3,8 @@ import pickle
 import pytest
 import torch
 
-from tralign_fast.data.packing import Group, PackedBatch, PreferenceCollator
+from tralign_fast.data.packing import Group, PackedBatch, PreferenceCollator, merge_packed
+from tralign_fast.modeling import prepare_model, sequence_logps
 
 PAIRS = [
     {"row": 7, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]},
@@ -147,3 +148,17 @@ def test_a_batch_over_the_token_budget_is_split_in_order():
     parts = PreferenceCollator(paired=False, token_budget=6)(ROWS).parts
     assert parts[0].targets.tolist() == [4, 5, 12]
     assert PreferenceCollator(paired=True, token_budget=24)(PAIRS).parts[0].share == 1.0
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_merged_rows_score_what_each_scores(layout, tiny_llama):
+    prepare_model(tiny_llama)
+    options = {"paired": False, "layout": layout}
+    batches = [collate(ROWS[:2], **options), collate(ROWS[2:], **options), collate(ROWS, **options)]
+    merged = merge_packed(batches)
+    assert merged.num_tokens == sum(batch.num_tokens for batch in batches)
+    with torch.no_grad():
+        expected = torch.cat([sequence_logps(tiny_llama, batch) for batch in batches])
+        torch.testing.assert_close(
+            sequence_logps(tiny_llama, merged), expected, rtol=1e-5, atol=1e-5
+        )
