@@ -288,7 +288,7 @@ def test_registered_with_torch_library(op):
     if op == "linear_logprobs":
         args = (
             torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), targets,
-            None, 1.0, None, 1.0, "torch", torch.float32, 8, True,
+            None, 1.0, None, 1.0, "torch", torch.float32, 8, True, 0.0,
         )  # fmt: skip
         torch.library.opcheck(module._linear_logprobs_op, args, test_utils=checks)
     else:

@@ -103,6 +103,9 @@ class TRConfig(TrainingArguments):
         "max_grad_norm=0, one backward a step, and AdamW, adamw_bnb_8bit or adafactor.",
     )
     logits_budget_mb: float = _option(1024, "MiB of logits that may exist at a time.")
+    vocab_filter: float | None = _option(
+        None, "ε: the head's backward skips tokens less likely than ε everywhere; 1e-4 if in doubt."
+    )
     log_kl_initial: bool = _option(
         False, "Evaluation: KL to the initial model (kl/initial); keeps a copy of its weights."
     )
@@ -143,6 +146,8 @@ class TRConfig(TrainingArguments):
             )
         if self.logits_budget_mb < 0:
             raise ValueError(f"logits_budget_mb must not be negative, got {self.logits_budget_mb}")
+        if self.vocab_filter is not None and not 0.0 <= self.vocab_filter < 1.0:
+            raise ValueError(f"vocab_filter must lie in [0, 1), got {self.vocab_filter}")
         # batches are PackedBatch, made from columns that no model's forward names
         self.remove_unused_columns = False
         wants_bf16, self.bf16 = self.bf16, bool(self.bf16)

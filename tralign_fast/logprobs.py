@@ -15,6 +15,7 @@ logits takes one kernel for product and reduction instead (`tralign_kernels.line
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tralign_fast._backend import pick_backend
+from tralign_fast.vocab_filter import VocabFilter
 
 # A CPU tile of 16 MB stays in the last-level cache between the product that makes it and the
 # reduction that reads it; a GPU wants its products large.
@@ -144,6 +146,7 @@ def _linear_logprobs_op(
     compute_dtype: torch.dtype,
     tile: int,
     keep: bool,
+    vocab_filter: float,  # for the backward
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probs (N,) fp32, logsumexp (N,) fp32, kept logits: tile after tile, flat, or empty)."""
     rows, vocab = hidden.shape[0], weight.shape[0]
@@ -203,7 +206,7 @@ def _fused_forward_(
 
 @_linear_logprobs_op.register_fake
 def _(hidden, weight, targets, bias, logit_scale, softcap, inverse_temperature, backend,
-      compute_dtype, tile, keep):  # fmt: skip
+      compute_dtype, tile, keep, vocab_filter):  # fmt: skip
     rows = hidden.shape[0]
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
     size = rows * (weight.shape[0] if keep else min(tile, weight.shape[0]))
@@ -228,6 +231,7 @@ def _linear_logprobs_backward_op(
     backend: str,
     tile: int,
     needs: list[bool],  # gradient of hidden, of weight, of bias
+    vocab_filter: float,  # 0: none
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d hidden, d weight, d bias), empty where not needed.
 
@@ -238,39 +242,81 @@ def _linear_logprobs_backward_op(
     needs_hidden, needs_weight, needs_bias = needs
     keep = kept.numel() > 0
     tiles = list(_tiles(vocab, tile))
-    grad_weight = weight.new_empty(weight.shape if needs_weight else (0,))
-    grad_bias = weight.new_empty(vocab if needs_bias else 0)
+    new = weight.new_zeros if vocab_filter else weight.new_empty
+    grad_weight = new(weight.shape if needs_weight else (0,))
+    grad_bias = new(vocab if needs_bias else 0)
     if rows == 0:
         return torch.zeros_like(hidden), grad_weight.zero_(), grad_bias.zero_()
     x = hidden.to(kept.dtype)
-    sum_dtype = x.dtype if len(tiles) == 1 else torch.float32
+    sum_dtype = x.dtype if len(tiles) == 1 and not vocab_filter else torch.float32
     grad_hidden = x.new_zeros(hidden.shape if needs_hidden else (0,), dtype=sum_dtype)
-    _, tile_backward_ = _tile_ops(backend)
+    tile_forward_, tile_backward_ = _tile_ops(backend)
+    scores: dict[str, Any] = {
+        "logit_scale": logit_scale, "softcap": softcap, "inverse_temperature": inverse_temperature,
+    }  # fmt: skip
     buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
+
+    def logits_of(start: int, stop: int) -> Tensor:
+        logits = _tile_view(buffer, rows, start, stop, keep)
+        if not keep:
+            _project(x, weight[start:stop], None if bias is None else bias[start:stop], logits)
+        return logits
+
+    def add_(logits: Tensor, targets: Tensor, start: int, columns: slice | Tensor) -> None:
+        """The gradients' part of these columns of the vocabulary; overwrites the logits."""
+        tile_backward_(logits, targets, start, logsumexp, grad, **scores)
+        if needs_hidden:
+            _accumulate_(grad_hidden, logits, weight[columns].to(x.dtype))
+        if needs_weight and isinstance(columns, slice):
+            _product_into_(grad_weight[columns], logits.t(), x)
+        elif needs_weight:
+            grad_weight[columns] = (logits.t() @ x).to(weight.dtype)
+        if needs_bias:
+            grad_bias[columns] = logits.sum(0, dtype=torch.float32).to(weight.dtype)
+
     with _autocast_off(hidden.device):
+        if not vocab_filter:
+            for start, stop in tiles:
+                add_(logits_of(start, stop), targets, start, slice(start, stop))
+            return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+        chosen = VocabFilter(
+            vocab_filter, targets, logsumexp, vocab,
+            functools.partial(tile_forward_, **scores), functools.partial(_transform, **scores),
+        )  # fmt: skip
+        scratch = x.new_empty(rows * min(tile, vocab))
         for start, stop in tiles:
-            part = weight[start:stop]
-            logits = _tile_view(buffer, rows, start, stop, keep)
-            if not keep:
-                _project(x, part, None if bias is None else bias[start:stop], logits)
-            tile_backward_(
-                logits, targets, start, logsumexp, grad,
-                logit_scale=logit_scale, softcap=softcap, inverse_temperature=inverse_temperature,
-            )  # fmt: skip
+            logits = logits_of(start, stop)
+            chosen.scan(logits, start)
+            part, places, columns = chosen.take(logits, start, scratch)
+            if columns.numel():
+                add_(part, places, 0, columns)
+        if chosen.decide():
+            # of a softcap, the slope at zero: left-out scores are small
+            share = grad * chosen.left_out_mass() * (-logit_scale * inverse_temperature)
+            q = chosen.left_out_shares()
             if needs_hidden:
-                _accumulate_(grad_hidden, logits, part.to(x.dtype), first=start == 0)
+                grad_hidden.addr_(share, (q.to(weight.dtype) @ weight).float())
             if needs_weight:
-                _product_into_(grad_weight[start:stop], logits.t(), x)
+                grad_weight.addr_(q.to(weight.dtype), (share.to(x.dtype) @ x).to(weight.dtype))
             if needs_bias:
-                grad_bias[start:stop] = logits.sum(0, dtype=torch.float32)
+                grad_bias.add_(q * share.sum())
+        else:
+            for start, stop in tiles:
+                logits = logits_of(start, stop)
+                part, places, columns = chosen.take(logits, start, scratch, staying=False)
+                if columns.numel():
+                    add_(part, places, 0, columns)
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
 @_linear_logprobs_backward_op.register_fake
 def _(grad, hidden, weight, targets, bias, logsumexp, kept, logit_scale, softcap,
-      inverse_temperature, backend, tile, needs):  # fmt: skip
-    if kept.numel() == 0:
-        kept.new_empty(hidden.shape[0] * min(tile, weight.shape[0]))
+      inverse_temperature, backend, tile, needs, vocab_filter):  # fmt: skip
+    scratch = hidden.shape[0] * min(tile, weight.shape[0])
+    logits = kept.new_empty(scratch if kept.numel() == 0 else 0)
+    copies = kept.new_empty(scratch if vocab_filter else 0)
+    del logits, copies
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -298,7 +344,7 @@ def _backward(ctx, grad, *_):
             "linear_logprobs: the first backward consumed the kept logits (or its inputs were "
             "changed in place); call it again, or pass logits_budget_mb=0 to recompute them"
         ) from error
-    logit_scale, softcap, inverse_temperature, backend, _, tile, _ = ctx.options
+    logit_scale, softcap, inverse_temperature, backend, _, tile, _, vocab_filter = ctx.options
     nothing = (None,) * len(ctx.options)
     if grad is None:
         return (None, None, None, None, *nothing)
@@ -307,7 +353,7 @@ def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = _linear_logprobs_backward_op(
         grad.float(), hidden, weight, targets, bias, logsumexp, kept,
-        logit_scale, softcap, inverse_temperature, backend, tile, needs,
+        logit_scale, softcap, inverse_temperature, backend, tile, needs, vocab_filter,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return (d_hidden, d_weight, None, d_bias, *nothing)
@@ -327,6 +373,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     backend: str = "auto",
     logits_budget_mb: float = 1024,
+    vocab_filter: float | None = None,
 ) -> Tensor:
     """Log-probabilities of `targets` under the LM head, without holding a matrix (N, V) of them.
 
@@ -345,6 +392,14 @@ def linear_logprobs(
     makes none: its forward is one kernel, in which they exist in registers alone. No fp32 buffer of
     (V, H); the gradient of a frozen tensor is not computed.
 
+    `vocab_filter=ε` leaves out of the backward every column of the vocabulary that no token gives a
+    probability of ε, targets apart, and puts their mass back in a correction of rank one (module
+    `tralign_fast.vocab_filter`): the backward's products shrink to the columns that stay. With
+    ε = 1e-4 the gradients of a trained model are off by less than rounding them to bf16. After a
+    backward, `tralign_fast.vocab_filter.last_vocab_filter()` tells how many columns stayed and the
+    largest mass that a token lost; above 0.1 the backward is exact, with one warning. Log-probs are
+    always exact. The choice of columns waits for the device once a tile.
+
     Args:
         hidden: (N, H) hidden states of the scored positions, fp32, bf16 or fp16.
         weight: (V, H) of the LM head, the dtype of `hidden` (any, inside autocast).
@@ -355,6 +410,7 @@ def linear_logprobs(
         temperature: the scores are divided by it, after the cap.
         backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
         logits_budget_mb: MiB of logits that may exist at once; 0 recomputes in the smallest tiles.
+        vocab_filter: ε in [0, 1), 1e-4 if in doubt; None and 0 leave no column out.
 
     Returns:
         (N,) float32. N = 0 gives an empty tensor that can be differentiated.
@@ -364,7 +420,7 @@ def linear_logprobs(
             (on a GPU, where looking would stall, such a target's log-prob is NaN).
         RuntimeError: a second backward through logits that the first one has overwritten.
     """
-    _check_arguments(hidden, weight, targets, bias, softcap, temperature)
+    _check_arguments(hidden, weight, targets, bias, softcap, temperature, vocab_filter)
     device = hidden.device
     compute_dtype = hidden.dtype
     if torch.is_autocast_enabled(device.type):
@@ -387,6 +443,7 @@ def linear_logprobs(
         hidden, weight, targets, bias,
         float(logit_scale), None if softcap is None else float(softcap), 1.0 / temperature,
         pick_backend(backend, device), compute_dtype, tile, keep,
+        float(vocab_filter or 0.0),
     )  # fmt: skip
     return logps
 
@@ -532,10 +589,10 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
-def _accumulate_(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+def _accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with an fp32 total of half-precision products."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)
+        total.addmm_(a, b)
     else:
         total.add_(a @ b)
 
@@ -568,6 +625,7 @@ def _check_arguments(
     bias: Tensor | None,
     softcap: float | None,
     temperature: float,
+    vocab_filter: float | None,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -598,6 +656,8 @@ def _check_arguments(
             f"linear_logprobs: softcap and temperature must be positive, got {softcap}, "
             f"{temperature}"
         )
+    if vocab_filter is not None and not 0.0 <= vocab_filter < 1.0:
+        raise ValueError(f"linear_logprobs: vocab_filter must lie in [0, 1), got {vocab_filter}")
 
 
 def linear_logprobs_reference(

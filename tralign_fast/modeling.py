@@ -51,13 +51,17 @@ class HeadOptions:
 
 
 def enable_logprobs(
-    model: PreTrainedModel, *, logits_budget_mb: float = 1024, backend: str = "auto"
+    model: PreTrainedModel,
+    *,
+    logits_budget_mb: float = 1024,
+    vocab_filter: float | None = None,
+    backend: str = "auto",
 ) -> Callable[[], None]:
     """Lets `model(**batch_inputs)` return a `ScoreOutput`; returns the function that undoes it.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one.
-        logits_budget_mb, backend: as in `linear_logprobs`.
+        logits_budget_mb, vocab_filter, backend: as in `linear_logprobs`.
 
     Raises:
         ValueError: the model has no linear output embedding.
@@ -79,6 +83,7 @@ def enable_logprobs(
     options = {
         **asdict(HeadOptions.of(causal_lm.config)),
         "logits_budget_mb": logits_budget_mb,
+        "vocab_filter": vocab_filter,
         "backend": backend,
     }
 
@@ -214,6 +219,7 @@ def prepare_model(
     *,
     packing: bool = True,
     logits_budget_mb: float = 1024,
+    vocab_filter: float | None = None,
     backend: str = "auto",
     probe: bool = True,
 ) -> bool:
@@ -229,7 +235,9 @@ def prepare_model(
             repacked for inference.
     """
     _keep_4bit_differentiable(model)
-    enable_logprobs(model, logits_budget_mb=logits_budget_mb, backend=backend)
+    enable_logprobs(
+        model, logits_budget_mb=logits_budget_mb, vocab_filter=vocab_filter, backend=backend
+    )
     _lighten_tied_embedding(model)
     if not probe or next(model.parameters()).device.type == "meta":
         if packing:

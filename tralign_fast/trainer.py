@@ -215,7 +215,8 @@ class TRTrainer(Trainer):
     def _prepare(self, model: PreTrainedModel) -> bool:
         """`prepare_model`; the first process tries the model out: where FSDP fills the weights of
         the others later they are empty, and all must use the same layout."""
-        options = {"packing": self.args.packing, "logits_budget_mb": self.args.logits_budget_mb}
+        names = ("packing", "logits_budget_mb", "vocab_filter")
+        options = {name: getattr(self.args, name) for name in names}
         if self.accelerator.num_processes == 1:
             return prepare_model(model, **options)
         packs = [prepare_model(model, **options)] if self.accelerator.is_main_process else [False]

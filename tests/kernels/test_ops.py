@@ -13,7 +13,10 @@ def run(backend, hidden, weight, targets, grad, **options):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "logit_scale": 0.5, "temperature": 0.8}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 4.0, "logit_scale": 0.5, "temperature": 0.8}, {"vocab_filter": 0.01}],
+)
 @pytest.mark.parametrize("budget", [1024, 0], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_logprobs(dtype, budget, options, device):
