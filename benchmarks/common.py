@@ -72,6 +72,15 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def device_name(device: str) -> str:
+    """The name of the card, or of the CPU with its cores."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return f"{_cpu_model()}, {os.cpu_count()} cores"
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows that all have the first one's columns; floats with six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +89,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -122,4 +139,72 @@ def plot_bars(
     axes.margins(y=0.12)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_panels(
+    path: Path,
+    panels: Sequence[tuple[str, Sequence[str], Sequence[Summary]]],
+    *,
+    columns: int,
+    title: str,
+) -> None:
+    """Panels of horizontal bars, each (title, labels, values); whiskers: p20, p80."""
+    figure, grid = _grid(len(panels), columns, (6.0, 3.2))
+    for axes, (name, labels, values) in zip(grid, panels, strict=True):
+        median, p20, p80 = np.array(values).T
+        whiskers = np.maximum(np.stack([median - p20, p80 - median]), 0)
+        bars = axes.barh(labels, median, xerr=whiskers, capsize=2)
+        axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=3)
+        axes.invert_yaxis()
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.margins(x=0.15)
+    _save(figure, path, title)
+
+
+def plot_lines(
+    path: Path,
+    panels: Sequence[tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]],
+    *,
+    columns: int,
+    title: str,
+) -> None:
+    """Panels of lines over a logarithmic axis, each (x label, y label, points of every line)."""
+    figure, grid = _grid(len(panels), columns, (4.2, 3.2))
+    for axes, (xlabel, ylabel, lines) in zip(grid, panels, strict=True):
+        for label, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(xlabel, fontsize=9)
+        axes.set_ylabel(ylabel, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.legend(frameon=False, fontsize=7)
+    _save(figure, path, title)
+
+
+def _grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False
+    )
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat)[:count]
+
+
+def _save(figure: Any, path: Path, title: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
     plt.close(figure)

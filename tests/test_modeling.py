@@ -13,6 +13,7 @@ from tralign_fast.modeling import (
     prepare_model,
     sequence_logps,
 )
+from tralign_fast.vocab_filter import last_vocab_filter
 
 
 def test_kto_terms_without_gradient_cost_no_backward_of_their_logits():
@@ -43,6 +44,15 @@ def test_undo_gives_the_own_forward_back():
     disable_logprobs(model)
     assert model.forward.__func__ is own
     disable_logprobs(model)
+
+
+def test_vocab_filter_reaches_the_head():
+    model = build("llama")
+    prepare_model(model, vocab_filter=1e-30)
+    sequence_logps(model, collate()).sum().backward()
+    report = last_vocab_filter()
+    assert report is not None
+    assert report.columns == report.vocab == model.config.vocab_size
 
 
 def test_copies_run_their_own_weights():
