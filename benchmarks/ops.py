@@ -62,9 +62,9 @@ from benchmarks.common import (
 BETA = 0.1
 SEQUENCES = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Relative errors of loss and gradients (Frobenius). Ours, seen on a CPU: 2e-8 and 4e-7 in fp32;
-# 2e-5 and 3e-3 in bf16, whose logits have 8 bits.
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
+# Relative errors of loss and gradients (Frobenius). What rounding logits to the dtype makes of the
+# loss and, through its slope, of all gradients alike is 2e-5 in fp32 and 6e-3 in bf16 at N=1,024.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
 

@@ -151,7 +151,7 @@ def test_targets_stay_however_unlikely():
     ours = run(linear_logprobs, (hidden, weight), targets, grad, vocab_filter=EPSILON)
     exact = exact_of((hidden, weight), targets, grad)
     torch.testing.assert_close(
-        ours[2][targets].double(), exact[2][targets], rtol=1e-4, atol=1e-5
+        ours[2][targets].double(), exact[2][targets], rtol=1e-4, atol=1e-4
     )
 
 

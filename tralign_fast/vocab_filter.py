@@ -21,20 +21,18 @@ by 0.12%; without the correction by 0.55%, and rounded to bf16 by 0.17%.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tralign_fast._backend import warn_once
+from tralign_fast.row_blocks import row_blocks
 
 # More than this of a token's probability left out, and the gradient is computed exactly: the part
 # of it that is known in sum only is then no longer small.
 LARGEST_LEFT_OUT_MASS = 0.1
-# fp32 elements of a block of rows in the search: 4 MB stay in a CPU's cache, 256 MB fill a GPU.
-_BLOCK_ELEMENTS = {"cpu": 1 << 20}
-_DEVICE_BLOCK_ELEMENTS = 1 << 26
 
 
 class VocabFilterReport(NamedTuple):
@@ -63,7 +61,7 @@ class VocabFilter:
         logsumexp: (N,) fp32.
         vocab: V.
         fold_: the forward tile operation, `(logits, targets, start, logsumexp, target_logit)`.
-        score: raw logits (fp32) to the scores of the softmax.
+        to_scores_: raw logits (fp32) to the scores of the softmax, in place.
     """
 
     def __init__(
@@ -73,10 +71,10 @@ class VocabFilter:
         logsumexp: Tensor,
         vocab: int,
         fold_: Callable[..., Any],
-        score: Callable[[Tensor], Tensor],
+        to_scores_: Callable[[Tensor], Tensor],
     ) -> None:
         self.epsilon, self.targets, self.logsumexp = epsilon, targets, logsumexp
-        self._fold_, self._score = fold_, score
+        self._fold_, self._to_scores_ = fold_, to_scores_
         self.peak = logsumexp.new_full((vocab,), -math.inf)  # log of the largest p of a column
         self.stays = torch.zeros(vocab, dtype=torch.bool, device=targets.device)
         # a target outside the vocabulary (not looked for on a GPU) has a log-prob of NaN anyway
@@ -88,8 +86,8 @@ class VocabFilter:
         """Finds which of the columns [start, start + W) stay."""
         columns = slice(start, start + logits.shape[1])
         peak = self.peak[columns]
-        for rows in _row_blocks(logits):
-            log_p = self._score(logits[rows].float()) - self.logsumexp[rows, None]
+        for rows, z in row_blocks(logits):
+            log_p = self._to_scores_(z.copy_(logits[rows])).sub_(self.logsumexp[rows, None])
             torch.maximum(peak, log_p.amax(0), out=peak)
         self.stays[columns] |= ~(peak < math.log(self.epsilon))  # so written, a column of NaN stays
 
@@ -143,10 +141,3 @@ class VocabFilter:
         """(V,) fp32: q, zero for columns that stay; sums to one (to zero if all stay)."""
         q = self.peak.exp().masked_fill_(self.stays, 0.0)
         return q / q.sum().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
-    rows, width = logits.shape
-    elements = _BLOCK_ELEMENTS.get(logits.device.type, _DEVICE_BLOCK_ELEMENTS)
-    step = max(1, elements // width)
-    return (slice(i, i + step) for i in range(0, rows, step))
