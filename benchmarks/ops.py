@@ -477,8 +477,8 @@ def measure(
                     if round == 0:
                         process.ask("setup", case)
                     value, seconds, peak = process.ask("call")
-                    used[process] += seconds
                     if round > 0:
+                        used[process] += seconds
                         run.seconds.append(seconds)
                         run.peak_mb.append(peak)
                         continue
@@ -546,13 +546,11 @@ def plot_comparison(path: Path, records: Sequence[dict[str, Any]]) -> None:
     panels = []
     for what, key in (("seconds", "median_s"), ("peak MiB beside the inputs", "peak_mb")):
         for dtype in dict.fromkeys(r["dtype"] for r in records):
-            shown = [r for r in records if r["dtype"] == dtype and r["calls"]]
+            shown = [r for r in records if r["dtype"] == dtype and int(r["calls"])]
             marks = {"wrong": " (wrong)"}
             labels = [ARMS[r["arm"]][0] + marks.get(r["verdict"], "") for r in shown]
-            values = [
-                Summary(r[key], *((r["p20_s"], r["p80_s"]) if key == "median_s" else [r[key]] * 2))
-                for r in shown
-            ]
+            spread = ("median_s", "p20_s", "p80_s") if key == "median_s" else (key,) * 3
+            values = [Summary(*(float(r[k]) for k in spread)) for r in shown]
             panels.append((f"{dtype}: {what}", labels, values))
     first = records[0]
     plot_panels(
@@ -792,20 +790,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = scaling_cases(args.scaling, base)
         rows = compare(args, cases, gate=False)
         rows = [{"axis": args.scaling, **row, **system} for row in rows]
-        path = folder / f"{prefix}ops_scaling.csv"
-        # the axes may be measured in runs of their own
-        rows += [row for row in read_csv(path) if row["axis"] != args.scaling]
-        write_csv(path, rows)
-        plot_scaling(path.with_suffix(".png"), rows)
+        merged = _merge(folder / f"{prefix}ops_scaling.csv", rows, "axis")
+        plot_scaling(folder / f"{prefix}ops_scaling.png", merged)
         return 0
     cases = [Case(tokens, hidden, vocab, dtype, args.device) for dtype in args.dtype]
     rows = compare(args, cases)
-    write_csv(folder / f"{prefix}ops.csv", [{**row, **system} for row in rows])
-    plot_comparison(folder / f"{prefix}ops.png", rows)
+    merged = _merge(folder / f"{prefix}ops.csv", [{**row, **system} for row in rows], "dtype")
+    plot_comparison(folder / f"{prefix}ops.png", merged)
     bad = [r for r in rows if r["arm"].startswith("tralign_fast") and r["verdict"] != "ok"]
     for row in bad:
         print(f"{row['arm']} is {row['verdict']} in {row['dtype']}: see above", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _merge(path: Path, rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Replaces the rows of a CSV that have the new ones' `key`: each may be a run of its own."""
+    replaced = {row[key] for row in rows}
+    rows = rows + [row for row in read_csv(path) if row[key] not in replaced]
+    write_csv(path, rows)
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:
