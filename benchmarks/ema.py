@@ -2,17 +2,16 @@
 
     python -m benchmarks.ema [--dtype fp32 bf16] [--numel 134515008] [--rounds 15] [--quick]
 
-**The work.** One update of all weights of a model, tensors shaped as in a Llama (`--numel` elements in
-all). Rivals: TRL's `SyncRefModelCallback` (with the model and reference it expects),
-`torch._foreach_lerp_`, and `torch.optim.swa_utils`' EMA function, which is called once an update by
-`AveragedModel`. They are called in turn in one process; the gate compares every result with fp64
-first. Bytes are the least that can be moved: read θ, read ref, write ref. The copy reads and writes
-as many bytes, so its rate is the limit.
+**The work.** One update of all weights of a model, tensors shaped as in a Llama, `--numel` elements
+in all. Rivals: TRL's `SyncRefModelCallback`, `torch._foreach_lerp_`, and the EMA function that
+`torch.optim.swa_utils.AveragedModel` calls. They take turns in one process, after a gate that
+compares each with fp64. The rate counts the bytes that must be moved (read θ, read ref, write ref);
+that of the copy (read, write) is the limit.
 
-**Movement** (`--movement`). A bf16 reference that holds θ = ref + δ with δ fixed ought to have moved by
-(1 - (1-α)^k)·δ after k updates; how much of it each update makes, of weights ~ N(0, 0.02²) and
-δ ~ N(0, 0.002²), as a least-squares slope. Rounding to nearest loses what is under half a unit of the
-last place of a weight, every time.
+**Movement.** If the policy stands still at ref + δ, k updates ought to move a reference by
+(1 - (1-α)^k)·δ. Here: how much of that a bf16 reference moves, for weights ~ N(0, 0.02²) and
+δ ~ N(0, 0.002²), as a least-squares slope. Rounding to nearest loses every movement of less than
+half a unit in the last place of its weight.
 """
 
 from __future__ import annotations
@@ -210,7 +209,9 @@ def measure_movement(numel: int, device: str, updates: int = 500) -> list[dict[s
                 way.append(p.data.double() - start[-1])
             for _ in range(count):
                 functions[name](reference, policy, alpha)
-            moved = [r.data.double() - s for r, s in zip(reference.parameters(), start, strict=True)]
+            moved = [
+                r.data.double() - s for r, s in zip(reference.parameters(), start, strict=True)
+            ]
             along = sum(float((m * w).sum()) for m, w in zip(moved, way, strict=True))
             made = along / sum(float((w * w).sum()) for w in way) / due
             records.append(

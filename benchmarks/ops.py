@@ -1,21 +1,22 @@
 """Seconds and memory of the head: hidden states to a DPO loss and back, ours beside its rivals.
 
-    python -m benchmarks.ops [--dtype fp32 bf16] [--tokens N] [--hidden H] [--vocab V] [--arms ...]
+    python -m benchmarks.ops [--dtype fp32 bf16] [--tokens N] [--hidden H] [--vocab V]
     python -m benchmarks.ops --scaling N|V|H         time and memory against one size
     python -m benchmarks.ops --vocab_filter          ε against columns kept, error and time
     python -m benchmarks.ops --quick                 small sizes, to try it out
 
-**The work.** Four sequences (two pairs), half of whose positions are completions: N scored of 2·N.
-Policy forward and backward (gradients of hidden states and of the weight) and reference forward, by
-the LM head and DPO's loss alone. Every arm is called as its documentation says. On a GPU the default
-sizes are those of Llama-3-8B, on a CPU smaller ones.
+**The work.** Two pairs, so four sequences, half of whose positions are completions: N scored of
+2·N. LM head and DPO's loss alone: policy forward and backward (gradients of hidden states and of
+the weight) and reference forward. Every arm is called as its documentation says. On a GPU the
+default sizes are those of Llama-3-8B, on a CPU smaller ones.
 
-**Turns.** Every arm is a process of its own, and one works at a time: A B C … A B C …, so that noise
-of the machine hits all alike. An arm that has used up `--arm_seconds` leaves the round (at least
-one steady call is timed); `calls` says how many were.
+**Turns.** Every arm is a process of its own, and one works at a time: A B C … A B C …, so that
+noise of the machine hits all alike. An arm that has used up `--arm_seconds` leaves the round (at
+least one steady call is timed); `calls` says how many were.
 
-**The gate.** After the first call, loss and gradients are compared with exact ones from the same inputs
-(fp64 for fp32, fp32 for bf16). An arm outside the tolerance is marked wrong and timed on; ours ends the benchmark.
+**The gate.** After the first call, loss and gradients are compared with exact ones from the same
+inputs (fp64 for fp32, fp32 for bf16). An arm outside the tolerance is marked wrong and timed on; if
+it is ours, the exit code is 1.
 
 **Memory.** What a steady call needs on top of inputs: on a GPU the allocator's peak, on Linux the
 process's peak resident memory, reset before the call (/proc/self/clear_refs; freed memory is given
@@ -29,6 +30,7 @@ back to the system first). Both gradients are in it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import gc
@@ -62,7 +64,7 @@ from benchmarks.common import (
 
 BETA = 0.1
 SEQUENCES = 4
-LEAN_MB = 64  # too little to keep the logits: they are computed again
+LEAN_MB = 4  # too little to keep the logits: they are computed again
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative errors of loss and gradients (Frobenius). What rounding logits to the dtype makes of the
 # loss and, through its slope, of all gradients alike is 2e-5 in fp32 and 6e-3 in bf16 at N=1,024.
@@ -258,7 +260,7 @@ def make_trl(inputs: Inputs) -> Callable[[], Tensor]:
 ARMS: dict[str, tuple[str, Callable[[Inputs], Callable[[], Tensor]]]] = {
     "bare": ("the bare matrix products", make_bare),
     "tralign_fast": ("tralign-fast", make_tralign_fast),
-    "tralign_fast_lean": ("tralign-fast, logits_budget_mb=64", make_tralign_fast_lean),
+    "tralign_fast_lean": (f"tralign-fast, logits_budget_mb={LEAN_MB}", make_tralign_fast_lean),
     "cce": ("cut-cross-entropy", make_cce),
     "compiled": ("eager, torch.compile, scored rows", make_compiled),
     "eager_scored": ("eager, scored rows", make_eager_scored),
@@ -290,7 +292,8 @@ def exact_loss_and_gradients(inputs: Inputs, block: int = 512) -> tuple[float, T
 
     def logps(hidden: Tensor, weight: Tensor) -> Tensor:
         parts = [
-            p.gather(1, targets[part, None])[:, 0] for part, _, p in blocks(hidden, weight.to(dtype))
+            p.gather(1, targets[part, None])[:, 0]
+            for part, _, p in blocks(hidden, weight.to(dtype))
         ]
         return torch.cat(parts).view(SEQUENCES, -1).sum(1)
 
@@ -446,10 +449,8 @@ class ArmProcess:
         return answer
 
     def stop(self) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._pipe.send(("stop",))
-        except BrokenPipeError:
-            pass
         self._process.join()
 
 
@@ -616,7 +617,7 @@ def smollm2_tokens(model: Any, tokenizer: Any, count: int) -> tuple[Tensor, Tens
     raise ValueError(f"the demo's rows have {found} tokens, expected at least {count}")
 
 
-EPSILONS = (None, *(2.0**-k for k in range(18, 9, -1)), 1e-4)
+EPSILONS = (None, 3e-6, 1e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 
 
 def measure_vocab_filter(

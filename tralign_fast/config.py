@@ -104,7 +104,7 @@ class TRConfig(TrainingArguments):
     )
     logits_budget_mb: float = _option(1024, "MiB of logits that may exist at a time.")
     vocab_filter: float | None = _option(
-        None, "ε: the head's backward skips tokens less likely than ε everywhere; 1e-4 if in doubt."
+        None, "ε: the head's backward skips tokens less likely than ε everywhere; 3e-5 if in doubt."
     )
     log_kl_initial: bool = _option(
         False, "Evaluation: KL to the initial model (kl/initial); keeps a copy of its weights."

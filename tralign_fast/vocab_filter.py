@@ -4,9 +4,9 @@ Letters: N scored tokens, H hidden size, V vocabulary, S the columns that stay, 
 
 The gradient of the logits is G[n, v] = g[n] · (1[v = target n] - p[n, v]), and both products of the
 backward run over all V columns of it, nearly all of which are nearly zero. A column stays if some
-token gives it a probability of ε or more, or has it as its target. Of a column that is left out, two
-things are known for nothing: its largest probability q[v], found by the search, and of each token
-the mass of all left-out columns together, m[n] = 1 - Σ_S p[n, v]. With q normalised to Σ q = 1,
+token gives it a probability of ε or more, or has it as its target. Of the others two things are
+known for nothing: the largest probability q[v] of a column, found by the search, and the mass that
+a token gives to all of them together, m[n] = 1 - Σ_S p[n, v]. With q normalised to Σ q = 1,
 
     p[n, v] ≈ m[n] · q[v]        v not in S
 
