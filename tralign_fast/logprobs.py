@@ -397,7 +397,7 @@ def linear_logprobs(
     SmolLM2's own samples the gradients are off by less than rounding them to bf16 at ε = 3e-5, and
     from 512 tokens on at 1e-4. After a backward, `tralign_fast.vocab_filter.last_vocab_filter()`
     tells how many columns stayed and the largest mass that a token lost; above 0.1 the backward is
-    exact, with one warning. Log-probs are always exact. The choice waits for the device once a tile.
+    exact, with one warning. Log-probs are always exact. Choosing waits for the device once a tile.
 
     Args:
         hidden: (N, H) hidden states of the scored positions, fp32, bf16 or fp16.
