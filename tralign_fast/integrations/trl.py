@@ -1,0 +1,260 @@
+"""TRL's trainers with a moving reference and with this library's LM head.
+
+`TrustRegionCallback` moves the reference; `use_fast_logprobs` changes what TRL computes behind its
+fused LM head, and nothing else of TRL.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tralign_fast.integrations.callback import TrustRegionCallback
+from tralign_fast.logprobs import linear_logprobs
+
+__all__ = ["TrustRegionCallback", "use_fast_logprobs"]
+
+KNOWN_VERSIONS = "1.16"
+# What TRL's forward looks up: the autograd function of its head, whose `apply` takes _ARGUMENTS,
+# and the question whether only labelled positions are scored.
+_HEAD, _COMPACT = "_ChunkedLogProbFunction", "_use_triton"
+_ARGUMENTS = [
+    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+    "logit_scale", "outputs",
+]  # fmt: skip
+_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_OURS = "_tralign_"
+# A block of logits of the statistics stays in the cache of a CPU; a GPU wants its products large.
+_CPU_BLOCK_BYTES, _BLOCK_BYTES = 16 << 20, 256 << 20
+
+
+def use_fast_logprobs(
+    trainer_or_model: Any, *, logits_budget_mb: float = 1024, backend: str = "auto"
+) -> Callable[[], None]:
+    """Puts `linear_logprobs` behind TRL's fused LM head; returns the function that undoes it.
+
+        undo = use_fast_logprobs(trainer)   # a DPOTrainer, KTOTrainer, GRPOTrainer, ...
+
+    The forward stays TRL's, with its losses and metrics. Of its head, three things change: only
+    scored positions pass it on every device (TRL passes the prompt and the padding too where there
+    is no Triton), the logits are kept for the backward if they fit the budget (three products
+    instead of four), and the gradient of the weight is written once in the weight's dtype (TRL
+    sums it in a second buffer of (V, H) fp32).
+
+    The entropy carries no gradient: a loss that asks for one (GRPO's `entropy_coef`) raises.
+
+    Args:
+        trainer_or_model: one of TRL's trainers (its policy and its reference model are changed), or
+            a model that went through `trl.trainer.utils.add_fused_lm_head`.
+        logits_budget_mb, backend: as in `linear_logprobs`.
+
+    Raises:
+        ValueError: not TRL's, a head that is not linear, quantised or on meta, or in use already.
+        RuntimeError: a TRL whose head is not the one known. Nothing is changed then.
+    """
+    found = [_find_head(model) for model in _models_of(trainer_or_model)]
+    head = _Head(logits_budget_mb, backend)
+    undos = [_swap_names(function, head) for function in found]
+
+    def undo() -> None:
+        for one in undos:
+            one()
+
+    return undo
+
+
+def _models_of(target: Any) -> list[Any]:
+    """The policy and, if there is one, the reference model, without wrappers."""
+    from accelerate.utils import extract_model_from_parallel
+
+    if isinstance(target, nn.Module):
+        models = [target]
+    elif isinstance(getattr(target, "model", None), nn.Module):
+        models = [target.model, getattr(target, "ref_model", None)]
+    else:
+        raise ValueError(
+            f"use_fast_logprobs: expected a TRL trainer or a model, got {type(target).__name__}"
+        )
+    models = [extract_model_from_parallel(model) for model in models if model is not None]
+    return [m.get_base_model() if hasattr(m, "get_base_model") else m for m in models]
+
+
+def _find_head(model: Any) -> FunctionType:
+    """The forward that TRL gave the model, checked to be the one known, under any wrappers."""
+    import trl
+
+    name = type(model).__name__
+    function = getattr(model, "forward", None)
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)
+        if code is not None and code.co_filename == inspect.getfile(trl.trainer.utils):
+            break
+        function = getattr(function, "__wrapped__", None)
+    if function is None:
+        raise ValueError(
+            f"{name} has no fused LM head of TRL: pass a trainer of trl>={KNOWN_VERSIONS} (DPO, "
+            "KTO, GRPO, RLOO, SFT), or call trl.trainer.utils.add_fused_lm_head first"
+        )
+    names = function.__code__.co_names
+    if any(n.startswith(_OURS) for n in names):
+        raise ValueError(f"{name}: use_fast_logprobs is in use already; undo it first")
+    module = trl.trainer.utils
+    theirs = getattr(module, _HEAD, None)
+    known = (
+        {_HEAD, _COMPACT} <= set(names)
+        and theirs is not None
+        and list(inspect.signature(theirs.forward).parameters)[1:] == _ARGUMENTS
+        and inspect.signature(theirs.forward).parameters["outputs"].default == _OUTPUTS
+    )
+    if not known:
+        raise RuntimeError(
+            f"use_fast_logprobs knows the fused LM head of TRL {KNOWN_VERSIONS}, and TRL "
+            f"{trl.__version__} has another one: install trl~={KNOWN_VERSIONS}.0 (nothing was "
+            "changed)"
+        )
+    _check_linear(model)
+    return function
+
+
+def _check_linear(model: Any) -> None:
+    name, head = type(model).__name__, model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(head, nn.Linear) or weight is None:
+        raise ValueError(
+            f"{name}: expected a linear output embedding (lm_head), got {type(head).__name__}"
+        )
+    if weight.is_meta:
+        raise ValueError(f"{name}: lm_head is on meta; load its weights first")
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{name}: lm_head is quantised ({weight.dtype}); leave it out of the quantisation "
+            "(llm_int8_skip_modules)"
+        )
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            f"{name}: lm_head is sharded by DeepSpeed ZeRO-3, whose shards are gathered by TRL's "
+            "own head only; use ZeRO-2 or FSDP2"
+        )
+
+
+def _swap_names(function: FunctionType, head: _Head) -> Callable[[], None]:
+    """Lets one function of TRL look up our head under its own name; returns the undo.
+
+    The function object stays, and with it whatever wraps it (accelerate's autocast wraps the
+    reference's forward inside the trainer's constructor); other models keep TRL's head.
+    """
+    before = function.__code__
+    mine = {name: f"{_OURS}{id(function)}{name}" for name in (_HEAD, _COMPACT)}
+    function.__globals__.update({mine[_HEAD]: head, mine[_COMPACT]: _scores_labels_only})
+    function.__code__ = before.replace(co_names=tuple(mine.get(n, n) for n in before.co_names))
+
+    def undo() -> None:
+        function.__code__ = before
+        for name in mine.values():
+            function.__globals__.pop(name, None)
+
+    return undo
+
+
+def _scores_labels_only(device: torch.device) -> bool:
+    # elsewhere (Neuron) a number of positions that changes with the batch means a compilation each
+    return device.type in ("cpu", "cuda", "xpu", "mps")
+
+
+class _PerToken(NamedTuple):
+    """What TRL's head returns, (N,) each."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+
+
+class _Head:
+    """Stands where TRL's autograd function stands."""
+
+    def __init__(self, logits_budget_mb: float, backend: str) -> None:
+        self.options: Any = {"logits_budget_mb": logits_budget_mb, "backend": backend}
+
+    def apply(
+        self,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,)
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
+    ) -> _PerToken:
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        transform: Any = {
+            "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale,
+        }  # fmt: skip
+        logps = linear_logprobs(hidden, weight, targets, bias=bias, **transform, **self.options)
+        wanted = [name for name in _OUTPUTS if name in outputs]
+        extras = _statistics(hidden, weight, bias, targets, wanted, **transform) if wanted else {}
+        if "entropy" in extras and logps.requires_grad:
+            extras["entropy"] = _NoGradient.apply(extras["entropy"], logps)
+        return _PerToken(logps, *(extras.get(name) for name in _OUTPUTS))
+
+
+@torch.no_grad()
+def _statistics(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    wanted: list[str],
+    *,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> dict[str, Tensor]:
+    """TRL's metrics of the next-token distribution, (N,) each, in blocks of rows."""
+    size = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _BLOCK_BYTES
+    rows = max(1, size // (4 * weight.shape[0]))
+    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    for block, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        z = F.linear(block, weight, bias).float().mul_(logit_scale)
+        if softcap is not None:
+            z = z.div_(softcap).tanh_().mul_(softcap)
+        z = z.div_(temperature)
+        if "mean_logits" in wanted:
+            parts["mean_logits"].append(z.mean(1))
+        if "is_top1" in wanted:
+            parts["is_top1"].append(z.argmax(1) == target)
+        if "entropy" in wanted or "log_sum_sq_probs" in wanted:
+            logsumexp = z.logsumexp(1)
+            p = (z - logsumexp[:, None]).exp_()
+            if "log_sum_sq_probs" in wanted:
+                parts["log_sum_sq_probs"].append(p.square().sum(1).log_())
+            if "entropy" in wanted:
+                parts["entropy"].append(logsumexp - p.mul_(z).sum(1))
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+class _NoGradient(torch.autograd.Function):
+    """The entropy, tied to the graph so that a loss that needs its gradient hears that it has none."""
+
+    @staticmethod
+    def forward(ctx, entropy: Tensor, logps: Tensor) -> Tensor:
+        return entropy.clone()
+
+    @staticmethod
+    def backward(ctx, *grads: Any) -> Any:
+        raise ValueError(
+            "use_fast_logprobs: the loss needs a gradient of the entropy (entropy_coef, "
+            "use_adaptive_entropy), and this head computes none; undo it for this run"
+        )
