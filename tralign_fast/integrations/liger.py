@@ -1,0 +1,315 @@
+"""Liger's fused preference losses on this library's ops: change the import, keep the call.
+
+Letters: S sequences (B pairs: the chosen first, then the rejected), T positions, H hidden,
+V vocabulary, N scored positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tralign_fast.logprobs import linear_logprobs
+from tralign_fast.losses import dpo_loss, ipo_loss, kto_loss
+
+# --- pairwise losses of the log-ratios: (chosen (B,), rejected (B,), β, ε, τ) -> (B,) ---------------
+
+
+def _sigmoid(chosen, rejected, beta, epsilon, tau):
+    return dpo_loss(chosen, rejected, 0 * chosen, 0 * rejected, beta=beta).loss
+
+
+def _ipo(chosen, rejected, beta, epsilon, tau):
+    return ipo_loss(chosen, rejected, 0 * chosen, 0 * rejected, beta=beta).loss
+
+
+def _hinge(chosen, rejected, beta, epsilon, tau):
+    """SLiC, arXiv 2305.10425."""
+    return F.relu(1 - beta * (chosen - rejected))
+
+
+def _exo_pair(chosen, rejected, beta, epsilon, tau):
+    """KL(σ(±β·Δ) || (1-ε, ε)), arXiv 2402.00856, eq. 16."""
+    delta = beta * (chosen - rejected)
+    smoothed = torch.tensor([1 - epsilon, epsilon], device=delta.device).log()
+    log_q = torch.stack([F.logsigmoid(delta), F.logsigmoid(-delta)], -1)
+    return (log_q.exp() * (log_q - smoothed)).sum(-1)
+
+
+def _nca_pair(chosen, rejected, beta, epsilon, tau):
+    """arXiv 2402.05369."""
+    chosen, rejected = beta * chosen, beta * rejected
+    return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
+
+
+def _robust(chosen, rejected, beta, epsilon, tau):
+    """Unbiased under labels flipped with probability ε, arXiv 2403.00409."""
+    delta = beta * (chosen - rejected)
+    return (epsilon * F.logsigmoid(-delta) - (1 - epsilon) * F.logsigmoid(delta)) / (
+        1 - 2 * epsilon
+    )
+
+
+def _bco_pair(chosen, rejected, beta, epsilon, tau):
+    """arXiv 2404.04656, without the reward shift."""
+    return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+
+
+def _sppo_hard(chosen, rejected, beta, epsilon, tau):
+    """arXiv 2405.00675, eq. 4.7 with P = 1 for the chosen, 0 for the rejected."""
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+
+def _apo_zero(chosen, rejected, beta, epsilon, tau):
+    """arXiv 2408.06266, eq. 7."""
+    return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def _apo_down(chosen, rejected, beta, epsilon, tau):
+    """arXiv 2408.06266, eq. 8."""
+    return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))
+
+
+def _discopop(chosen, rejected, beta, epsilon, tau):
+    """arXiv 2406.08414, eq. 5."""
+    delta = beta * (chosen - rejected)
+    return torch.lerp(-F.logsigmoid(delta), (-delta).exp(), torch.sigmoid(delta / tau))
+
+
+LOSS_TYPES: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": _sigmoid,
+    "ipo": _ipo,
+    "hinge": _hinge,
+    "exo_pair": _exo_pair,
+    "nca_pair": _nca_pair,
+    "robust": _robust,
+    "bco_pair": _bco_pair,
+    "sppo_hard": _sppo_hard,
+    "apo_zero": _apo_zero,
+    "apo_down": _apo_down,
+    "discopop": _discopop,
+}
+
+
+class FusedLinearDPOLoss(nn.Module):
+    """`LigerFusedLinearDPOLoss` of Liger 0.8: same options, arguments and return values, and IPO.
+
+    Log-probs come from `linear_logprobs`: only positions that are scored pass the head, and the
+    gradients are made in the backward, where they are wanted, not in the forward.
+
+    Args:
+        ignore_index: target of positions that are not scored.
+        beta: β.
+        alpha: weight of the mean NLL of the chosen, if `compute_nll_loss`.
+        compiled, chunk_size: accepted and without effect; `linear_logprobs` tiles by memory.
+        use_ref_model: subtract the log-probs of the reference.
+        average_log_prob: mean over the scored positions instead of their sum ("ipo" takes means
+            in the loss whatever this says, as its authors and TRL do).
+        loss_type: one of `LOSS_TYPES`.
+        label_smoothing: ε of "robust" and "exo_pair"; discopop_tau: τ of "discopop".
+
+    Raises:
+        ValueError: an unknown loss_type, an ε out of its range, or tensors that do not fit.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}"
+            )
+        if loss_type == "exo_pair" and not 0.0 < label_smoothing < 1.0:
+            raise ValueError(
+                f"exo_pair needs label_smoothing in (0, 1), got {label_smoothing}; its paper takes "
+                "1e-3"
+            )
+        if loss_type == "robust" and not 0.0 <= label_smoothing < 0.5:
+            raise ValueError(f"robust needs label_smoothing in [0, 0.5), got {label_smoothing}")
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.alpha = alpha
+        self.compute_nll_loss = compute_nll_loss
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.average_log_prob = average_log_prob
+        self.chunk_size = chunk_size
+        self.loss_type = loss_type
+        self.label_smoothing = label_smoothing
+        self.discopop_tau = discopop_tau
+
+    def forward(
+        self,
+        lin_weight: Tensor,  # (V, H)
+        _input: Tensor,  # (S, T, H), S = 2B
+        target: Tensor,  # (S, T) int64
+        bias: Tensor | None = None,  # (V,)
+        ref_input: Tensor | None = None,  # (S, T, H)
+        ref_weight: Tensor | None = None,  # (V, H)
+        ref_bias: Tensor | None = None,  # (V,)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(loss, (chosen_logps (B,), rejected_logps (B,), mean logit of the chosen (), of the
+        rejected (), NLL of the chosen (), chosen_rewards (B,), rejected_rewards (B,))); all but
+        the loss without gradient, fp32.
+        """
+        if target.shape[0] % 2:
+            raise ValueError(
+                f"expected the chosen and then as many rejected, got {target.shape[0]} sequences"
+            )
+        sums = _sequence_logps(_input, lin_weight, target, bias, self.ignore_index)
+        ref_sums = torch.zeros_like(sums)
+        if self.use_ref_model:
+            ref_sums = _reference_logps(ref_input, ref_weight, target, ref_bias, self.ignore_index)
+        lengths = (target != self.ignore_index).sum(1)
+        logps = sums / lengths if self.average_log_prob else sums
+        ratios = sums - ref_sums
+        mean_ratios = ratios / lengths
+        own = mean_ratios if self.average_log_prob else ratios
+        loss = LOSS_TYPES[self.loss_type](
+            *(mean_ratios if self.loss_type == "ipo" else own).chunk(2),
+            self.beta, self.label_smoothing, self.discopop_tau,
+        ).mean()  # fmt: skip
+        nll = torch.zeros((), device=loss.device)
+        if self.compute_nll_loss:
+            nll = -sums.chunk(2)[0].sum() / lengths.chunk(2)[0].sum()
+            loss = loss + self.alpha * nll
+        logits = _logit_sums(_input, lin_weight, bias) / (target.shape[1] * lin_weight.shape[0])
+        return loss, (
+            *logps.detach().chunk(2),
+            *(part.mean() for part in logits.chunk(2)),
+            nll.detach(),
+            *(self.beta * own.detach()).chunk(2),
+        )
+
+
+class FusedLinearKTOLoss(nn.Module):
+    """`LigerFusedLinearKTOLoss` of Liger 0.8: same options, arguments and return values.
+
+    Args:
+        ignore_index, beta, compiled, use_ref_model, average_log_prob, chunk_size: as in
+            `FusedLinearDPOLoss`; here `use_ref_model` is False by default, as Liger has it.
+
+    Raises:
+        ValueError: tensors that do not fit, or no preference_labels.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        compiled: bool = True,
+        use_ref_model: bool = False,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.average_log_prob = average_log_prob
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        _input: Tensor,  # (S, T, H)
+        lin_weight: Tensor,  # (V, H)
+        target: Tensor,  # (S, T) int64
+        bias: Tensor | None = None,  # (V,)
+        preference_labels: Tensor | None = None,  # (S,) bool
+        ref_input: Tensor | None = None,  # (S, T, H)
+        ref_weight: Tensor | None = None,  # (V, H)
+        ref_bias: Tensor | None = None,  # (V,)
+        kl: Tensor | None = None,  # () or (1,)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(loss, sums over the desirable and over the undesirable of: log-probs, logits, rewards).
+
+        `kl` is taken as it is: the caller clamps it (`kto_loss` does so itself).
+        """
+        if preference_labels is None or preference_labels.shape != target.shape[:1]:
+            raise ValueError(
+                f"expected bool preference_labels ({target.shape[0]},), got "
+                f"{None if preference_labels is None else tuple(preference_labels.shape)}"
+            )
+        if kl is not None and kl.numel() != 1:
+            raise ValueError(f"kl: expected one number, the mean over sequences, got {kl.numel()}")
+        desirable = preference_labels.bool()
+        logps = _sequence_logps(_input, lin_weight, target, bias, self.ignore_index)
+        ref_logps = torch.zeros_like(logps)
+        if self.use_ref_model:
+            ref_logps = _reference_logps(ref_input, ref_weight, target, ref_bias, self.ignore_index)
+        if self.average_log_prob:
+            lengths = (target != self.ignore_index).sum(1)
+            logps, ref_logps = logps / lengths, ref_logps / lengths
+        # in front of the ratio, where kto_loss does not clamp it
+        shift = 0.0 if kl is None else kl.detach().float().reshape(())
+        zero = torch.zeros((), device=logps.device)
+        loss = kto_loss(logps - shift, ref_logps, desirable, zero, beta=self.beta).loss
+        logits = _logit_sums(_input, lin_weight, bias)
+        sums = [
+            values[label].sum()
+            for values in (logps.detach(), logits, self.beta * (logps.detach() - ref_logps))
+            for label in (desirable, ~desirable)
+        ]
+        return loss, tuple(sums)
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+def _sequence_logps(
+    hidden: Tensor,  # (S, T, H)
+    weight: Tensor,  # (V, H)
+    target: Tensor,  # (S, T)
+    bias: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """(S,) float32 summed log-probs of the scored positions."""
+    if hidden.dim() != 3 or target.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"expected hidden states (S, T, H) and targets (S, T), got {tuple(hidden.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    scored = target != ignore_index
+    logps = linear_logprobs(hidden[scored], weight, target[scored], bias=bias)
+    return logps.new_zeros(target.shape).masked_scatter(scored, logps).sum(1)
+
+
+@torch.no_grad()
+def _reference_logps(
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    if hidden is None or weight is None:
+        raise ValueError("use_ref_model=True needs ref_input and ref_weight")
+    return _sequence_logps(hidden, weight, target, bias, ignore_index)
+
+
+@torch.no_grad()
+def _logit_sums(
+    hidden: Tensor,  # (S, T, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+) -> Tensor:
+    """(S,) the sum of a sequence's logits, all T positions: `h·ΣW + Σb` needs no logits."""
+    column_sum = weight.sum(0, dtype=torch.float32)
+    sums = hidden.sum(1, dtype=torch.float32) @ column_sum
+    return sums if bias is None else sums + hidden.shape[1] * bias.sum(dtype=torch.float32)
