@@ -1,0 +1,402 @@
+"""The callback and the fast head inside the real trainers of TRL."""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.integrations.conftest import logs, same_logs
+from tralign_fast.integrations.trl import TrustRegionCallback, use_fast_logprobs
+
+METHODS = ["dpo", "kto", "grpo"]
+
+
+def start_equal(*trainers):
+    """GRPO samples: the same completions in each."""
+    for trainer in trainers:
+        torch.manual_seed(0)
+        yield logs(trainer), trainer
+
+
+# --- the callback ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callback_does_what_trls_does(method, build):
+    theirs = build(method, sync_ref_model=True, ref_model_mixup_alpha=0.6, ref_model_sync_steps=2)
+    ours = build(method)
+    callback = TrustRegionCallback(0.6, 2, trainer=ours)
+    ours.add_callback(callback)
+    start = [p.clone() for p in ours.ref_model.parameters()]
+    (expected, _), (losses, _) = start_equal(theirs, ours)
+    same_logs(losses, expected)
+    assert callback.syncs == 3
+    pairs = zip(ours.ref_model.parameters(), theirs.ref_model.parameters(), start, strict=True)
+    for a, b, first in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(a, first) or a.numel() < 64
+
+
+def test_a_bf16_reference_arrives_where_it_should(build, tiny_llama):
+    trainer = build("dpo")
+    trainer.ref_model.to(torch.bfloat16)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.mul_(1.02)  # each update moves a weight by 2e-4 of itself: bf16 keeps 4e-3
+    share = {}
+    for rounding in ("stochastic", "nearest"):
+        ref = copy.deepcopy(trainer.ref_model)
+        callback = TrustRegionCallback(0.01, 1, ref_model=ref, rounding=rounding)
+        for _ in range(20):
+            callback._reference.move(trainer.model)
+        moved = torch.cat([(p.float() - q).flatten() * q.sign().flatten() for p, q in zip(
+            ref.parameters(), tiny_llama.parameters(), strict=True)])  # fmt: skip
+        full = torch.cat([q.abs().flatten() * 0.02 for q in tiny_llama.parameters()])
+        share[rounding] = float(moved.sum() / full.sum()) / (1 - 0.99**20)
+    assert share["stochastic"] == pytest.approx(1, abs=0.05)
+    assert share["nearest"] < 0.5
+
+
+# --- PEFT -----------------------------------------------------------------------------------------
+
+
+def lora(**extra):
+    from peft import LoraConfig
+
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return LoraConfig(
+        r=2, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **extra
+    )  # fmt: skip
+
+
+class _MixMerged(TrainerCallback):
+    """What a moving reference of a PEFT policy is: full weights, mixed with the merged policy's."""
+
+    def __init__(self, trainer, alpha, every):
+        self.trainer, self.alpha, self.every = trainer, alpha, every
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every:
+            return
+        merged = copy.deepcopy(model).merge_and_unload()
+        pairs = zip(self.trainer.ref_model.parameters(), merged.parameters(), strict=True)
+        for ref, theta in pairs:
+            ref.data.lerp_(theta.data, self.alpha)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "config"),
+    [
+        (0.6, {}),
+        (0.1, {"use_rslora": True}),
+        (1.0, {}),
+        (1.0, {"use_dora": True}),
+        (0.5, {"modules_to_save": ["norm"]}),
+    ],
+)
+def test_a_peft_policys_reference_moves_exactly(alpha, config, build, tiny_llama):
+    from peft import get_peft_model
+
+    extra = {"learning_rate": 5e-2}
+    torch.manual_seed(1)
+    theirs = build("dpo", model=get_peft_model(copy.deepcopy(tiny_llama), lora(**config)), **extra)
+    theirs.add_callback(_MixMerged(theirs, alpha, 2))
+    torch.manual_seed(1)
+    ours = build(
+        "dpo", model=get_peft_model(copy.deepcopy(tiny_llama), lora(**config)), ref=False, **extra
+    )
+    callback = TrustRegionCallback(alpha, 2, trainer=ours)
+    ours.add_callback(callback)
+    assert list(ours.model.peft_config) == ["default"]  # not TRL's second copy
+    expected, losses = logs(theirs), logs(ours)
+    for log in (*expected, *losses):  # right after a hard update both rewards are 0 but for rounding
+        del log["rewards/accuracies"]
+    same_logs(losses, expected, rel=2e-5)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad(), ours.model.disable_adapter():
+        moved = ours.model.eval()(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(moved, theirs.ref_model(ids).logits, rtol=1e-4, atol=1e-5)
+        assert (moved - tiny_llama(ids).logits).abs().max() > 1e-2  # far from where it began
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_peft_config_that_trl_refuses_to_sync(method, build):
+    with pytest.raises(NotImplementedError, match="PEFT"):
+        build(method, peft_config=lora(), sync_ref_model=True, ref_model_sync_steps=2)
+    trainer = build(method, peft_config=lora(), learning_rate=5e-2)
+    trainer.add_callback(TrustRegionCallback(0.6, 2, trainer=trainer))
+    trainer.train()
+    ids = torch.arange(3, 20)[None]
+    model = trainer.model.eval()
+    policy = model(ids).logits
+    with model.disable_adapter():
+        moved = model(ids).logits
+    trainer.callback_handler.callbacks[-1].detach()
+    with model.disable_adapter():
+        base = model(ids).logits
+    assert (moved - base).abs().max() > 1e-4
+    assert (moved - policy).abs().max() < (base - policy).abs().max()
+
+
+def test_checkpoints_hold_the_reference_and_the_adapter_opens(build, tiny_llama):
+    from peft import PeftModel
+
+    for peft_config in (None, lora()):
+        extra = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 2e-2}
+        whole = build("dpo", peft_config=peft_config, **extra)
+        whole.add_callback(TrustRegionCallback(0.6, 2, trainer=whole))
+        expected = [log["loss"] for log in logs(whole)]
+        folder = f"{whole.args.output_dir}/checkpoint-3"
+        again = build("dpo", peft_config=peft_config, **extra)
+        again.args.output_dir = whole.args.output_dir
+        again.add_callback(TrustRegionCallback(0.6, 2, trainer=again))
+        resumed = [log["loss"] for log in logs(again, resume_from_checkpoint=folder)]
+        assert resumed[-3:] == pytest.approx(expected[3:], rel=1e-5)
+        if peft_config is not None:
+            opened = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), folder)
+            assert any("lora_A" in name for name, _ in opened.named_parameters())
+            assert list(opened.peft_config) == ["default"]
+
+
+def test_a_resume_without_a_saved_reference_warns(build):
+    extra = {"save_strategy": "steps", "save_steps": 3}
+    first = build("dpo", **extra)
+    first.add_callback(TrustRegionCallback(0.6, 2, trainer=first, save=False))
+    first.train()
+    again = build("dpo", **extra)
+    again.args.output_dir = first.args.output_dir
+    again.add_callback(TrustRegionCallback(0.6, 2, trainer=again))
+    with pytest.warns(UserWarning, match="holds no reference"):
+        again.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-3")
+
+
+# --- the head -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fast_logprobs_change_no_loss_and_no_metric(method, build, monkeypatch):
+    theirs, ours = build(method), build(method)
+    used = _count(monkeypatch)
+    undo = use_fast_logprobs(ours)
+    (expected, _), (losses, _) = start_equal(theirs, ours)
+    assert used == {True: 6, False: 6} if method != "kto" else used[True]
+    same_logs(losses, expected)
+    for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    undo()
+    used.clear()
+    ours.evaluate(ours.train_dataset) if method == "dpo" else None
+    assert not used
+
+
+def _count(monkeypatch):
+    """How often linear_logprobs ran, with and without gradient."""
+    from tralign_fast.integrations import trl as integration
+
+    used: dict[bool, int] = {}
+    real = integration.linear_logprobs
+
+    def counted(*args, **kwargs):
+        used[torch.is_grad_enabled()] = used.get(torch.is_grad_enabled(), 0) + 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "linear_logprobs", counted)
+    return used
+
+
+@pytest.mark.parametrize("outputs", [("log_probs",), None], ids=["log_probs", "all"])
+def test_every_output_of_trls_head_is_there(outputs, tiny_llama):
+    """Softcap, scale, temperature, a bias, padding, and the gradient."""
+    from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
+    from trl.trainer.utils import add_fused_lm_head
+
+    outputs = outputs or ("log_probs", *OPTIONAL_OUTPUTS)
+    tiny_llama.config.final_logit_softcapping = 2.0
+    tiny_llama.config.logit_scale = 1.7
+    vocab, hidden = tiny_llama.lm_head.weight.shape
+    tiny_llama.lm_head = torch.nn.Linear(hidden, vocab)
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.mul_(8)
+    ids = torch.randint(0, vocab, (3, 11), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(11) < 4, -100)
+    results = []
+    for fast in (False, True):
+        model = copy.deepcopy(tiny_llama)
+        add_fused_lm_head(model, temperature=0.7, outputs=outputs)
+        if fast:
+            use_fast_logprobs(model)
+        result = model(ids, labels=labels, fused_lm_head=True)
+        (result.log_probs * torch.linspace(0.5, 2, 10)).sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        results.append((result, grads))
+    (a, grads), (b, expected) = results
+    assert a.keys() == b.keys()
+    assert {*outputs} <= {*a.keys()}
+    for key in a.keys():
+        torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-5)
+    for x, y in zip(grads, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_runs_inside_accelerates_autocast_too(build, monkeypatch):
+    """With mixed precision the reference's forward is wrapped before anybody can patch it."""
+    trainer = build("dpo", bf16=True)
+    assert hasattr(trainer.ref_model, "_original_forward")
+    used = _count(monkeypatch)
+    use_fast_logprobs(trainer)
+    losses = [log["loss"] for log in logs(trainer)]
+    assert used == {True: 6, False: 6}
+    expected = [log["loss"] for log in logs(build("dpo", bf16=True))]
+    assert losses == pytest.approx(expected, rel=2e-2)
+
+
+def test_only_the_model_that_was_asked_for_is_patched_and_undo_leaves_nothing(build):
+    import trl.trainer.utils as utils
+
+    before = dict(vars(utils))
+    first, second = build("dpo"), build("dpo")
+    codes = [t.model.forward.__func__.__code__ for t in (first, second)]
+    undo = use_fast_logprobs(first)
+    assert first.model.forward.__func__.__code__ is not codes[0]
+    assert second.model.forward.__func__.__code__ is codes[1]
+    with pytest.raises(ValueError, match="in use already; undo it first"):
+        use_fast_logprobs(first)
+    undo()
+    assert first.model.forward.__func__.__code__ is codes[0]
+    assert vars(utils) == before
+    use_fast_logprobs(first)()
+
+
+def test_a_loss_of_the_entropy_hears_that_it_has_no_gradient(build):
+    trainer = build("grpo", entropy_coef=0.1)
+    use_fast_logprobs(trainer)
+    with pytest.raises(ValueError, match="entropy_coef"):
+        trainer.train()
+
+
+def test_a_new_trl_is_refused_and_nothing_is_changed(build, monkeypatch):
+    import trl.trainer.utils as utils
+
+    trainer, before = build("dpo"), set(vars(utils))
+    code = trainer.model.forward.__func__.__code__
+
+    class Changed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets):
+            return hidden
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Changed)
+    with pytest.raises(RuntimeError, match=r"knows the fused LM head of TRL 1.16.*nothing was"):
+        use_fast_logprobs(trainer)
+    monkeypatch.undo()
+    # the policy is as it should be, the reference is not: neither is patched
+    other = trainer.ref_model.forward.__func__
+    monkeypatch.setattr(other, "__code__", other.__code__.replace(co_names=("mask",)))
+    with pytest.raises(RuntimeError, match=r"trl~=1\.16\.0"):
+        use_fast_logprobs(trainer)
+    assert trainer.model.forward.__func__.__code__ is code
+    assert set(vars(utils)) == before
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def head(build, change):
+    trainer = build("dpo")
+    change(trainer.model)
+    use_fast_logprobs(trainer)
+
+
+def no_reference(build):
+    trainer = build("dpo")
+    trainer.ref_model = None
+    TrustRegionCallback(trainer=trainer)
+
+
+def precomputed(build):
+    TrustRegionCallback(trainer=build("dpo", precompute_ref_log_probs=True))
+
+
+def two(build):
+    trainer = build("dpo")
+    trainer.add_callback(TrustRegionCallback(trainer=trainer))
+    TrustRegionCallback(trainer=trainer)
+
+
+def two_added_late(build):
+    trainer = build("dpo")
+    for callback in [TrustRegionCallback(trainer=trainer) for _ in range(2)]:
+        trainer.add_callback(callback)
+    trainer.train()
+
+
+def with_trls(build):
+    TrustRegionCallback(trainer=build("dpo", sync_ref_model=True))
+
+
+def mixed_devices(build):
+    trainer = build("dpo")
+    trainer.model.lm_head.to("meta")
+    TrustRegionCallback(trainer=trainer)
+
+
+def reference_on_meta(build):
+    trainer = build("dpo")
+    trainer.ref_model.to("meta")
+    TrustRegionCallback(trainer=trainer)
+
+
+def other_architecture(build):
+    trainer = build("dpo")
+    trainer.ref_model.model.layers = trainer.ref_model.model.layers[:1]
+    TrustRegionCallback(trainer=trainer)
+
+
+def quantised(model):
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(4, 4).to(torch.int8), requires_grad=False)
+
+
+def other_forward(model):
+    model.forward = MethodType(type(model).forward, model)
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (no_reference, "DPOTrainer has no reference model to move: give the trainer a ref_model"),
+        (precomputed, "precompute_ref_log_probs=True scores a reference that never moves"),
+        (lambda build: TrustRegionCallback(trainer=build("grpo", beta=0.0)), "beta=0 uses no refer"),
+        (two, "moves this trainer's reference already: keep one"),
+        (two_added_late, "moves this trainer's reference already: keep one"),
+        (with_trls, "SyncRefModelCallback moves .*: set sync_ref_model=False"),
+        (lambda build: TrustRegionCallback(), "pass trainer= .* or ref_model="),
+        (lambda build: TrustRegionCallback(2.0, trainer=build("dpo")), r"alpha must lie in \[0, 1\]"),
+        (mixed_devices, "is on meta, its reference on cpu: put both models on one device"),
+        (reference_on_meta, "is on meta: load the model first"),
+        (other_architecture, "different models .only the policy has model.layers.1"),
+        (
+            lambda build: TrustRegionCallback(
+                0.5, trainer=build("dpo", peft_config=lora(use_dora=True))
+            ),
+            r"alpha=0.5 mixes plain LoRA .*Dora.*TrustRegionCallback\(alpha=1\)",
+        ),
+        (lambda build: use_fast_logprobs("model"), "expected a TRL trainer or a model, got str"),
+        (lambda build: head(build, other_forward), "LlamaForCausalLM has no fused LM head of TRL"),
+        (lambda build: use_fast_logprobs(torch.nn.Linear(2, 2)), "Linear has no fused LM head"),
+        (
+            lambda build: head(build, lambda m: setattr(m, "lm_head", torch.nn.Embedding(3, 4))),
+            "expected a linear output embedding .lm_head., got Embedding",
+        ),
+        (lambda build: head(build, lambda m: m.lm_head.to("meta")), "lm_head is on meta"),
+        (lambda build: head(build, quantised), "lm_head is quantised .torch.int8."),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(cause, message, build):
+    with pytest.raises(ValueError, match=message) as caught:
+        cause(build)
+    assert "\n" not in str(caught.value)
