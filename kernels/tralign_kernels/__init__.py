@@ -1,10 +1,10 @@
 """Triton kernels of tralign-fast and their launchers. Imports torch and triton, nothing else."""
 
-from tralign_kernels.ema import ema_reference, ema_update_
-from tralign_kernels.linear_logprob import linear_logprob_forward_, linear_logprob_reference
-from tralign_kernels.logprob import logprob_backward_, logprob_forward_, logprob_reference
-from tralign_kernels.lora_merge import lora_merge_, lora_merge_reference
-from tralign_kernels.preference import Preference, preference_forward, preference_reference
+from .ema import ema_reference, ema_update_
+from .linear_logprob import linear_logprob_forward_, linear_logprob_reference
+from .logprob import logprob_backward_, logprob_forward_, logprob_reference
+from .lora_merge import lora_merge_, lora_merge_reference
+from .preference import Preference, preference_forward, preference_reference
 
 __all__ = [
     "Preference",

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tralign_kernels.launch import INTERPRETED, Launch, backend, device_of
+from .launch import INTERPRETED, Launch, backend, device_of
 
 # 16 elements a thread on NVIDIA (8 on AMD, whose warps have 64 threads): two 16-byte loads of bf16
 # in flight per operand. bf16 takes 32 registers on sm_80 and sm_90, at which all 2,048 threads of

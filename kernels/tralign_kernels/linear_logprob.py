@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tralign_kernels.ema import round_nearest
-from tralign_kernels.launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot, pick
-from tralign_kernels.logprob import DTYPES, check_vector, fold, logprob_reference, score
+from .ema import round_nearest
+from .launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot, pick
+from .logprob import DTYPES, check_vector, fold, logprob_reference, score
 
 # Halves whose rows are multiples of 16 elements. The first of a row is the default, the others are
 # tried with TRALIGN_AUTOTUNE=1. Chosen by what fits without a spill; none was timed yet.

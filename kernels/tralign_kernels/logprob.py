@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tralign_kernels.ema import round_nearest
-from tralign_kernels.launch import Launch, backend, device_of
+from .ema import round_nearest
+from .launch import Launch, backend, device_of
 
 # Both read (and the backward writes) 16 bytes a thread per load in bf16. Forward: one program walks
 # a row, so a block must be wide enough to hide the one reduction over warps per block: 16 columns a

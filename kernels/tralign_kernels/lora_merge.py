@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tralign_kernels.ema import (
+from .ema import (
     LANES,
     TRITON_DTYPE,
     move,
@@ -23,7 +23,7 @@ from tralign_kernels.ema import (
     round_stochastic,
     signed_weight,
 )
-from tralign_kernels.launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot
+from .launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot
 
 # The product is short (r = 8 to 64, one or a few slices of depth) and the tile's traffic is what
 # takes time: 32 elements a thread on NVIDIA, few enough that several programs share an SM.

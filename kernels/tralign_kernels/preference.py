@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tralign_kernels.launch import backend, device_of
+from .launch import backend, device_of
 
 LOSSES = ("dpo", "ipo", "kto")
 
