@@ -148,6 +148,8 @@ class TRConfig(TrainingArguments):
             raise ValueError(f"logits_budget_mb must not be negative, got {self.logits_budget_mb}")
         if self.vocab_filter is not None and not 0.0 <= self.vocab_filter < 1.0:
             raise ValueError(f"vocab_filter must lie in [0, 1), got {self.vocab_filter}")
+        if self.use_liger_kernel:
+            self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
         # batches are PackedBatch, made from columns that no model's forward names
         self.remove_unused_columns = False
         wants_bf16, self.bf16 = self.bf16, bool(self.bf16)
@@ -180,6 +182,16 @@ class TRConfig(TrainingArguments):
     def normalizes_length(self) -> bool:
         default = self.loss_spec.length_normalized
         return default if self.length_normalized is None else self.length_normalized
+
+
+def _layer_kernels(liger: dict[str, Any] | None) -> dict[str, Any]:
+    """Liger's kernels of the layers; its head would replace the forward that scores tokens."""
+    if liger and liger.get("fused_linear_cross_entropy"):
+        raise ValueError(
+            "liger_kernel_config: fused_linear_cross_entropy=True would replace the LM head of "
+            "tralign-fast; leave it out"
+        )
+    return {**(liger or {}), "fused_linear_cross_entropy": False}
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

@@ -28,6 +28,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.liger import apply_liger_kernel
 
 from tralign_fast.checkpoints import (
     REFERENCE_FOLDER,
@@ -43,6 +44,7 @@ from tralign_fast.gradient_release import BlockAdafactor, GradientRelease
 from tralign_fast.lookahead import Lookahead
 from tralign_fast.losses import PreferenceLoss
 from tralign_fast.metrics import MeanMetrics
+from tralign_fast.model_card import add_trust_region
 from tralign_fast.modeling import hidden_kl, prepare_model, sequence_logps
 from tralign_fast.reference import cheapest_reference
 from tralign_fast.reference.adapter import AdapterReference
@@ -237,6 +239,8 @@ class TRTrainer(Trainer):
             return OffloadedReference(self.model, schedule, start, **rounding)
         assert start is not None
         self._prepare(start)
+        if self.args.use_liger_kernel:  # Trainer gives them to the policy when training starts
+            apply_liger_kernel(start, self.args.liger_kernel_config)
         if self.is_fsdp_enabled:
             model = fsdp2_prepare_model(self.accelerator, start)
         else:
@@ -488,6 +492,12 @@ class TRTrainer(Trainer):
         # next comes trainer_state.json, by which a whole checkpoint is known, and the old one goes
         self.accelerator.wait_for_everyone()
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = Path(self.args.output_dir or ".") / "README.md"
+            add_trust_region(card, self.args, self.reference.name)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         check_whole(Path(resume_from_checkpoint))
         self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
@@ -508,6 +518,11 @@ class _SyncReference(TrainerCallback):
 def _load(factory: Any, name: str, **kwargs: Any) -> Any:
     try:
         return factory.from_pretrained(name, **kwargs)
+    except ImportError as error:  # an attn_implementation or a quantisation without its package
+        asked = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if key != "dtype")
+        raise ValueError(
+            f"cannot load {name!r} with {asked}: {str(error).splitlines()[0]}"
+        ) from error
     except (OSError, ValueError) as error:
         what = "tokenizer" if factory is AutoTokenizer else "model"
         raise ValueError(

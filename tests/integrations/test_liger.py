@@ -94,9 +94,7 @@ def options(loss_type):
 @pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "ipo"])
 def test_dpo_equals_liger_for_every_loss_type(loss_type):
     kwargs = {"loss_type": loss_type, "compiled": False, **options(loss_type)}
-    compare(
-        FusedLinearDPOLoss(**kwargs), chunked_loss.LigerFusedLinearDPOLoss(**kwargs), tensors()
-    )
+    compare(FusedLinearDPOLoss(**kwargs), chunked_loss.LigerFusedLinearDPOLoss(**kwargs), tensors())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -142,9 +140,7 @@ def test_frozen_tensors_get_no_gradient(frozen):
 def test_kto_equals_liger(kwargs, kl, bias):
     kwargs = {"compiled": False, **kwargs}
     ours, theirs = FusedLinearKTOLoss(**kwargs), chunked_loss.LigerFusedLinearKTOLoss(**kwargs)
-    compare(
-        ours, theirs, tensors(seed=2), bias=bias, kl=None if kl is None else torch.tensor([kl])
-    )
+    compare(ours, theirs, tensors(seed=2), bias=bias, kl=None if kl is None else torch.tensor([kl]))
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
@@ -153,7 +149,9 @@ def test_bf16_within_ligers_tolerances(kind):
     ours = {"DPO": FusedLinearDPOLoss, "KTO": FusedLinearKTOLoss}[kind](**kwargs)
     theirs = getattr(chunked_loss, f"LigerFusedLinear{kind}Loss")(**kwargs)
     t = tensors(dtype=torch.bfloat16)
-    compare(ours, theirs, t, dtype=torch.bfloat16, kl=torch.tensor([0.2]) if kind == "KTO" else None)
+    compare(
+        ours, theirs, t, dtype=torch.bfloat16, kl=torch.tensor([0.2]) if kind == "KTO" else None
+    )
 
 
 def test_options_and_arguments_have_ligers_names_and_defaults():

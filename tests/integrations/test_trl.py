@@ -113,7 +113,10 @@ def test_a_peft_policys_reference_moves_exactly(alpha, config, build, tiny_llama
     ours.add_callback(callback)
     assert list(ours.model.peft_config) == ["default"]  # not TRL's second copy
     expected, losses = logs(theirs), logs(ours)
-    for log in (*expected, *losses):  # right after a hard update both rewards are 0 but for rounding
+    for log in (
+        *expected,
+        *losses,
+    ):  # right after a hard update both rewards are 0 but for rounding
         del log["rewards/accuracies"]
     same_logs(losses, expected, rel=2e-5)
     ids = torch.arange(3, 40)[None]
