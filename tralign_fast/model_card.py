@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -44,6 +45,7 @@ def add_trust_region(file: Path, args: TRConfig, reference: str) -> None:
         f"Alignment](https://arxiv.org/abs/2404.09656).\n\n| | |\n|---|---|\n{table}\n\n"
         f"```bibtex\n{CITATION}\n```\n"
     )
-    card.data.tags = sorted({*(card.data.tags or []), "tralign-fast", name.lower()})
+    data: Any = card.data
+    data.tags = sorted({*(data.tags or []), "tralign-fast", name.lower()})
     card.text = f"{card.text.split(_HEADING)[0].rstrip()}\n\n{section}"
     card.save(file)

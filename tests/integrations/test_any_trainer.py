@@ -98,7 +98,7 @@ def test_what_cannot_be_matched_is_named():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_fsdp2_shards_move_where_they_are(rank):
-    """A process of two (torch's fake process group): it moves its own rows, communicates nothing."""
+    """One of two processes (torch's fake group): it moves its own rows, communicates nothing."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.debug import CommDebugMode

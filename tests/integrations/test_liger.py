@@ -188,6 +188,14 @@ def test_ipo_equals_autograd():
     assert [a.shape for a in aux] == [(3,), (3,), (), (), (), (3,), (3,)]
 
 
+ONES = {"hidden": torch.ones(2, 4, 2), "weight": torch.ones(3, 2)}
+TARGET = torch.ones(2, 4, dtype=torch.int64)
+
+
+def dpo(weight=ONES["weight"], hidden=ONES["hidden"], **options):
+    FusedLinearDPOLoss(**options)(weight, hidden, TARGET)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -195,27 +203,19 @@ def test_ipo_equals_autograd():
         (lambda: FusedLinearDPOLoss(loss_type="exo_pair"), "exo_pair needs label_smoothing"),
         (lambda: FusedLinearDPOLoss(loss_type="robust", label_smoothing=0.5), "robust needs"),
         (lambda: call(FusedLinearDPOLoss(), tensors(5)), "as many rejected, got 5"),
+        (lambda: dpo(), "needs ref_input and ref_weight"),
+        (lambda: dpo(hidden=torch.ones(8, 2)), r"expected hidden states \(S, T, H\)"),
         (
-            lambda: FusedLinearDPOLoss()(torch.ones(3, 2), torch.ones(2, 4, 2), torch.ones(2, 4).long()),
-            "needs ref_input and ref_weight",
+            lambda: dpo(torch.ones(3, 2, device="meta"), use_ref_model=False),
+            "tensors on several devices",
         ),
         (
-            lambda: FusedLinearKTOLoss()(torch.ones(2, 4, 2), torch.ones(3, 2), torch.ones(2, 4).long()),
-            r"expected bool preference_labels \(2,\)",
+            lambda: FusedLinearKTOLoss()(*ONES.values(), TARGET),
+            r"expected bool preference_labels \(2,\), got None",
         ),
-        (lambda: call(FusedLinearKTOLoss(), tensors(), kl=torch.ones(6)), "kl: expected one number"),
-        (
-            lambda: FusedLinearDPOLoss()(torch.ones(3, 2), torch.ones(8, 2), torch.ones(2, 4).long()),
-            r"expected hidden states \(S, T, H\)",
-        ),
-        (
-            lambda: FusedLinearDPOLoss(use_ref_model=False)(
-                torch.ones(3, 2, device="meta"), torch.ones(2, 4, 2), torch.ones(2, 4).long()
-            ),
-            "several devices",
-        ),
+        (lambda: call(FusedLinearKTOLoss(), tensors(), kl=torch.ones(6)), "kl: expected one num"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(build, message):
     with pytest.raises(ValueError, match=message) as caught:
         build()

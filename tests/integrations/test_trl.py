@@ -240,7 +240,7 @@ def test_every_output_of_trls_head_is_there(outputs, tiny_llama):
     (a, grads), (b, expected) = results
     assert a.keys() == b.keys()
     assert {*outputs} <= {*a.keys()}
-    for key in a.keys():
+    for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-5)
     for x, y in zip(grads, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
@@ -373,12 +373,12 @@ def other_forward(model):
     [
         (no_reference, "DPOTrainer has no reference model to move: give the trainer a ref_model"),
         (precomputed, "precompute_ref_log_probs=True scores a reference that never moves"),
-        (lambda build: TrustRegionCallback(trainer=build("grpo", beta=0.0)), "beta=0 uses no refer"),
+        (lambda build: TrustRegionCallback(trainer=build("grpo", beta=0.0)), "beta=0 uses no ref"),
         (two, "moves this trainer's reference already: keep one"),
         (two_added_late, "moves this trainer's reference already: keep one"),
         (with_trls, "SyncRefModelCallback moves .*: set sync_ref_model=False"),
         (lambda build: TrustRegionCallback(), "pass trainer= .* or ref_model="),
-        (lambda build: TrustRegionCallback(2.0, trainer=build("dpo")), r"alpha must lie in \[0, 1\]"),
+        (lambda build: TrustRegionCallback(2.0, trainer=build("dpo")), r"alpha must lie in \[0"),
         (mixed_devices, "is on meta, its reference on cpu: put both models on one device"),
         (reference_on_meta, "is on meta: load the model first"),
         (other_architecture, "different models .only the policy has model.layers.1"),

@@ -1,1 +1,1 @@
-"""tralign-fast inside other people's trainers: one file for each. Nothing is patched until asked."""
+"""tralign-fast inside other trainers, one file for each. Nothing is patched until asked."""

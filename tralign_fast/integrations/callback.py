@@ -81,7 +81,7 @@ class TrustRegionCallback(TrainerCallback):
             self._reference = _ModelReference(ref_model, self.schedule.alpha, **options)
             if trainer is not None and not _is_sharded(trainer):  # else the policy is not yet
                 matching_parameters(ref_model, trainer.model)
-        elif hasattr(trainer.model, "peft_config"):
+        elif trainer is not None and hasattr(trainer.model, "peft_config"):
             self._reference = _PeftReference(trainer, self.schedule, **options)
         else:
             raise ValueError(
@@ -115,7 +115,7 @@ class TrustRegionCallback(TrainerCallback):
             self._refuse_second_mover()
         if state.global_step == 0 or self.schedule.is_frozen:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
+        folder = _folder(args, state)
         if folder.is_dir():
             self._reference.load(folder)
         else:
@@ -132,12 +132,15 @@ class TrustRegionCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if self._save and args.should_save and not self.schedule.is_frozen:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
-            self._reference.save(folder)
+            self._reference.save(_folder(args, state))
 
     def detach(self) -> None:
         """Gives a PEFT policy its own `disable_adapter` back."""
         self._reference.detach()
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
 
 
 class _ModelReference:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tralign_fast.logprobs import linear_logprobs
 from tralign_fast.losses import dpo_loss, ipo_loss, kto_loss
 
-# --- pairwise losses of the log-ratios: (chosen (B,), rejected (B,), β, ε, τ) -> (B,) ---------------
+# --- losses of a pair's log-ratios: (chosen (B,), rejected (B,), β, ε, τ) -> (B,) -----------------
 
 
 def _sigmoid(chosen, rejected, beta, epsilon, tau):

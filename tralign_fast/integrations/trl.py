@@ -87,14 +87,15 @@ def _models_of(target: Any) -> list[Any]:
 
 def _find_head(model: Any) -> FunctionType:
     """The forward that TRL gave the model, checked to be the one known, under any wrappers."""
-    import trl
+    from trl import __version__ as installed
+    from trl.trainer import utils
 
     name = type(model).__name__
     function = getattr(model, "forward", None)
     while function is not None:
         function = getattr(function, "__func__", function)
         code = getattr(function, "__code__", None)
-        if code is not None and code.co_filename == inspect.getfile(trl.trainer.utils):
+        if code is not None and code.co_filename == inspect.getfile(utils):
             break
         function = getattr(function, "__wrapped__", None)
     if function is None:
@@ -105,8 +106,7 @@ def _find_head(model: Any) -> FunctionType:
     names = function.__code__.co_names
     if any(n.startswith(_OURS) for n in names):
         raise ValueError(f"{name}: use_fast_logprobs is in use already; undo it first")
-    module = trl.trainer.utils
-    theirs = getattr(module, _HEAD, None)
+    theirs = getattr(utils, _HEAD, None)
     known = (
         {_HEAD, _COMPACT} <= set(names)
         and theirs is not None
@@ -116,7 +116,7 @@ def _find_head(model: Any) -> FunctionType:
     if not known:
         raise RuntimeError(
             f"use_fast_logprobs knows the fused LM head of TRL {KNOWN_VERSIONS}, and TRL "
-            f"{trl.__version__} has another one: install trl~={KNOWN_VERSIONS}.0 (nothing was "
+            f"{installed} has another one: install trl~={KNOWN_VERSIONS}.0 (nothing was "
             "changed)"
         )
     _check_linear(model)
@@ -246,7 +246,7 @@ def _statistics(
 
 
 class _NoGradient(torch.autograd.Function):
-    """The entropy, tied to the graph so that a loss that needs its gradient hears that it has none."""
+    """The entropy, tied to the graph: a loss that needs its gradient hears that there is none."""
 
     @staticmethod
     def forward(ctx, entropy: Tensor, logps: Tensor) -> Tensor:
