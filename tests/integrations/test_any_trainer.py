@@ -21,7 +21,7 @@ ROWS = [
 def logps(model, ids):
     index = (torch.arange(len(ids))[:, None] * 12 + torch.arange(5, 11)).flatten()
     out = model(ids, score_index=index, score_targets=ids[:, 6:].flatten())
-    return out.logps.view(len(ids), 6).sum(1)
+    return out.scores.view(len(ids), 6).sum(1)
 
 
 def pair_loss(model, ref_model, ids):
