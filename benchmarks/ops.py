@@ -632,6 +632,7 @@ def measure_vocab_filter(
     from tralign_fast.smollm2 import load_smollm2
     from tralign_fast.vocab_filter import last_vocab_filter
 
+    model: Any
     model, tokenizer = load_smollm2()
     hidden, targets = smollm2_tokens(model.to(device), tokenizer, tokens)
     leaves = [t.detach().to(DTYPES[dtype]) for t in (hidden, model.lm_head.weight)]
@@ -772,6 +773,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(args.output_dir)
     prefix = "gpu_" if on_gpu else ""
     defaults = (1024, 4096, 128256) if on_gpu else (1024, 1024, 65536)
+    if args.scaling and not on_gpu:
+        defaults = (1024, 512, 32768)
     if args.quick:
         defaults = (64, 64, 1024)
     tokens, hidden, vocab = (
@@ -786,8 +789,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot_vocab_filter(folder / f"{prefix}vocab_filter.png", rows)
         return 0
     if args.scaling:
-        base = Case(tokens, hidden, 32768 if not (args.vocab or on_gpu) else vocab, "bf16",
-                    args.device)  # fmt: skip
+        base = Case(tokens, hidden, vocab, "bf16", args.device)
         cases = scaling_cases(args.scaling, base)
         rows = compare(args, cases, gate=False)
         rows = [{"axis": args.scaling, **row, **system} for row in rows]

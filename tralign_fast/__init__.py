@@ -1,12 +1,12 @@
 """Fused kernels, reference policies and a trainer for preference alignment with a moving reference.
 
-The ops need torch alone; transformers is imported when the trainer is asked for.
+The ops need torch alone; transformers is imported when the trainer is asked for, and torch's
+compiler, which any custom operator of Python code loads, with `linear_logprobs`.
 """
 
 from typing import TYPE_CHECKING
 
 from tralign_fast.ema import ema_update_
-from tralign_fast.logprobs import linear_logprobs, logprobs_from_logits
 from tralign_fast.losses import (
     LOSSES,
     PreferenceLoss,
@@ -19,6 +19,7 @@ from tralign_fast.reference import TrustRegion
 
 if TYPE_CHECKING:
     from tralign_fast.config import TRConfig
+    from tralign_fast.logprobs import linear_logprobs, logprobs_from_logits
     from tralign_fast.trainer import TRTrainer
 
 __version__ = "0.1.0"
@@ -38,7 +39,12 @@ __all__ = [
     "preference_loss",
 ]
 
-_LAZY = {"TRConfig": "tralign_fast.config", "TRTrainer": "tralign_fast.trainer"}
+_LAZY = {
+    "TRConfig": "tralign_fast.config",
+    "TRTrainer": "tralign_fast.trainer",
+    "linear_logprobs": "tralign_fast.logprobs",
+    "logprobs_from_logits": "tralign_fast.logprobs",
+}
 
 
 def __getattr__(name: str):
