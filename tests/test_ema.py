@@ -169,3 +169,16 @@ def test_lora_merge_is_the_update_of_the_merged_weight(dtype, monkeypatch):
         unit = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps * exact.abs()
         steps = 0.5 if rounding == "nearest" and dtype == torch.bfloat16 else 1.0
         assert ((moved.float() - exact).abs() <= steps * unit * 1.01 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_pairs_are_rounded_once(dtype):
+    """They run through foreach, whose bits must be those of fp32 arithmetic."""
+    g = torch.Generator().manual_seed(0)
+    ref, theta = (torch.randn(100_003, generator=g).to(dtype) for _ in range(2))
+    ref[:3], theta[:3] = torch.tensor([0.0, 1e-7, -1e-7]), torch.tensor([-0.0, 1e-7, 3e-5])
+    for alpha in (0.001, 0.3, 0.6, 0.999):
+        expected = ref.float().lerp(theta.float(), alpha).to(dtype)
+        moved = ref.clone()
+        ema_update_([moved], [theta], alpha)
+        assert torch.equal(moved, expected)

@@ -78,8 +78,10 @@ def _foreach_update_(
     rounding: str,
     generator: torch.Generator | None,
 ) -> None:
-    """The torch backend: foreach for full-precision pairs, chunks in fp32 for the others."""
-    exact = [r.dtype == t.dtype == torch.float32 for r, t in zip(refs, thetas, strict=True)]
+    """The torch backend: foreach for pairs of one dtype, which lerps in fp32 and rounds once;
+    chunks in fp32 for the others and for stochastic rounding."""
+    foreach = _FUSED if rounding == "nearest" else (torch.float32,)
+    exact = [r.dtype == t.dtype in foreach for r, t in zip(refs, thetas, strict=True)]
     pairs = list(zip(refs, thetas, exact, strict=True))
     if any(exact):
         torch._foreach_lerp_([r for r, _, e in pairs if e], [t for _, t, e in pairs if e], alpha)
@@ -179,9 +181,10 @@ def _round_stochastically_(
     """
     if dtype == torch.bfloat16:
         bits = x.view(torch.int32)
-        noise = torch.randint(
-            0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32
-        )
+        # four times 16 bits a draw
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        draws.random_(-(1 << 63), None, generator=generator)
+        noise = draws.view(torch.int16)[: x.numel()].view(x.shape).int().add_(1 << 15)
         finite = torch.isfinite(x)
         bits.add_(noise.masked_fill_(~finite, 0)).bitwise_and_(-(1 << 16))
         return
