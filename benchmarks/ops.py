@@ -411,13 +411,15 @@ class Run:
     first: float = float("nan")  # seconds of the first call
     seconds: list[float] = field(default_factory=list)  # of the steady ones
     peak_mb: list[float] = field(default_factory=list)
-    errors: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of loss, d hidden, d weight
+    errors: tuple[float, float, float] | None = None  # of loss, d hidden, d weight
     failed: str | None = None
 
     def verdict(self, dtype: str) -> str:
-        """ok, wrong or failed; the bare products have nothing that could be wrong."""
+        """ok, wrong, failed or unchecked (sweeps, and the bare products, which give no loss)."""
         if self.failed is not None:
             return "failed"
+        if self.errors is None:
+            return "unchecked"
         tolerances = LOSS_TOLERANCE[dtype], *[GRADIENT_TOLERANCE[dtype]] * 2
         good = all(e <= t for e, t in zip(self.errors, tolerances, strict=True))  # NaN is not
         return "ok" if good else "wrong"
@@ -503,7 +505,7 @@ def make_records(case: Case, runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _record(case: Case, run: Run, bare: float) -> dict[str, Any]:
     nothing = [float("nan")]
     seconds = summarize(run.seconds or nothing)
-    loss, d_hidden, d_weight = run.errors
+    loss, d_hidden, d_weight = run.errors or nothing * 3
     return {
         "arm": run.arm,
         "dtype": case.dtype,
