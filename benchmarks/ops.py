@@ -34,6 +34,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import importlib
 import multiprocessing
 import os
 import sys
@@ -324,6 +325,8 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 def serve_arm(arm: str, pipe: Any) -> None:
     """Answers the parent's words: ("setup", case), ("call",), ("check", path), ("stop",)."""
     warnings.filterwarnings("ignore")
+    # a custom operator's first call imports it, in 1.6 s, where nothing (a Trainer does) has before
+    importlib.import_module("torch._dynamo")
     inputs = call = None
     while True:
         word, *arguments = pipe.recv()

@@ -33,9 +33,7 @@ def test_every_arm_is_called_checked_and_measured(runs):
             assert run.verdict(dtype) == ("unchecked" if run.arm == "bare" else "ok")
             assert len(run.seconds) == len(run.peak_mb) == 2
             assert run.first > 0
-        assert all(
-            e > 0 for run in of_dtype[1:] for e in run.errors or [0]
-        )
+        assert all(e > 0 for run in of_dtype[1:] for e in run.errors or [0])
 
 
 @pytest.mark.parametrize("name", ["tralign_fast", "tralign_fast_lean", "eager", "eager_scored",

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch._dynamo  # else the first call of a custom operator imports it, and takes 1.6 s longer
 from torch import Tensor
 
 from tralign_fast._backend import pick_backend
