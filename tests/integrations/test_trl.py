@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
+import types
 from types import MethodType
 
 import pytest
@@ -403,3 +406,26 @@ def test_bad_input_is_one_line(cause, message, build):
     with pytest.raises(ValueError, match=message) as caught:
         cause(build)
     assert "\n" not in str(caught.value)
+
+
+def test_sharded_factors_of_an_adapter_are_refused(build):
+    """The callback holds the factors it found; FSDP would put others in their place."""
+    trainer = build("dpo", peft_config=lora())
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="factors are sharded under FSDP .*; train it with DDP"):
+        TrustRegionCallback(trainer=trainer)
+
+
+def test_the_axolotl_plugin_builds_the_callback(build, monkeypatch):
+    """axolotl itself is not installed here (docs/axolotl.md says how it was tried)."""
+    base = types.SimpleNamespace(BasePlugin=object)
+    monkeypatch.setitem(sys.modules, "axolotl", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "axolotl.integrations", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", base)
+    plugin = importlib.import_module("tralign_fast.integrations.axolotl")
+    monkeypatch.delitem(sys.modules, plugin.__name__)
+    module, name = plugin.TrustRegionPlugin().get_input_args().rsplit(".", 1)
+    assert module == plugin.__name__
+    cfg = getattr(plugin, name)(trust_region_every=7)
+    (callback,) = plugin.TrustRegionPlugin().add_callbacks_post_trainer(cfg, build("dpo"))
+    assert (callback.schedule.alpha, callback.schedule.every) == (0.6, 7)
