@@ -412,7 +412,7 @@ def test_sharded_factors_of_an_adapter_are_refused(build):
     """The callback holds the factors it found; FSDP would put others in their place."""
     trainer = build("dpo", peft_config=lora())
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="factors are sharded under FSDP .*; train it with DDP"):
+    with pytest.raises(ValueError, match=r"factors are sharded under FSDP .*; train it with DDP"):
         TrustRegionCallback(trainer=trainer)
 
 
