@@ -211,9 +211,9 @@ def largest_difference(values: Sequence[float], expected: Sequence[float]) -> fl
 def make_records(jobs: Sequence[Job], runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The CSV's rows of one distribution; the warm-up is left out of all but the agreement.
 
-    `ratio_to_trl` is TRL's median over the arm's (above 1: faster than TRL),
-    `pairwise_ratio_to_trl` the median of the same ratio step by step; tokens are means per step,
-    memory is in MiB.
+    `ratio_to_first` is the first arm's median (TRL's, but with --references) over the arm's: above
+    1, the arm is faster; `pairwise_ratio_to_first` is the median of the same ratio step by step.
+    Tokens are means per step, memory is in MiB.
     """
     trl = runs[0]
     return [_record(job, run, trl) for job, run in zip(jobs, runs, strict=True)]
@@ -231,8 +231,8 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
         "median_s": time_of.median,
         "p20_s": time_of.p20,
         "p80_s": time_of.p80,
-        "ratio_to_trl": summarize(theirs).median / time_of.median,
-        "pairwise_ratio_to_trl": summarize(
+        "ratio_to_first": summarize(theirs).median / time_of.median,
+        "pairwise_ratio_to_first": summarize(
             [a / b for a, b in zip(theirs, seconds, strict=True)]
         ).median,
         "between_s": summarize(run.between).median,
@@ -265,7 +265,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         [
             f"{r['distribution']}: {ARMS[r['arm']].label}",
             *(f"{r[key]:.3f}" for key in ("median_s", "p20_s", "p80_s")),
-            *(f"{r[key]:.2f}x" for key in ("ratio_to_trl", "pairwise_ratio_to_trl")),
+            *(f"{r[key]:.2f}x" for key in ("ratio_to_first", "pairwise_ratio_to_first")),
             f"{r['window_s']:.3f}",
             f"{r['tokens_computed']:,}",
             f"{r['useful_tokens_per_s']:,.0f}",

@@ -58,14 +58,13 @@ ARMS = {
     "packed": Arm("ours: packed", options={"prefix_sharing": False}),
     "tralign_fast": Arm("tralign-fast: packed, prompts shared"),
     # hard updates, for which all places of the reference are exact
-    "trl_hard": Arm("TRL, hard updates", is_trl=True, options=HARD),
     "resident": Arm("resident", options=HARD),
     "snapshot": Arm("snapshot", options=HARD, reference="snapshot"),
     "offloaded": Arm("offloaded", options=HARD, reference="offloaded"),
 }
 MAIN_ARMS = ("trl", "tralign_fast")
 ABLATIONS = ("trl", "trl_compact", "full_logits", "padded", "packed", "tralign_fast")
-REFERENCE_ARMS = ("trl_hard", "resident", "snapshot", "offloaded")
+REFERENCE_ARMS = ("resident", "snapshot", "offloaded")
 
 
 @dataclass(frozen=True)
