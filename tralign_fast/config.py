@@ -70,8 +70,8 @@ class TRConfig(TrainingArguments):
     )
     precompute_ref_batch_size: int | None = _option(
         None,
-        "Examples of a no-grad batch when a window is scored. None: two training batches' (one "
-        "with a token_budget).",
+        "Examples of a no-grad batch when a window is scored. None: two training batches' on an "
+        "accelerator, one on a CPU and with a token_budget.",
     )
     ema_rounding: str = _option(
         "stochastic", "How bf16 and fp16 reference weights are rounded: stochastic or nearest."
@@ -172,7 +172,9 @@ class TRConfig(TrainingArguments):
         if self.token_budget is not None:
             return 1
         size = self.per_device_train_batch_size
-        return max(1, (self.precompute_ref_batch_size or 2 * size) // size)
+        # a CPU's cores are busy with one batch, and its cache holds the activations of no more
+        default = size if self.device.type == "cpu" else 2 * size
+        return max(1, (self.precompute_ref_batch_size or default) // size)
 
     @property
     def loss_spec(self) -> LossSpec:
