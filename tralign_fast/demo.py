@@ -131,7 +131,7 @@ def _make_trainer(options: DemoOptions) -> tuple[Any, Any, Any]:
     return trainer, copy.deepcopy(model).eval(), tokenizer
 
 
-def _gold_reward() -> Callable[[str], float]:
+def gold_reward() -> Callable[[str], float]:
     """VADER's compound score in [-1, 1] (Hutto and Gilbert 2014)."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -165,7 +165,7 @@ def _measure(
     - gold_reward: VADER of fresh samples, mean and standard error
     - kl_to_start: mean over fresh samples of log π(y|x) - log π_0(y|x), nats per completion
     """
-    gold = _gold_reward()
+    gold = gold_reward()
     chosen, rejected = policy - start
     texts, kl = _sample(model, initial, tokenizer, options)
     rewards = torch.tensor([gold(text) for _, text in texts])
@@ -252,11 +252,11 @@ def _summary(
         "tokens_per_second": tokens / runtime,
         "train_seconds": runtime,
         "total_seconds": seconds,
-        "peak_memory_gib": _peak_memory_gib(),
+        "peak_memory_gib": peak_memory_gib(),
     }
 
 
-def _peak_memory_gib() -> float:
+def peak_memory_gib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS: bytes, Linux: KiB
 

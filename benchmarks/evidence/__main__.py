@@ -1,0 +1,97 @@
+"""What a moving reference does, reproduced on a laptop.
+
+    python -m benchmarks.evidence toy [--quick]
+    python -m benchmarks.evidence sentiment [--quick]
+
+Each writes a CSV and a figure to benchmarks/results/evidence/. `sentiment` keeps every finished arm
+in runs/evidence/ and goes on from there when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import environment, format_table, write_csv
+
+
+def toy(options: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks.evidence.toy import arms, run
+    from benchmarks.evidence.toy_figure import plot
+
+    torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+    chosen = arms(betas=(0.1,), steps=500) if options.quick else arms()
+    rows = run(chosen, range(options.seeds or 5))
+    name = "toy_quick" if options.quick else "toy"
+    write_csv(options.out / f"{name}.csv", rows)
+    write_csv(options.out / f"{name}_environment.csv", [environment(("torch",))])
+    plot(options.out / f"{name}.png", rows)
+    print(_toy_table(rows))
+
+
+def _toy_table(rows: Sequence[dict]) -> str:
+    last = max(row["step"] for row in rows)
+    header = ["last step, mean over seeds (smallest to largest)", "chosen", "rejected", "ood", "KL"]
+    arms: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["step"] == last:
+            name = f"{row['loss']} {row['schedule']} β={row['beta']:g}"
+            arms.setdefault(name, []).append(row)
+    table = []
+    for name, group in arms.items():
+        line = [name]
+        for key in ("chosen", "rejected", "ood", "kl_initial"):
+            values = [row[key] for row in group]
+            line.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        table.append(line)
+    return format_table(header, table)
+
+
+def sentiment(options: argparse.Namespace) -> None:
+    from benchmarks.evidence.arms import FULL, QUICK, full_arms, quick_arms
+    from benchmarks.evidence.sentiment import records, run
+    from benchmarks.evidence.sentiment_figure import plot, samples_page
+
+    settings = QUICK if options.quick else FULL
+    chosen = quick_arms(options.seeds or 1) if options.quick else full_arms(options.seeds or 2)
+    name = "sentiment_quick" if options.quick else "sentiment"
+    system = environment(("torch", "transformers"))
+    title = (
+        f"Controlled sentiment, SmolLM2-135M-Instruct{' (quick)' if options.quick else ''}: "
+        f"{settings.steps} steps of {settings.pairs} pairs, τ = {settings.every}, "
+        f"{len({arm.seed for arm in chosen})} seed(s)"
+    )
+
+    def write(results) -> None:
+        rows = [{**row, **system} for row in records(results)]
+        write_csv(options.out / f"{name}.csv", rows)
+        plot(options.out / f"{name}.png", results, title)
+        (options.out / f"{name}_samples.md").write_text(samples_page(results))
+
+    started = time.perf_counter()
+    results = run(chosen, settings, options.cache, on_result=write)
+    print(f"{len(results)} arms in {time.perf_counter() - started:.0f} s")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "benchmarks.evidence", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("experiment", choices=("toy", "sentiment"))
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter arms")
+    parser.add_argument("--seeds", type=int, help="toy: 5; sentiment: 2, quick 1")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evidence"))
+    parser.add_argument("--cache", type=Path, default=Path("runs/evidence"), help="finished arms")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    {"toy": toy, "sentiment": sentiment}[options.experiment](options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
