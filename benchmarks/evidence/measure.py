@@ -103,7 +103,7 @@ class Gauge:
             model.train(modes)
             random.setstate(python)
 
-    def _sample(self, model: Any) -> list[tuple[Sample, Sample]]:
+    def _sample(self, model: Any) -> list[list[Sample]]:
         answers = []
         for start in range(0, len(self.prompts), _BATCH):
             inputs = self.tokenizer.apply_chat_template(
@@ -131,9 +131,13 @@ class Gauge:
         reward, interval = mean_interval([[self.gold(s.text) for s in pair] for pair in answers])
         # the two samples of a prompt stand in one row, behind the prompt
         rows = [
-            {"prompt_ids": a.prompt_ids, "chosen_ids": a.completion_ids, "rejected_ids": b.completion_ids}
-            for a, b in answers
-        ]  # fmt: skip
+            {
+                "prompt_ids": first.prompt_ids,
+                "chosen_ids": first.completion_ids,
+                "rejected_ids": second.completion_ids,
+            }
+            for first, second in answers
+        ]
         total = sum(float(hidden_kl(model, self.initial, b)) for b in self._batches(model, rows))
         return {
             "gold_reward": reward,
