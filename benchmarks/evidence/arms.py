@@ -106,9 +106,9 @@ def cached(folder: Path, config: dict[str, Any], make: Callable[[], Any]) -> Any
     path = folder / f"{key}.json"
     if path.is_file():
         return json.loads(path.read_text())["result"]
-    result = make()
+    text = json.dumps({"config": config, "result": make()}, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"config": config, "result": result}, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)
-    return result
+    return json.loads(text)["result"]  # as it will be read: tuples are lists
