@@ -28,8 +28,13 @@ def toy(options: argparse.Namespace) -> None:
     chosen = arms(betas=(0.1,), steps=500) if options.quick else arms()
     rows = run(chosen, range(options.seeds or 5))
     name = "toy_quick" if options.quick else "toy"
-    write_csv(options.out / f"{name}.csv", rows)
-    write_csv(options.out / f"{name}_environment.csv", [environment(("torch",))])
+    # thousands of rows: what is the same in all of them stands in a file of its own
+    same = {key: rows[0][key] for key in ("steps", "learning_rate")}
+    write_csv(
+        options.out / f"{name}.csv",
+        [{key: value for key, value in row.items() if key not in same} for row in rows],
+    )
+    write_csv(options.out / f"{name}_environment.csv", [{**same, **environment(("torch",))}])
     plot(options.out / f"{name}.png", rows)
     print(_toy_table(rows))
 

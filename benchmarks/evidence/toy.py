@@ -53,7 +53,7 @@ def arms(betas: Sequence[float] = BETAS, **options: Any) -> list[Arm]:
     return [Arm(*arm, **options) for arm in product(LOSSES, SCHEDULES, betas)]
 
 
-def log_steps(last: int, per_decade: int = 12) -> list[int]:
+def log_steps(last: int, per_decade: int = 10) -> list[int]:
     """Steps to look at: 0, and spread evenly over the logarithm up to `last`."""
     count = int(math.log10(last) * per_decade) + 1
     return sorted({0, last, *(int(10 ** (k / per_decade)) for k in range(count))})
