@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import environment, format_table, write_csv
+from benchmarks.common import environment, write_csv
 
 
 def toy(options: argparse.Namespace) -> None:
@@ -23,6 +23,7 @@ def toy(options: argparse.Namespace) -> None:
 
     from benchmarks.evidence.toy import arms, run
     from benchmarks.evidence.toy_figure import plot
+    from benchmarks.evidence.toy_tables import at_distance, last_step
 
     torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
     chosen = arms(betas=(0.1,), steps=500) if options.quick else arms()
@@ -36,25 +37,7 @@ def toy(options: argparse.Namespace) -> None:
     )
     write_csv(options.out / f"{name}_environment.csv", [{**same, **environment(("torch",))}])
     plot(options.out / f"{name}.png", rows)
-    print(_toy_table(rows))
-
-
-def _toy_table(rows: Sequence[dict]) -> str:
-    last = max(row["step"] for row in rows)
-    header = ["last step, mean over seeds (smallest to largest)", "chosen", "rejected", "ood", "KL"]
-    arms: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["step"] == last:
-            name = f"{row['loss']} {row['schedule']} β={row['beta']:g}"
-            arms.setdefault(name, []).append(row)
-    table = []
-    for name, group in arms.items():
-        line = [name]
-        for key in ("chosen", "rejected", "ood", "kl_initial"):
-            values = [row[key] for row in group]
-            line.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        table.append(line)
-    return format_table(header, table)
+    print(f"{last_step(rows)}\n\n{at_distance(rows)}")
 
 
 def sentiment(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from benchmarks.evidence.toy import LOSSES, SCHEDULES
 GROUPS = {"chosen": "tab:green", "rejected": "tab:red", "ood": "tab:grey"}
 COLOURS = dict(zip(SCHEDULES, ("black", "tab:orange", "tab:blue", "tab:purple"), strict=True))
 BETA = 0.1  # of the columns that show one
+STYLES = {"-": "line", ":": "dotted", "--": "dashed"}
 
 
 def curves(
@@ -75,14 +76,21 @@ def _plot_curvature(axis: Any, rows: Sequence[Mapping[str, Any]], loss: str) -> 
 
 def _plot_distance(axis: Any, rows: Sequence[Mapping[str, Any]], loss: str) -> None:
     """Where training stood on the way, for every β: the mean over seeds of both coordinates."""
-    betas = sorted({row["beta"] for row in rows})
+    betas = sorted({row["beta"] for row in rows}, key=lambda beta: (beta != BETA, beta))
     for schedule, colour in COLOURS.items():
-        for beta, style in zip(betas, (":", "-", "--"), strict=False):
+        for beta, style in zip(betas, STYLES, strict=False):
             only = {"loss": loss, "schedule": schedule, "beta": beta}
             distance = curves(rows, "kl_initial", **only)[1].mean(0)
             chosen = curves(rows, "chosen", **only)[1].mean(0)
             label = schedule if style == "-" else None
             axis.plot(distance, chosen, style, color=colour, linewidth=1, label=label)
             axis.plot(distance[-1], chosen[-1], "o", color=colour, markersize=4)
-    axis.set(xlabel="KL to the start (nats)", title="mass of the chosen\n(● last step; β styles)")
+    axis.set(
+        xlabel="KL to the start (nats)", title="mass of the chosen (● last step;\n" + _styles(betas)
+    )
     axis.set_ylim(0, 1)
+
+
+def _styles(betas: Sequence[float]) -> str:
+    pairs = zip(STYLES.values(), betas, strict=False)
+    return ", ".join(f"{name}: β = {beta:g}" for name, beta in pairs) + ")"
