@@ -35,7 +35,7 @@ LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "ipo": ipo_loss,
     "kto": kto_loss,
 }
-BETAS = (0.03, 0.1, 0.3)
+BETAS = (0.003, 0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)

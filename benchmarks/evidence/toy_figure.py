@@ -13,7 +13,7 @@ from benchmarks.evidence.toy import LOSSES, SCHEDULES
 GROUPS = {"chosen": "tab:green", "rejected": "tab:red", "ood": "tab:grey"}
 COLOURS = dict(zip(SCHEDULES, ("black", "tab:orange", "tab:blue", "tab:purple"), strict=True))
 BETA = 0.1  # of the columns that show one
-STYLES = {"-": "line", ":": "dotted", "--": "dashed"}
+STYLES = {"-": "line", ":": "dotted", "-.": "dash-dotted", "--": "dashed"}
 
 
 def curves(
@@ -49,9 +49,10 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axes[0, 0].legend(frameon=False, fontsize=8)
     axes[0, -1].legend(frameon=False, fontsize=7)
     seeds = len({row["seed"] for row in rows})
+    names = [f"{name} {b:g}" for name, b in zip(STYLES.values(), _betas(rows), strict=False)]
     figure.suptitle(
-        f"Preference optimization on a tree: {seeds} seeds (thin) and their mean; masses and "
-        f"curvature at β = {BETA}"
+        f"Preference optimization on a tree: {seeds} seeds (thin) and their mean, β = {BETA}; last "
+        f"column: means, β {', '.join(names)}"
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -76,7 +77,7 @@ def _plot_curvature(axis: Any, rows: Sequence[Mapping[str, Any]], loss: str) -> 
 
 def _plot_distance(axis: Any, rows: Sequence[Mapping[str, Any]], loss: str) -> None:
     """Where training stood on the way, for every β: the mean over seeds of both coordinates."""
-    betas = sorted({row["beta"] for row in rows}, key=lambda beta: (beta != BETA, beta))
+    betas = _betas(rows)
     for schedule, colour in COLOURS.items():
         for beta, style in zip(betas, STYLES, strict=False):
             only = {"loss": loss, "schedule": schedule, "beta": beta}
@@ -85,12 +86,10 @@ def _plot_distance(axis: Any, rows: Sequence[Mapping[str, Any]], loss: str) -> N
             label = schedule if style == "-" else None
             axis.plot(distance, chosen, style, color=colour, linewidth=1, label=label)
             axis.plot(distance[-1], chosen[-1], "o", color=colour, markersize=4)
-    axis.set(
-        xlabel="KL to the start (nats)", title="mass of the chosen (● last step;\n" + _styles(betas)
-    )
+    axis.set(xlabel="KL to the start (nats)", title="mass of the chosen (● last)")
     axis.set_ylim(0, 1)
 
 
-def _styles(betas: Sequence[float]) -> str:
-    pairs = zip(STYLES.values(), betas, strict=False)
-    return ", ".join(f"{name}: β = {beta:g}" for name, beta in pairs) + ")"
+def _betas(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Those of the rows in the order of `STYLES`."""
+    return sorted({row["beta"] for row in rows}, key=lambda beta: (beta != BETA, beta))
