@@ -43,16 +43,16 @@ class RecurrentPolicies(nn.Module):
 
     def __init__(self, seeds: Sequence[int]) -> None:
         super().__init__()
-        shapes = {
-            "embed": (ACTIONS + 1, HIDDEN),  # the last one: no action yet
-            "recur": (HIDDEN, HIDDEN),
-            "recur_bias": (1, HIDDEN),
-            "head": (HIDDEN, ACTIONS),
-        }
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        for name, shape in shapes.items():
+
+        def draw(*shape: int) -> nn.Parameter:
             draws = [torch.randn(shape, generator=g) / HIDDEN**0.5 for g in generators]
-            self.register_parameter(name, nn.Parameter(torch.stack(draws)))
+            return nn.Parameter(torch.stack(draws))
+
+        self.embed = draw(ACTIONS + 1, HIDDEN)  # the last one: no action yet
+        self.recur = draw(HIDDEN, HIDDEN)
+        self.recur_bias = draw(1, HIDDEN)
+        self.head = draw(HIDDEN, ACTIONS)
 
     def forward(self) -> Tensor:
         """(E, Y) log-probs of all trajectories, nats, in the order of their actions.
