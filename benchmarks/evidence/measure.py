@@ -74,7 +74,7 @@ class Gauge:
         self._collate = PreferenceCollator(paired=True, layout=layout)
         columns = ["prompt", "chosen", "rejected"]
         rows = Dataset.from_list(list(held_out[: settings.held_out])).select_columns(columns)
-        self._held_out = list(
+        self._held_out: list[Any] = list(
             tokenize_pairs(rows, tokenizer, max_length=settings.max_length, name="held-out")
         )
 
