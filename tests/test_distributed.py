@@ -1,7 +1,8 @@
-"""Two real processes (gloo) against one on the same global batches: DDP and FSDP2."""
+"""Two real processes (gloo) against one on the same global batches: DDP, FSDP2, ZeRO-3."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed_run import CASES, PROCESSES, RESUMED, ROWS, STEPS, train
+from tests.distributed_run import CASES, KINDS, PROCESSES, REFUSED, RESUMED, ROWS, STEPS, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,24 +22,32 @@ def alone(tmp_path_factory):
     return {case: train(case, folder / case, batch=PROCESSES * ROWS) for case in CASES}
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=KINDS)
 def together(request, tmp_path_factory):
+    if request.param == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
     folder = tmp_path_factory.mktemp(request.param)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc_per_node", str(PROCESSES), "-m", "tests.distributed_run", str(folder),
         request.param,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"
+    }  # fmt: skip
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads((folder / "losses.json").read_text())
+    found = json.loads((folder / "losses.json").read_text())
+    assert set(CASES) - set(found) == set(REFUSED.get(request.param, ()))
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one_does(case, alone, together):
+    if case not in together:
+        pytest.skip("refused there, in one line")
     assert len(together[case]["losses"]) == STEPS
     assert together[case]["losses"] == pytest.approx(alone[case]["losses"], rel=1e-5)
     assert len(set(together[case]["losses"])) > STEPS // 2
@@ -50,4 +59,6 @@ def test_two_processes_train_as_one_does(case, alone, together):
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_two_processes_resume_in_mid_window(case, together):
+    if case not in together:
+        pytest.skip("refused there, in one line")
     assert together[f"{case}-resumed"]["losses"] == together[case]["losses"]

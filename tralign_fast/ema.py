@@ -203,7 +203,10 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """A tensor, or this process's shard of a DTensor (FSDP2): its storage, not a copy."""
+    """A tensor, or this process's shard of a DTensor (FSDP2) or of a flat ZeRO-3 parameter: its
+    storage, not a copy."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor.detach()  # pyright: ignore[reportAttributeAccessIssue]
     if hasattr(tensor, "to_local"):
         return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     return tensor.detach()

@@ -27,7 +27,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.liger import apply_liger_kernel
 
 from tralign_fast.checkpoints import (
@@ -52,7 +51,7 @@ from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.resident import ResidentReference
-from tralign_fast.reference.sharding import reshard
+from tralign_fast.reference.sharding import gathered, is_sharded, reshard
 from tralign_fast.reference.snapshot import SnapshotReference
 from tralign_fast.reference.window import WindowedReference
 
@@ -145,7 +144,8 @@ class TRTrainer(Trainer):
                 f'reference={others}"resident"'
             )
         if place == "resident" and ref_model is None:
-            ref_model = copy.deepcopy(policy)
+            with gathered(policy):
+                ref_model = copy.deepcopy(policy)
         super().__init__(
             model=policy,
             args=args,
@@ -159,7 +159,8 @@ class TRTrainer(Trainer):
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
         self._check_distribution(place)
-        self._initial = copy.deepcopy(policy).eval() if args.log_kl_initial else None
+        with gathered(policy) if args.log_kl_initial else contextlib.nullcontext():
+            self._initial = copy.deepcopy(policy).eval() if args.log_kl_initial else None
         packs = self._prepare(self.model)
         if isinstance(collator, PreferenceCollator):
             collator.layout = ("shared" if args.prefix_sharing else "packed") if packs else "padded"
@@ -205,22 +206,34 @@ class TRTrainer(Trainer):
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if fsdp is not None and fsdp.fsdp_version != 2:
             raise ValueError('FSDP version 1 is not supported: set fsdp_config={"version": 2}')
-        zero3 = self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
-        held = {"adapter": fsdp is not None or zero3, "offloaded": zero3, "resident": zero3}
+        zero3 = self._zero3_plugin is not None
+        held = {"adapter": fsdp is not None or zero3, "offloaded": zero3}
         if held.get(place):
             raise ValueError(
                 f'reference="{place}" cannot hold weights that {"ZeRO-3" if zero3 else "FSDP2"} '
-                'shards: use hard updates (ref_model_mixup_alpha=1) with reference="snapshot"'
-                + ("" if zero3 else ', or reference="resident"')
+                'shards: use reference="resident", or hard updates (ref_model_mixup_alpha=1) with '
+                'reference="snapshot"'
             )
+        if place == "resident" and zero3 and self._zero3_plugin.offload_param_device == "nvme":
+            raise ValueError(
+                'reference="resident" cannot move weights that ZeRO-3 keeps on a disk: set '
+                'offload_param to "cpu" or "none", or use reference="snapshot"'
+            )
+
+    @property
+    def _zero3_plugin(self) -> Any:
+        """accelerate's DeepSpeed plugin where ZeRO-3 shards the weights, else None."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return plugin if plugin is not None and plugin.zero_stage == 3 else None
 
     def _prepare(self, model: PreTrainedModel) -> bool:
         """`prepare_model`; the first process tries the model out: where FSDP fills the weights of
         the others later they are empty, and all must use the same layout."""
         names = ("packing", "logits_budget_mb", "vocab_filter")
         options = {name: getattr(self.args, name) for name in names}
-        if self.accelerator.num_processes == 1:
-            return prepare_model(model, **options)
+        if self.accelerator.num_processes == 1 or is_sharded(model):
+            with gathered(model):  # loaded under ZeRO-3: all have its weights, and try them out
+                return prepare_model(model, **options)
         packs = [prepare_model(model, **options)] if self.accelerator.is_main_process else [False]
         broadcast_object_list(packs)
         if not self.accelerator.is_main_process:
@@ -243,9 +256,24 @@ class TRTrainer(Trainer):
             apply_liger_kernel(start, self.args.liger_kernel_config)
         if self.is_fsdp_enabled:
             model = fsdp2_prepare_model(self.accelerator, start)
+        elif self._zero3_plugin is not None:
+            model = self._zero3_engine(start)
         else:
             model = self.accelerator.prepare_model(start, evaluation_mode=True)
         return ResidentReference(self.model, schedule, model, **rounding)
+
+    def _zero3_engine(self, model: PreTrainedModel) -> nn.Module:
+        """DeepSpeed's engine around a model that only runs forwards, sharded as the policy is."""
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        plugin: Any = self._zero3_plugin
+        plugin.set_moe_leaf_modules(model)
+        config = copy.deepcopy(plugin.deepspeed_config)
+        for part in ("optimizer", "scheduler"):
+            config.pop(part, None)
+        config["zero_optimization"].pop("offload_optimizer", None)
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        return engine
 
     # --- the optimizer ----------------------------------------------------------------------------
 
@@ -321,8 +349,11 @@ class TRTrainer(Trainer):
         """Forward and backward of a micro-batch, part after part where it is split."""
         parts = self._with_common_kl(model, inputs)
         losses = []
+        state = self.accelerator.gradient_state
+        steps = state.sync_gradients
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
+            state._set_sync_gradients(steps and last)  # DeepSpeed's backward steps if it is set
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = super().training_step(model, part, num_items_in_batch)  # pyright: ignore[reportArgumentType]
                 losses.append(loss)
@@ -499,9 +530,17 @@ class TRTrainer(Trainer):
             add_trust_region(card, self.args, self.reference.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        check_whole(Path(resume_from_checkpoint))
-        self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
+        self._load_reference(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            self._load_reference(checkpoint)  # its engine has loaded weights and optimizer
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_reference(self, checkpoint: str) -> None:
+        check_whole(Path(checkpoint))
+        self.reference.load(Path(checkpoint) / REFERENCE_FOLDER)
 
 
 class _SyncReference(TrainerCallback):

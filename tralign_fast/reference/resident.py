@@ -41,7 +41,8 @@ class ResidentReference(ReferencePolicy):
         seed: int = 0,
     ) -> None:
         super().__init__(policy, schedule)
-        self.model = model.eval()
+        self.model = model
+        model.eval()  # DeepSpeed's engine returns None
         self.rounding = rounding
         self._generator = torch.Generator().manual_seed(seed)
         theirs = named_parameters(model)

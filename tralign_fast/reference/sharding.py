@@ -1,10 +1,13 @@
 """Where a reference meets several processes: whose shard of a weight it is, and whose file.
 
 FSDP2's parameters are DTensors: a reference keeps and moves the local shard, with no communication.
+So it does with ZeRO-3's, which are empty but for their `ds_tensor`: as many elements for every
+process, flat, the last one's padded with what nobody reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,19 @@ def process_count() -> int:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards the model's parameters."""
-    return any(hasattr(p, "to_local") for p in model.parameters())
+    """Whether FSDP2 or ZeRO-3 shards the model's parameters."""
+    return any(hasattr(p, "to_local") or hasattr(p, "ds_tensor") for p in model.parameters())
+
+
+def gathered(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Inside, every process has the whole weights of a model that was loaded under ZeRO-3, where
+    only a prepared model gathers them itself; nothing happens to any other. All must enter."""
+    parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
+    if not parameters:
+        return contextlib.nullcontext()
+    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+
+    return GatheredParameters(parameters)
 
 
 def own_file(folder: Path, name: str) -> Path:
@@ -33,11 +47,12 @@ def own_file(folder: Path, name: str) -> Path:
     return folder / f"{stem}-{process_index()}-of-{process_count()}.{suffix}"
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_parameters(model: Any) -> dict[str, nn.Parameter]:
     """Parameters by the names they had before activation checkpointing wrapped their modules, and
-    as shards where FSDP2 has gathered some of them for a forward."""
+    as shards where some of them were gathered for a forward."""
     reshard(model)
-    return {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in model.named_parameters()}
+    named = (model.module if _zero3_engine(model) else model).named_parameters()
+    return {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in named}
 
 
 def shard_like(tensor: Tensor, parameter: Any) -> Tensor:
@@ -48,11 +63,18 @@ def shard_like(tensor: Tensor, parameter: Any) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: Any) -> None:
     """Lets go of gathered weights, so that the next forward gathers those that the shards hold now.
 
-    After a forward without backward FSDP2 keeps the root's and the head's weights gathered.
+    After a forward without backward FSDP2 keeps the root's and the head's weights gathered; ZeRO-3
+    always keeps small ones, and others that are soon needed again.
     """
+    if _zero3_engine(model):
+        model.optimizer.empty_partition_cache()
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()  # pyright: ignore[reportCallIssue]
+
+
+def _zero3_engine(model: Any) -> bool:
+    return hasattr(getattr(model, "optimizer", None), "empty_partition_cache")
