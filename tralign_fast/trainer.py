@@ -257,12 +257,12 @@ class TRTrainer(Trainer):
         if self.is_fsdp_enabled:
             model = fsdp2_prepare_model(self.accelerator, start)
         elif self._zero3_plugin is not None:
-            model = self._zero3_engine(start)
+            model = self._engine_of(start)
         else:
             model = self.accelerator.prepare_model(start, evaluation_mode=True)
         return ResidentReference(self.model, schedule, model, **rounding)
 
-    def _zero3_engine(self, model: PreTrainedModel) -> nn.Module:
+    def _engine_of(self, model: PreTrainedModel) -> nn.Module:
         """DeepSpeed's engine around a model that only runs forwards, sharded as the policy is."""
         import deepspeed  # pyright: ignore[reportMissingImports]
 
