@@ -50,7 +50,7 @@ def sentiment(options: argparse.Namespace) -> None:
     name = "sentiment_quick" if options.quick else "sentiment"
     system = environment(("torch", "transformers"))
     title = (
-        f"Controlled sentiment, SmolLM2-135M-Instruct{' (quick)' if options.quick else ''}: "
+        f"Controlled sentiment, SmolLM2-135M-Instruct{' (quick)' if options.quick else ''}:\n"
         f"{settings.steps} steps of {settings.pairs} pairs, τ = {settings.every}, "
         f"{len({arm.seed for arm in chosen})} seed(s)"
     )
