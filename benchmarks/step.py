@@ -323,8 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loss, norm = (max(r[f"max_rel_{key}_diff"] for r in records) for key in ("loss", "grad_norm"))
     print(
         f"\nTimed steps: {options.steps}; pairs a step: {options.pairs}. Speed-up: the first arm's "
-        "time over the arm's.\nTokens: computed per step, by policy and reference. Largest relative "
-        f"difference\nfrom the first arm in any step: loss {loss:.1e}, gradient norm {norm:.1e}."
+        "time over the arm's.\nTokens: computed per step, by policy and reference. Largest "
+        f"relative difference\nfrom the first arm in any step: loss {loss:.1e}, gradient norm {norm:.1e}."
     )
     others = max(r["others_cores"] for r in records)
     if others > QUIET_CORES:
