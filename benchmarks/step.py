@@ -324,7 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"\nTimed steps: {options.steps}; pairs a step: {options.pairs}. Speed-up: the first arm's "
         "time over the arm's.\nTokens: computed per step, by policy and reference. Largest "
-        f"relative difference\nfrom the first arm in any step: loss {loss:.1e}, gradient norm {norm:.1e}."
+        "relative\ndifference from the first arm in any step: "
+        f"loss {loss:.1e}, gradient norm {norm:.1e}."
     )
     others = max(r["others_cores"] for r in records)
     if others > QUIET_CORES:
