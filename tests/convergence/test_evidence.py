@@ -41,15 +41,18 @@ def test_trajectories_have_the_probabilities_of_their_steps():
         torch.testing.assert_close(logps[seed, number], total)
 
 
-def test_seeds_do_not_depend_on_their_company(rows):
-    alone = toy.run([toy.Arm("kto", "hybrid", 0.1, steps=100)], [1])
-    together = [
-        row for row in rows if (row["loss"], row["schedule"], row["seed"]) == ("kto", "hybrid", 1)
-    ]
-    assert len(alone) > 15
-    for row, other in zip(alone, together, strict=False):  # the other run goes on
+def test_seeds_do_not_depend_on_their_company():
+    arm = toy.Arm("kto", "hybrid", 0.1, steps=100)
+    torch.set_default_dtype(torch.float64)  # in fp32 Adam makes 1e-3 of the rounding of a batch
+    try:
+        alone, together = toy.run([arm], [1]), toy.run([arm], [0, 1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    together = [row for row in together if row["seed"] == 1]
+    assert len(alone) == len(together) > 15
+    for row, other in zip(alone, together, strict=True):
         assert row["step"] == other["step"]
-        assert row["chosen"] == pytest.approx(other["chosen"], rel=1e-3)
+        assert row["chosen"] == pytest.approx(other["chosen"], rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", toy.LOSSES)
