@@ -124,11 +124,12 @@ def disable_logprobs(model: Any) -> None:
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Sets `forward(own_forward, self, …)` on one instance; copies of it run their own weights."""
     before = module.__dict__.get("forward")  # set by whoever wrapped this instance, or None
-    own_forward = getattr(module.forward, "__func__", None)
-    if own_forward is None:  # bound already, by a hook of accelerate
 
-        def own_forward(self, *args, **kwargs):
-            return before(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+    def as_it_is(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # bound by accelerate's hooks
+        assert before is not None
+        return before(*args, **kwargs)
+
+    own_forward = getattr(module.forward, "__func__", as_it_is)
 
     # the original's signature stays: `generate` checks its arguments against it
     @functools.wraps(type(module).forward)
@@ -144,7 +145,7 @@ def _token_logps(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    targets: Tensor,  # (N,)
+    targets: Any,  # (N,) Tensor
     grad_tokens: int | None,
     options: dict[str, Any],
 ) -> Tensor:
@@ -176,11 +177,11 @@ def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> T
     index = batch.score_index[: batch.grad_tokens]
     inputs = {**_inputs(batch), "score_index": index}
 
-    def keep(hidden: Tensor, *head: Tensor | None) -> Tensor:
+    def keep(hidden: Tensor, *head: Any) -> Tensor:
         others.append((hidden, *head))
         return hidden
 
-    def compare(hidden: Tensor, *head: Tensor | None) -> Tensor:
+    def compare(hidden: Tensor, *head: Any) -> Tensor:
         (other_hidden, *other_head), total = others[0], hidden.new_zeros((), dtype=torch.float32)
         step = max(1, (64 << 20) // (4 * head[0].shape[0]))
         for start in range(0, len(hidden), step):
