@@ -35,7 +35,7 @@ def summarize(values: Sequence[float]) -> Summary:
 def environment(packages: Sequence[str] = ("torch", "transformers", "trl")) -> dict[str, str]:
     """CSV columns that say what was measured where: commit, date, hardware, versions."""
     record = {
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "cpu": _cpu_model(),
         "cores": str(os.cpu_count()),
@@ -48,7 +48,7 @@ def environment(packages: Sequence[str] = ("torch", "transformers", "trl")) -> d
     return record
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short commit, with "+" if the code differs from it; "unknown" outside a git checkout."""
 
     def git(*arguments: str) -> str:

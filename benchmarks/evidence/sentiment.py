@@ -22,6 +22,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from benchmarks.common import commit
 from benchmarks.evidence.arms import Arm, Settings, cached
 from benchmarks.evidence.measure import Gauge
 from tralign_fast import TRConfig, TRTrainer
@@ -56,18 +57,19 @@ def unpaired(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class _Measure(TrainerCallback):
-    """Points of an arm's curve, and the seconds they took."""
+    """Points of an arm's curve, and the time that they took: wall clock and CPU, seconds."""
 
     def __init__(self, gauge: Gauge, every: int) -> None:
         self.gauge, self.every = gauge, every
         self.points: list[dict[str, Any]] = []
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             self.points.append({"step": state.global_step, **self.gauge(model)})
             self.seconds += time.perf_counter() - started
+            self.cpu_seconds += time.process_time() - cpu_started
 
 
 def run_arm(
@@ -94,20 +96,23 @@ def run_arm(
         )
         measure = _Measure(gauge, settings.measure_every)
         trainer.add_callback(measure)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         trainer.train()
         seconds = time.perf_counter() - started - measure.seconds
+        cpu_seconds = time.process_time() - cpu_started - measure.cpu_seconds
     return {
         "points": [{"step": 0, **start}, *measure.points],
         "totals": {
             "steps": settings.steps,
             "tokens": trainer.state.num_input_tokens_seen,
             "train_s": seconds,
+            "train_cpu_s": cpu_seconds,  # a busy machine does not lengthen it
             "measure_s": measure.seconds,
             "peak_memory_mb": _peak_memory_mb(),
             "reference": trainer.reference.name,
             "device": str(trainer.args.device),
             "threads": torch.get_num_threads(),
+            "commit": commit(),  # an arm may be older than the run that finds it in the cache
         },
     }
 
