@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import sys
 import types
+import weakref
 from types import MethodType
 
 import pytest
@@ -261,21 +263,43 @@ def test_the_head_runs_inside_accelerates_autocast_too(build, monkeypatch):
     assert losses == pytest.approx(expected, rel=2e-2)
 
 
-def test_only_the_model_that_was_asked_for_is_patched_and_undo_leaves_nothing(build):
+def ours_in_trl():
     import trl.trainer.utils as utils
 
-    before = dict(vars(utils))
+    return {name for name in vars(utils) if name.startswith("_tralign_")}
+
+
+def test_only_the_model_that_was_asked_for_is_patched_and_undo_leaves_nothing(build):
     first, second = build("dpo"), build("dpo")
+    before = ours_in_trl()
     codes = [t.model.forward.__func__.__code__ for t in (first, second)]
     undo = use_fast_logprobs(first)
+    assert len(ours_in_trl() - before) == 4  # two names for the policy, two for the reference
     assert first.model.forward.__func__.__code__ is not codes[0]
     assert second.model.forward.__func__.__code__ is codes[1]
     with pytest.raises(ValueError, match="in use already; undo it first"):
         use_fast_logprobs(first)
     undo()
+    undo()  # once is enough, twice does no harm
     assert first.model.forward.__func__.__code__ is codes[0]
-    assert vars(utils) == before
+    assert not ours_in_trl() - before  # what other tests left behind may go meanwhile
     use_fast_logprobs(first)()
+
+
+def test_a_trainer_dropped_without_undo_leaves_nothing(build):
+    kept, trainer = build("dpo"), build("dpo")
+    use_fast_logprobs(kept)
+    before = ours_in_trl()
+    undo = use_fast_logprobs(trainer)
+    trainer.train()
+    added, model = ours_in_trl() - before, weakref.ref(trainer.model)
+    assert len(added) == 4
+    del trainer
+    gc.collect()
+    assert model() is None  # neither the names nor the undo keep it alive
+    assert not added & ours_in_trl()
+    undo()
+    kept.train()  # another trainer's names are its own
 
 
 def test_a_loss_of_the_entropy_hears_that_it_has_no_gradient(build):
@@ -306,7 +330,7 @@ def test_a_new_trl_is_refused_and_nothing_is_changed(build, monkeypatch):
     with pytest.raises(RuntimeError, match=r"trl~=1\.16\.0"):
         use_fast_logprobs(trainer)
     assert trainer.model.forward.__func__.__code__ is code
-    assert set(vars(utils)) == before
+    assert set(vars(utils)) <= before
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ fused LM head, and nothing else of TRL.
 from __future__ import annotations
 
 import inspect
+import itertools
+import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ _ARGUMENTS = [
 ]  # fmt: skip
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _OURS = "_tralign_"
+_numbers = itertools.count()  # of patched functions; an id would come back with a later function
 # A block of logits of the statistics stays in the cache of a CPU; a GPU wants its products large.
 _CPU_BLOCK_BYTES, _BLOCK_BYTES = 16 << 20, 256 << 20
 
@@ -151,16 +154,26 @@ def _swap_names(function: FunctionType, head: _Head) -> Callable[[], None]:
     reference's forward inside the trainer's constructor); other models keep TRL's head.
     """
     before = function.__code__
-    mine = {name: f"{_OURS}{id(function)}{name}" for name in (_HEAD, _COMPACT)}
+    number = next(_numbers)
+    mine = {name: f"{_OURS}{number}{name}" for name in (_HEAD, _COMPACT)}
     function.__globals__.update({mine[_HEAD]: head, mine[_COMPACT]: _scores_labels_only})
     function.__code__ = before.replace(co_names=tuple(mine.get(n, n) for n in before.co_names))
+    # the names go with the function; neither they nor the undo keep it, and its model, alive
+    forget = weakref.finalize(function, _remove, function.__globals__, [*mine.values()])
+    forget.atexit = False
 
     def undo() -> None:
-        function.__code__ = before
-        for name in mine.values():
-            function.__globals__.pop(name, None)
+        alive = forget.peek()
+        if alive is not None:
+            alive[0].__code__ = before
+            forget()
 
     return undo
+
+
+def _remove(namespace: dict[str, Any], names: list[str]) -> None:
+    for name in names:
+        namespace.pop(name, None)
 
 
 def _scores_labels_only(device: torch.device) -> bool:
