@@ -171,6 +171,18 @@ def test_checkpoints_hold_the_reference_and_the_adapter_opens(build, tiny_llama)
             assert list(opened.peft_config) == ["default"]
 
 
+def test_another_runs_checkpoint_is_resumed_with_its_reference(build):
+    extra = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 2e-2}
+    first = build("dpo", **extra)
+    first.add_callback(TrustRegionCallback(0.6, 2, trainer=first))
+    expected = [log["loss"] for log in logs(first)]
+    folder = f"{first.args.output_dir}/checkpoint-3"
+    again = build("dpo", resume_from_checkpoint=folder, **extra)
+    again.add_callback(TrustRegionCallback(0.6, 2, trainer=again))
+    resumed = [log["loss"] for log in logs(again, resume_from_checkpoint=folder)]
+    assert resumed[-3:] == pytest.approx(expected[3:], rel=1e-5)
+
+
 def test_a_resume_without_a_saved_reference_warns(build):
     extra = {"save_strategy": "steps", "save_steps": 3}
     first = build("dpo", **extra)

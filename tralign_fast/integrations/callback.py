@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tralign_fast._backend import warn_once
-from tralign_fast.ema import ema_update_
+from tralign_fast.ema import ema_update_, local_shard
 from tralign_fast.reference import TrustRegion
 from tralign_fast.reference.adapter import AdapterReference
+from tralign_fast.reference.base import load_generator, save_generator
 from tralign_fast.reference.offloaded import OffloadedReference
+from tralign_fast.reference.sharding import is_sharded, own_file, process_count, reshard
 
 # Inside a checkpoint, beside the policy: TRL forgets where its reference was.
 FOLDER = "reference"
-# What FSDP1, activation checkpointing and torch.compile put into the names of parameters.
-_WRAPPER_NAMES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+# What activation checkpointing and torch.compile put into the names of parameters.
+_WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class TrustRegionCallback(TrainerCallback):
@@ -35,8 +37,11 @@ class TrustRegionCallback(TrainerCallback):
     - for PEFT policies, which TRL refuses. Their reference is the base with the adapter switched
       off; from here on `disable_adapter` of this model means the moved reference instead
       (`AdapterReference`: exact, LoRA factors only; α = 1 follows any kind of adapter);
-    - for FSDP2: each process moves its own shards, nothing is communicated;
-    - through checkpoints: the reference is saved in them, and found again on a resume.
+    - for FSDP2: each process moves its own shards, nothing is communicated. TRL shards its
+      reference itself; elsewhere shard yours as the policy is, before training:
+      `accelerate.utils.fsdp_utils.fsdp2_prepare_model(trainer.accelerator, ref_model)`;
+    - through checkpoints: the reference is saved in them, and found again on a resume (of shards,
+      with as many processes).
 
     Args:
         alpha, every: α in [0, 1] and τ, as in `TrustRegion` (α = 1 is the hard update).
@@ -47,7 +52,9 @@ class TrustRegionCallback(TrainerCallback):
         save: whether checkpoints hold the reference (the size of its weights).
 
     Raises:
-        ValueError: there is no reference that could move, or another callback moves it.
+        ValueError: there is no reference that could move, another callback moves it, or (when
+            training starts) it is not sharded as the policy is, or a resumed checkpoint holds the
+            shards of another number of processes.
     """
 
     def __init__(
@@ -79,7 +86,8 @@ class TrustRegionCallback(TrainerCallback):
         self._reference: _ModelReference | _PeftReference
         if ref_model is not None:
             self._reference = _ModelReference(ref_model, self.schedule.alpha, **options)
-            if trainer is not None and not _is_sharded(trainer):  # else the policy is not yet
+            # on meta outside the first process until FSDP fills it: looked at when training starts
+            if trainer is not None and not _will_be_sharded(trainer):
                 matching_parameters(ref_model, trainer.model)
         elif trainer is not None and hasattr(trainer.model, "peft_config"):
             self._reference = _PeftReference(trainer, self.schedule, **options)
@@ -92,6 +100,12 @@ class TrustRegionCallback(TrainerCallback):
     def _check_trainer(self) -> None:
         self._refuse_second_mover()
         args, name = self._trainer.args, type(self._trainer).__name__
+        plugin = getattr(getattr(self._trainer, "accelerator", None), "state", None)
+        plugin = getattr(plugin, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 1:
+            raise ValueError(
+                f'{name}: FSDP version 1 is not supported: set fsdp_config={{"version": 2}}'
+            )
         if getattr(args, "precompute_ref_log_probs", False):
             raise ValueError(
                 f"{name}: precompute_ref_log_probs=True scores a reference that never moves; set "
@@ -113,16 +127,24 @@ class TrustRegionCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         if self._trainer is not None:
             self._refuse_second_mover()
-        if state.global_step == 0 or self.schedule.is_frozen:
+        if self.schedule.is_frozen:
             return
-        folder = _folder(args, state)
-        if folder.is_dir():
+        self._reference.check(model)
+        if state.global_step == 0:
+            return
+        resumed = getattr(args, "resume_from_checkpoint", None)
+        folders = [_folder(args, state)]
+        if isinstance(resumed, str):  # another run's, perhaps; train()'s argument is not told
+            folders.insert(0, Path(resumed) / FOLDER)
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        if folder is not None:
             self._reference.load(folder)
-        else:
-            warn_once(
-                f"{folder} holds no reference: the run goes on from the reference that the trainer "
-                "was built with"
-            )
+            return
+        warn_once(
+            f"{folders[-1]} holds no reference: the run goes on from the reference that the trainer "
+            "was built with (to resume another run's checkpoint, name it in "
+            "args.resume_from_checkpoint)"
+        )
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if self.schedule.should_sync(state.global_step):
@@ -131,7 +153,8 @@ class TrustRegionCallback(TrainerCallback):
             self.syncs += 1
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        if self._save and args.should_save and not self.schedule.is_frozen:
+        writes = args.should_save or self._reference.is_sharded  # each process its own shards
+        if self._save and writes and not self.schedule.is_frozen:
             self._reference.save(_folder(args, state))
 
     def detach(self) -> None:
@@ -153,21 +176,39 @@ class _ModelReference:
         self.rounding: Any = rounding
         self.generator = torch.Generator().manual_seed(seed)
 
-    def move(self, policy: nn.Module) -> None:
+    @property
+    def is_sharded(self) -> bool:
+        return is_sharded(self.model)
+
+    def check(self, policy: Any) -> None:
+        matching_parameters(self.model, policy)
+
+    def move(self, policy: Any) -> None:
         refs, thetas = matching_parameters(self.model, policy)
         ema_update_(refs, thetas, self.alpha, rounding=self.rounding, generator=self.generator)
 
     def save(self, folder: Path) -> None:
-        if any(hasattr(p, "to_local") for p in self.model.parameters()):
-            warn_once("the reference is sharded: checkpoints do not hold it")
-            return
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / "model.safetensors"))
-        torch.save(self.generator.get_state(), folder / "rounding_rng.pt")
+        tensors = {name: local_shard(p).contiguous() for name, p in _named(self.model)}
+        save_file(tensors, self._file(folder))
+        save_generator(self.generator, folder)
 
     def load(self, folder: Path) -> None:
-        load_model(self.model, folder / "model.safetensors")
-        self.generator.set_state(torch.load(folder / "rounding_rng.pt", weights_only=True))
+        file = self._file(folder)
+        if not file.is_file():
+            raise ValueError(
+                f"{folder} has no {file.name}, the reference of this process of "
+                f"{process_count()}: resume with as many processes as wrote it, sharded alike"
+            )
+        saved = load_file(file)
+        with torch.no_grad():
+            for name, parameter in _named(self.model):
+                local_shard(parameter).copy_(saved[name])
+        load_generator(self.generator, folder)
+
+    def _file(self, folder: Path) -> Path:
+        name = "model.safetensors"
+        return own_file(folder, name) if self.is_sharded else folder / name
 
     def detach(self) -> None:
         pass
@@ -176,8 +217,10 @@ class _ModelReference:
 class _PeftReference:
     """What a trainer finds when it switches the policy's adapter off."""
 
+    is_sharded = False
+
     def __init__(self, trainer: Any, schedule: TrustRegion, **options: Any) -> None:
-        if _is_sharded(trainer):
+        if _will_be_sharded(trainer):
             raise ValueError(
                 "TrustRegionCallback: a PEFT policy's factors are sharded under FSDP and DeepSpeed "
                 "ZeRO-3; train it with DDP or ZeRO-2"
@@ -198,7 +241,10 @@ class _PeftReference:
             self.model.delete_adapter("ref")
         self.model.disable_adapter = self.held.weights
 
-    def move(self, policy: nn.Module) -> None:
+    def check(self, policy: Any) -> None:
+        pass
+
+    def move(self, policy: Any) -> None:
         self.held.move()
 
     def save(self, folder: Path) -> None:
@@ -215,7 +261,7 @@ def matching_parameters(ref: nn.Module, policy: nn.Module) -> tuple[list[Tensor]
     """The parameters of two models of one architecture, wrapped or not, in one order.
 
     Raises:
-        ValueError: the models differ, or a pair lies on two devices.
+        ValueError: the models differ, or a pair lies on two devices or is sharded in two ways.
     """
     theirs, ours = dict(_named(ref)), dict(_named(policy))
     if theirs.keys() != ours.keys():
@@ -226,6 +272,18 @@ def matching_parameters(ref: nn.Module, policy: nn.Module) -> tuple[list[Tensor]
             "architecture; a PEFT policy takes no ref_model"
         )
     for name, tensor in ours.items():
+        mine, other = (tuple(local_shard(t).shape) for t in (tensor, theirs[name]))
+        if mine != other:
+            sharded = any(hasattr(t, "to_local") for t in (tensor, theirs[name]))
+            raise ValueError(
+                f"{name}: this process holds {mine} of the policy and {other} of the reference: "
+                + (
+                    "shard both alike, with accelerate.utils.fsdp_utils.fsdp2_prepare_model("
+                    "trainer.accelerator, ref_model)"
+                    if sharded
+                    else "expected one architecture"
+                )
+            )
         if tensor.device != theirs[name].device:
             raise ValueError(
                 f"{name} is on {tensor.device}, its reference on {theirs[name].device}: put both "
@@ -235,6 +293,8 @@ def matching_parameters(ref: nn.Module, policy: nn.Module) -> tuple[list[Tensor]
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Shards where FSDP2 has them: after a forward without backward some are still gathered."""
+    reshard(model)
     for name, parameter in model.named_parameters():
         for wrapper in _WRAPPER_NAMES:
             name = name.replace(wrapper, "")
@@ -257,7 +317,7 @@ def _refuse_unmovable(model: nn.Module) -> None:
             )
 
 
-def _is_sharded(trainer: Any) -> bool:
+def _will_be_sharded(trainer: Any) -> bool:
     plugin = getattr(trainer.args, "deepspeed_plugin", None)
     zero3 = plugin is not None and getattr(plugin, "zero_stage", 0) == 3
     return bool(getattr(trainer, "is_fsdp_enabled", False)) or zero3

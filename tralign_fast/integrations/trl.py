@@ -263,10 +263,14 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, entropy: Tensor, logps: Tensor) -> Tensor:
+        # DDP's outputs leave through one node, which calls this backward without a gradient
+        ctx.set_materialize_grads(False)
         return entropy.clone()
 
     @staticmethod
-    def backward(ctx, *grads: Any) -> Any:
+    def backward(ctx, grad: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return None, None
         raise ValueError(
             "use_fast_logprobs: the loss needs a gradient of the entropy (entropy_coef, "
             "use_adaptive_entropy), and this head computes none; undo it for this run"

@@ -1,0 +1,77 @@
+"""The callback in two real processes (gloo): DDP and FSDP2 against one on the same batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+from tests.integrations.distributed_run import (
+    CASES,
+    KINDS,
+    PROCESSES,
+    RESUMED,
+    ROWS_EACH,
+    STEPS,
+    train,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc_per_node", str(PROCESSES), "-m", "tests.integrations.distributed_run", str(folder),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """With TRL's own head."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {case: train(case, folder / case, batch=PROCESSES * ROWS_EACH) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_move_the_reference_as_one_does(kind, case, alone, together):
+    mine, theirs = together[kind, case], alone[case]
+    assert len(mine["losses"]) == STEPS
+    assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    assert len({round(loss, 5) for loss in mine["losses"]}) > STEPS // 2
+    assert mine["syncs"] == 3
+    assert mine["sharded"] == (kind == "fsdp2")
+    assert mine["reference"].keys() == theirs["reference"].keys()
+    for name, weight in mine["reference"].items():
+        torch.testing.assert_close(weight, theirs["reference"][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", RESUMED)
+def test_two_processes_find_their_reference_again(kind, case, together):
+    whole, resumed = together[kind, case], together[kind, case]["resumed"]
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["syncs"] == 2  # of its own: steps 4 and 6
+    for name, weight in resumed["reference"].items():
+        assert torch.equal(weight, whole["reference"][name])
+
+
+def test_what_cannot_go_on_is_one_line(together):
+    not_sharded, other_count = together["refused"]
+    assert "of the policy and" in not_sharded
+    assert "model-0-of-2.safetensors, the reference of this process of 2" in other_count
+    assert "\n" not in not_sharded + other_count
