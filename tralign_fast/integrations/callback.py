@@ -141,8 +141,8 @@ class TrustRegionCallback(TrainerCallback):
             self._reference.load(folder)
             return
         warn_once(
-            f"{folders[-1]} holds no reference: the run goes on from the reference that the trainer "
-            "was built with (to resume another run's checkpoint, name it in "
+            f"{folders[-1]} holds no reference: the run goes on from the one that the trainer was "
+            "built with (to resume another run's checkpoint, name it in "
             "args.resume_from_checkpoint)"
         )
 
