@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 pytest.importorskip("kernels")
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -47,20 +48,36 @@ def test_get_local_kernel_loads_the_package_itself():
 
 def test_the_hubs_layout_loads_too(tmp_path, monkeypatch):
     """The commands of kernels/README.md, as they are written."""
-    from kernels._rust import Build, Metadata
+    try:
+        from kernels._rust import Build, Metadata
+    except ImportError:  # kernels 0.16, which transformers wants, does not parse build.toml
+        from kernels_data import Metadata  # pyright: ignore[reportMissingImports]
 
+        Build = None
     commands = re.search(r"```sh\n(.*?)```", (KERNELS / "README.md").read_text(), re.S)
     assert commands is not None
     (tmp_path / "kernels").symlink_to(KERNELS)
     subprocess.run(["sh", "-ec", commands.group(1)], check=True, cwd=tmp_path)
     hub = tmp_path / "hub"
-    Build.open(hub)  # what kernel-builder parses
+    if Build is not None:
+        Build.open(hub)  # what kernel-builder parses
     metadata = Metadata.read_from_file(hub / "build" / "torch-cuda" / "metadata.json")
     assert (hub / "torch-ext" / metadata.name.python_name / "__init__.py").is_file()
     # a machine without a GPU takes torch-cpu or torch-universal: the same folder by that name
     (hub / "build" / "torch-cuda").rename(hub / "build" / "torch-universal")
     folder = str(hub / "build" / "torch-universal")
     assert load(hub) == ["_tralign_kernels_v1", folder, "False"]
+
+
+def test_transformers_accepts_the_pinned_kernels():
+    """Else attention and layers from the hub are an ImportError in transformers."""
+    from transformers.utils import import_utils
+
+    pins = (KERNELS.parent / "constraints.txt").read_text()
+    pinned = re.search(r"^kernels==(\S+)$", pins, re.M)
+    assert pinned is not None
+    low, high = import_utils.KERNELS_MIN_VERSION, import_utils.KERNELS_MAX_VERSION
+    assert Version(low) <= Version(pinned.group(1)) < Version(high)
 
 
 def test_the_kernels_import_themselves_by_relative_imports_only():
