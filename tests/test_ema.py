@@ -58,6 +58,33 @@ def test_stochastic_rounding_is_unbiased(dtype, alpha):
     assert (residual.abs() <= spacing * 1.001).all()
 
 
+def test_random_bits_of_different_chunks_are_uncorrelated(monkeypatch):
+    """Elements alike but for their place: the sum over all has the variance of independent ones."""
+    monkeypatch.setattr(ema, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(ema._Noise, "_DRAWN", 1 << 7)
+    n, repeats = 1 << 13, 200
+    g = torch.Generator().manual_seed(0)
+    sums = []
+    for _ in range(repeats):
+        ref, theta = torch.ones(n).bfloat16(), torch.full((n,), 1 + 2**-7).bfloat16()
+        ema_update_([ref], [theta], 0.25, rounding="stochastic", generator=g)
+        sums.append((ref.double() - 1).sum() * 2**7)  # how many were rounded up
+    sums = torch.stack(sums)
+    variance = n * 0.25 * 0.75
+    assert abs(sums.mean() - n / 4) < 5 * (variance / repeats) ** 0.5
+    assert sums.var() == pytest.approx(variance, rel=5 * (2 / repeats) ** 0.5)
+
+
+def test_subnormal_halves_are_rounded_without_bias():
+    n = 200_000
+    theta = torch.full((n,), 3 * 2**-24).half()  # three steps of the smallest size
+    ref = torch.zeros(n).half()
+    ema_update_([ref], [theta], 0.1, rounding="stochastic", generator=torch.Generator())
+    steps = ref.double() * 2**24
+    assert set(steps.unique().tolist()) == {0.0, 1.0}
+    assert abs(steps.mean() - 0.3) < 5 * (0.3 * 0.7 / n) ** 0.5
+
+
 def test_stochastic_movement_in_bf16_is_whole_where_nearest_stalls():
     """α = 0.01 from a reference one step of a typical fine-tune away."""
     g = torch.Generator().manual_seed(0)
@@ -109,6 +136,12 @@ def test_thetas_are_not_touched_and_infinities_stay():
     assert ref[0] == 1.5
     assert ref[1:].isnan().tolist() == [False, False, True]
     assert ref[1:3].isinf().all()
+    # a NaN of all ones, which a carry would make a zero
+    theta = torch.full((1000,), -1, dtype=torch.int32).view(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        ref = torch.zeros(1000, dtype=dtype)
+        ema_update_([ref], [theta], 0.5, rounding="stochastic")
+        assert ref.isnan().all()
 
 
 def test_parameters_that_require_grad_are_updated_without_a_graph():

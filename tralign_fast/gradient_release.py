@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Adafactor
 
-from tralign_fast.ema import _round_stochastically_
+from tralign_fast.ema import round_stochastically_
 
 # Names of `TrainingArguments.optim` whose update of a parameter looks at that parameter alone.
 RELEASABLE = (
@@ -188,7 +188,8 @@ class BlockAdafactor(Adafactor):
                 moved.mul_(1 - group["weight_decay"] * lr)
             moved.sub_(_scaled(g, factors, index).mul_(size))
             if weight.dtype in (torch.bfloat16, torch.float16):
-                _round_stochastically_(moved, weight.dtype, None)
+                noise = torch.empty_like(moved, dtype=torch.int32).random_(1 << 16)
+                round_stochastically_(moved, weight.dtype, noise)
                 w[index].copy_(moved)
 
 
