@@ -78,25 +78,19 @@ def small_tokenizer():
     return make_small_tokenizer()
 
 
-def make_tiny_llama(small_tokenizer):
-    """A two-layer Llama with the small tokenizer's vocabulary, weights of a fixed seed, fp32."""
+def make_tiny_llama(tokenizer, **options):
+    """A two-layer Llama with the tokenizer's vocabulary, weights of a fixed seed, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(small_tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            pad_token_id=small_tokenizer.pad_token_id,
-            eos_token_id=small_tokenizer.eos_token_id,
-            bos_token_id=small_tokenizer.bos_token_id,
-        )
-    )
+    size = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    names = ("pad_token_id", "eos_token_id", "bos_token_id")
+    tokens = {name: getattr(tokenizer, name) for name in names}
+    config = {"vocab_size": len(tokenizer), **size, **tokens, **options}
+    return LlamaForCausalLM(LlamaConfig(**config))
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Adafactor, LlamaConfig, LlamaForCausalLM
+from transformers import Adafactor
 
+from tests.conftest import make_tiny_llama
 from tests.test_trainer import make
 from tests.test_trl_parity import history
 from tralign_fast import TRConfig
@@ -20,13 +21,7 @@ PLAIN: dict[str, Any] = {"max_grad_norm": 0.0}
 
 
 def tied_llama(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return make_tiny_llama(tokenizer, tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("reference", ["resident", "snapshot"])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 
 from tests.test_trl_parity import history, kto_rows, options, pair_rows
-from tralign_fast import TRConfig, TRTrainer
+from tralign_fast import TRConfig, TRTrainer, checkpoints
+from tralign_fast.checkpoints import digest
 
 METHODS = ["dpo", "ipo", "kto"]
 SCHEDULES = {
@@ -98,6 +101,71 @@ def test_a_checkpoint_without_its_reference_or_of_another_schedule_is_refused(
     same = make(tiny_llama, small_tokenizer, tmp_path, ref_model_sync_steps=2, **extra)
     with pytest.raises(ValueError, match=r"holds no whole reference policy .*resume from another"):
         same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_other_data_is_refused_and_the_same_from_another_process_is_not(
+    tiny_llama, small_tokenizer, tmp_path
+):
+    extra = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "ref_model_sync_steps": 2}
+    rows = pair_rows(50)
+    history(make(tiny_llama, small_tokenizer, tmp_path, rows=rows, **extra))
+    checkpoint = str(tmp_path / "checkpoint-1")
+    changed = rows.to_list()
+    changed[20]["rejected"] = changed[20]["rejected"] + " red"
+    other = make(tiny_llama, small_tokenizer, tmp_path, rows=Dataset.from_list(changed), **extra)
+    with pytest.raises(ValueError, match=r"trained with reference {'data': .*the data it was"):
+        other.train(resume_from_checkpoint=checkpoint)
+    # as another process may hold it: its indices shuffled and back, of several chunks
+    halves = [rows.select(range(25, 50)), rows.select(range(25)).flatten_indices()]
+    same = concatenate_datasets(halves).select([*range(25, 50), *range(25)])
+    make(tiny_llama, small_tokenizer, tmp_path, rows=same, **extra).train(
+        resume_from_checkpoint=checkpoint
+    )
+
+
+def tokenised(count=3000):
+    ids = [[i % 7, i % 11, i % 13][: 1 + i % 3] for i in range(count)]
+    return {
+        "row": list(range(count)),
+        "prompt_ids": ids,
+        "label": [i % 2 == 0 for i in range(count)],
+    }
+
+
+def test_the_digest_of_data_is_that_of_all_its_rows(tmp_path):
+    columns = tokenised()
+    expected = digest(Dataset.from_dict(columns))
+    assert digest(Dataset.from_dict(columns).with_format("torch")) == expected
+    for name, value in (("row", 0), ("prompt_ids", [1]), ("label", None)):
+        for row in (0, 499, 500, 1234, 2999):
+            changed = copy.deepcopy(columns)
+            changed[name][row] = value if columns[name][row] != value else 7
+            assert digest(Dataset.from_dict(changed)) != expected, (name, row)
+    moved = copy.deepcopy(columns)  # the same tokens in all, cut elsewhere
+    moved["prompt_ids"][1:3] = [[1], [1, *columns["prompt_ids"][2]]]
+    assert moved["prompt_ids"][1:3] != columns["prompt_ids"][1:3]
+    assert digest(Dataset.from_dict(moved)) != expected
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "rows")
+    code = (
+        "from datasets import load_from_disk; from tralign_fast.checkpoints import digest;"
+        f"print(digest(load_from_disk({str(tmp_path / 'rows')!r})))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == expected
+    assert digest(Dataset.from_dict(columns).to_iterable_dataset()) is None
+    assert digest(Dataset.from_dict({"row": []})) is not None
+
+
+def test_the_digest_of_much_data_reads_a_part_of_it(monkeypatch):
+    monkeypatch.setattr(checkpoints, "_READ", 1000)
+    columns = tokenised()
+    expected = digest(Dataset.from_dict(columns))
+    seen = []
+    for row in range(250, 3000, 500):
+        changed = {**columns, "row": [-1 if i == row else i for i in columns["row"]]}
+        seen.append(digest(Dataset.from_dict(changed)) != expected)
+    assert seen == [True, False, False, True, False, True]  # every third block, and the last
+    assert digest(Dataset.from_dict({k: v[:-1] for k, v in columns.items()})) != expected
 
 
 def test_checkpoints_that_were_cut_short_are_passed_over(tiny_llama, small_tokenizer, tmp_path):

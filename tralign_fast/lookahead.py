@@ -1,4 +1,4 @@
-"""The batches of the coming optimizer steps in the trainer's real order, before it trains on them.
+"""What a window of steps will look at, in the trainer's real order, before it trains on it.
 
 What is left of the running epoch is taken from the trainer's own iterator and handed on to it
 later. Batches of later epochs are read from a second dataloader set to that epoch; the trainer
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -20,11 +20,45 @@ from transformers.trainer_utils import has_length
 
 
 class Lookahead:
-    """Reads ahead of `trainer`'s training loop."""
+    """Reads ahead of `trainer`'s training loop, and lets its reference score what it reads."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._ahead: deque[Any] = deque()  # fetched from the running epoch, not yet trained on
+
+    def score_window(self, epoch_iterator: Iterator[Any]) -> None:
+        """Scores the steps until the next update, and the evaluations that fall between."""
+        trainer, args = self._trainer, self._trainer.args
+        step, reference = trainer.state.global_step, trainer.reference
+        left, schedule = trainer.state.max_steps - step, reference.schedule
+        steps = left if schedule.is_frozen else min(left, schedule.every - step % schedule.every)
+        # a window of one step is swept at every step: no bar for it
+        bar = trainer.is_world_process_zero() and not args.disable_tqdm and steps > 1
+
+        def score(batches: Iterable[Any], total: int | None) -> None:
+            parts = map(trainer.parts_of, batches)
+            reference.score_window(parts, total if bar else None, merge=args.merged_batches)
+
+        reference.wrapped = trainer.model_wrapped
+        # one visit of the reference's weights for all that is scored
+        with trainer.compute_loss_context_manager(), reference.weights():
+            batches = self.steps(epoch_iterator, steps)
+            score(batches, steps * args.gradient_accumulation_steps)
+            if self._evaluates_between(step, step + steps):
+                held_out = trainer.eval_dataset
+                for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
+                    loader = trainer.get_eval_dataloader(dataset)
+                    score(loader, len(loader) if has_length(loader) else None)
+
+    def _evaluates_between(self, first: int, last: int) -> bool:
+        """Whether held-out batches are looked at after step `first` and up to `last`."""
+        trainer = self._trainer
+        if trainer.eval_dataset is None:
+            return False
+        if last == trainer.state.max_steps or trainer.args.eval_strategy == "epoch":
+            return True
+        every = trainer.state.eval_steps if trainer.args.eval_strategy == "steps" else 0
+        return bool(every) and last // every > first // every
 
     def take(self, epoch_iterator: Iterator[Any], count: int) -> list[Any]:
         """The next `count` batches of the running epoch (fewer at its end)."""

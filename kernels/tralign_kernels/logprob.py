@@ -167,29 +167,16 @@ def logprob_forward_(
     gives NaN. A logit of -inf is a masked column; NaN or +inf make the row's log-prob NaN. (A
     softcap makes ±inf finite.) Traffic: the logits are read once.
     """
-    N, W = _check_tile(logits, targets, logsumexp)
-    check_vector(target_logit, N, torch.float32)
+    N, _ = _check_tile(logits, targets, logsumexp, target_logit)
     assert logsumexp.is_contiguous(), logsumexp.stride()
     assert target_logit.is_contiguous(), target_logit.stride()
-    if N == 0 or W == 0:
-        return
-    launch = FORWARD_LAUNCH[backend()]
     # One program per row: the sum needs no second pass nor atomics, and the thousands of rows of a
     # training step fill a GPU (132 SMs on an H100).
-    with device_of(logits):
-        _logprob_forward_kernel[(N,)](
-            logits,
-            targets.contiguous(),
-            logsumexp,
-            target_logit,
-            start,
-            W,
-            logits.stride(0),
-            *fold(logit_scale, softcap, inverse_temperature),
-            SOFTCAP=softcap is not None,
-            BLOCK=launch.block,
-            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-        )
+    _launch(
+        _logprob_forward_kernel, N, FORWARD_LAUNCH[backend()],
+        (logits, targets, logsumexp, target_logit), start,
+        logit_scale, softcap, inverse_temperature,
+    )  # fmt: skip
 
 
 def logprob_backward_(
@@ -214,28 +201,46 @@ def logprob_backward_(
     softcap. fp32 inside, rounded once. A target outside the tile has no onehot there. Traffic: the
     logits are read and written once.
     """
-    N, W = _check_tile(logits, targets, logsumexp)
-    check_vector(grad, N, torch.float32)
-    if N == 0 or W == 0:
-        return
+    N, W = _check_tile(logits, targets, logsumexp, grad)
     launch = BACKWARD_LAUNCH[backend()]
     # A program per row and block of columns, because nothing is reduced: a few hundred rows fill a
     # GPU too. One axis of the grid, because the others end at 65,535 on NVIDIA.
     programs = N * triton.cdiv(W, launch.block)
     assert programs < 2**31, (N, W)
+    _launch(
+        _logprob_backward_kernel, programs, launch,
+        (logits, targets, logsumexp.contiguous(), grad.contiguous()),  # a sum's is expanded
+        start, logit_scale, softcap, inverse_temperature,
+    )  # fmt: skip
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    launch: Launch,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # logits, targets, logsumexp, a vector
+    start: int,
+    logit_scale: float,
+    softcap: float | None,
+    inverse_temperature: float,
+) -> None:
+    """Either kernel: they take the same arguments."""
+    logits, targets, logsumexp, vector = tensors
+    if logits.numel() == 0:
+        return
     with device_of(logits):
-        _logprob_backward_kernel[(programs,)](
+        kernel[(programs,)](
             logits,
             targets.contiguous(),
-            logsumexp.contiguous(),
-            grad.contiguous(),  # that of a sum is expanded: stride 0
+            logsumexp,
+            vector,
             start,
-            W,
+            logits.shape[1],
             logits.stride(0),
             *fold(logit_scale, softcap, inverse_temperature),
             SOFTCAP=softcap is not None,
             BLOCK=launch.block,
-            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+            num_warps=launch.num_warps,
         )
 
 
@@ -248,12 +253,15 @@ def fold(
     return float(logit_scale / softcap), float(softcap * inverse_temperature)
 
 
-def _check_tile(logits: Tensor, targets: Tensor, logsumexp: Tensor) -> tuple[int, int]:
+def _check_tile(
+    logits: Tensor, targets: Tensor, logsumexp: Tensor, vector: Tensor
+) -> tuple[int, int]:
     N, W = logits.shape
     assert logits.dtype in DTYPES, logits.dtype
     assert W <= 1 or logits.stride(1) == 1, logits.stride()
     check_vector(targets, N, torch.int64)
     check_vector(logsumexp, N, torch.float32)
+    check_vector(vector, N, torch.float32)
     return N, W
 
 

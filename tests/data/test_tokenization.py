@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from datasets.utils import logging as datasets_logging
 
+from tests.conftest import make_tiny_llama
 from tralign_fast.data import tokenize_pairs, tokenize_unpaired
 
 PAIR_COLUMNS = ["row", "prompt_ids", "chosen_ids", "rejected_ids"]
@@ -149,17 +150,7 @@ def variant(tokenizer, kind):
 
 @pytest.fixture(scope="module")
 def tiny_model(tokenizer):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    )
+    return make_tiny_llama(tokenizer, hidden_size=16, num_hidden_layers=1)
 
 
 @pytest.fixture

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,20 +13,20 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests.conftest import make_tiny_llama
-from tests.reference.test_windows import STEPS, two_epochs
+from tests.reference.test_windows import STEPS, check_a_killed_run, two_epochs
 from tests.test_trainer import make
 from tests.test_trl_parity import history, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer, TrustRegion
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.ema import ema_update_
 from tralign_fast.modeling import prepare_model, sequence_logps
+from tralign_fast.reference import places as reference_places
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.offloaded import OffloadedReference
 
 peft = pytest.importorskip("peft")
 LoraLayer = pytest.importorskip("peft.tuners.lora").LoraLayer
-ROOT = Path(__file__).parents[2]
 SCHEDULES = {
     "hard": {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3},
     "soft": {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 1},
@@ -88,12 +85,11 @@ class MergedReference(ReferencePolicy):
 
 @pytest.fixture
 def with_merged(monkeypatch):
-    def build(self, place, start):
-        return MergedReference(self.model, self.args.trust_region)
+    everywhere = dict.fromkeys(reference_places.REFERENCES, f"{__name__}:MergedReference")
 
     def make_merged(*args, **extra):
         with monkeypatch.context() as patch:
-            patch.setattr(TRTrainer, "_build_reference", build)
+            patch.setattr(reference_places, "REFERENCES", everywhere)
             return make(*args, **extra)
 
     return make_merged
@@ -153,26 +149,11 @@ def two_adapters(model):
     return policy
 
 
-def on_a_frozen_adapter(model):
-    policy = two_adapters(model)
+def switched(policy, part, trained):
+    """Trains or freezes the parameters with `part` in their name."""
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_("second" in name)
-    return policy
-
-
-def with_free_norms(model):
-    policy = lora(model)
-    for name, parameter in policy.named_parameters():
-        if "layernorm" in name:
-            parameter.requires_grad_(True)
-    return policy
-
-
-def with_frozen_down(model):
-    policy = lora(model)
-    for name, parameter in policy.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
+        if part in name:
+            parameter.requires_grad_(trained)
     return policy
 
 
@@ -184,10 +165,10 @@ KINDS = {
     "lora_bias": lambda m: lora(biased(m), lora_bias=True, target_modules=["q_proj", "v_proj"]),
     "head and embeddings": lambda m: lora(m, modules_to_save=["lm_head", "embed_tokens"]),
     "tokens": lambda m: lora(m, trainable_token_indices=[5, 8, 14]),
-    "norms": with_free_norms,
+    "norms": lambda m: switched(lora(m), "layernorm", True),
     "two adapters": two_adapters,
-    "on a frozen adapter": on_a_frozen_adapter,
-    "one factor": with_frozen_down,
+    "on a frozen adapter": lambda m: switched(two_adapters(m), ".default.", False),
+    "one factor": lambda m: switched(lora(m), "lora_A", False),
     "no PeftModel": lambda m: lora(m).get_base_model(),
 }
 
@@ -437,44 +418,8 @@ def test_resume(tiny_llama, small_tokenizer, tmp_path):
         other.train(resume_from_checkpoint=str(folder))
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from transformers import TrainerCallback
-from tests.conftest import make_small_tokenizer, make_tiny_llama
-from tests.reference.test_adapter import SCHEDULES, lora
-from tests.conftest import make_tiny_llama
-from tests.reference.test_windows import two_epochs
-from tests.test_trainer import make
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-tokenizer = make_small_tokenizer()
-rows, extra = two_epochs("dpo", 1)
-extra |= {{"save_strategy": "steps", "save_steps": 2, "reference": "adapter"}}
-extra |= SCHEDULES["hybrid"]
-trainer = make(lora(make_tiny_llama(tokenizer)), tokenizer, {folder!r}, rows=rows, **extra)
-trainer.add_callback(Kill())
-trainer.train()
-"""
-
-
-def test_a_killed_run_resumes_to_the_same_losses(tiny_llama, small_tokenizer, tmp_path):
-    code = KILLED.format(root=str(ROOT), folder=str(tmp_path / "run"))
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    rows, extra = two_epochs("dpo", 1)
-    extra |= {"save_strategy": "steps", "save_steps": 2, "reference": "adapter"}
-    extra |= SCHEDULES["hybrid"]
-    policy = lora(tiny_llama)
-    again = make(policy, small_tokenizer, tmp_path / "run", rows=rows, **extra)
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    resumed = [log["loss"] for log in again.state.log_history if "loss" in log]
-    whole = make(policy, small_tokenizer, tmp_path / "whole", rows=rows, **extra)
-    assert resumed == pytest.approx(history(whole), rel=1e-6)
+def test_a_killed_run_resumes_to_the_same_losses(small_tokenizer, tmp_path):
+    check_a_killed_run(lora, small_tokenizer, tmp_path, reference="adapter", **SCHEDULES["hybrid"])
 
 
 # --- a quantised base -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import make_tiny_llama
 from tests.test_trainer import make
 from tests.test_trl_parity import history, kto_rows, pair_rows
 
@@ -139,11 +140,13 @@ def test_batches_that_no_window_saw_are_refused(tiny_llama, small_tokenizer, tmp
 
 
 KILLED = """
-import os, signal, sys, torch
+import os, signal, sys
 sys.path.insert(0, {root!r})
 from transformers import TrainerCallback
 from tests.conftest import make_small_tokenizer, make_tiny_llama
-from tests.reference.test_windows import WINDOWED, two_epochs
+from {module} import {policy}
+from tests.reference.test_windows import two_epochs
+from tests.conftest import make_tiny_llama
 from tests.test_trainer import make
 
 class Kill(TrainerCallback):
@@ -153,26 +156,43 @@ class Kill(TrainerCallback):
 
 tokenizer = make_small_tokenizer()
 rows, extra = two_epochs("dpo", 1)
-extra |= {{"save_strategy": "steps", "save_steps": 2, "reference": {place!r}}}
-extra |= WINDOWED[{place!r}]
-trainer = make(make_tiny_llama(tokenizer), tokenizer, {folder!r}, rows=rows, **extra)
+policy = {policy}(make_tiny_llama(tokenizer))
+trainer = make(policy, tokenizer, {folder!r}, rows=rows, **{{**extra, **{options!r}}})
 trainer.add_callback(Kill())
 trainer.train()
 """
 
 
-def test_a_killed_run_resumes_to_the_same_losses(tiny_llama, small_tokenizer, tmp_path):
-    place = "offloaded"
-    code = KILLED.format(root=str(ROOT), place=place, folder=str(tmp_path / "run"))
+def check_a_killed_run(policy, tokenizer, folder, **options):
+    """A process that is killed after step 6 resumes from step 4 to the losses of a whole run.
+
+    Args:
+        policy: function of a tiny Llama, which the process imports by its name.
+    """
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    code = KILLED.format(
+        root=str(ROOT), module=policy.__module__, policy=policy.__name__,
+        folder=str(folder / "run"), options=options,
+    )  # fmt: skip
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     rows, extra = two_epochs("dpo", 1)
-    extra |= {"save_strategy": "steps", "save_steps": 2, "reference": place, **WINDOWED[place]}
-    again = make(tiny_llama, small_tokenizer, tmp_path / "run", rows=rows, **extra)
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    extra |= options
+    model = policy(make_tiny_llama(tokenizer))
+    again = make(model, tokenizer, folder / "run", rows=rows, **extra)
+    again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
     resumed = [log["loss"] for log in again.state.log_history if "loss" in log]
-    whole = make(tiny_llama, small_tokenizer, tmp_path / "whole", rows=rows, **extra)
+    whole = make(model, tokenizer, folder / "whole", rows=rows, **extra)
     assert resumed == pytest.approx(history(whole), rel=1e-6)
+
+
+def itself(model):
+    return model
+
+
+def test_a_killed_run_resumes_to_the_same_losses(small_tokenizer, tmp_path):
+    options = {"reference": "offloaded", **WINDOWED["offloaded"]}
+    check_a_killed_run(itself, small_tokenizer, tmp_path, **options)
 
 
 def test_no_second_set_of_weights(tiny_llama, small_tokenizer, tmp_path):

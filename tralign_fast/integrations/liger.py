@@ -94,7 +94,60 @@ LOSS_TYPES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class FusedLinearDPOLoss(nn.Module):
+class _FusedLinearLoss(nn.Module):
+    """The options that both losses have, and the log-probs that both start from."""
+
+    def __init__(
+        self,
+        ignore_index: int,
+        beta: float,
+        compiled: bool,
+        use_ref_model: bool,
+        average_log_prob: bool,
+        chunk_size: int,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.average_log_prob = average_log_prob
+        self.chunk_size = chunk_size
+
+    def _logps(
+        self,
+        hidden: Tensor,  # (S, T, H)
+        weight: Tensor,  # (V, H)
+        target: Tensor,  # (S, T)
+        bias: Tensor | None,  # (V,)
+    ) -> Tensor:
+        """(S,) float32 summed log-probs of the scored positions."""
+        if hidden.dim() != 3 or target.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"expected hidden states (S, T, H) and targets (S, T), got {tuple(hidden.shape)} "
+                f"and {tuple(target.shape)}"
+            )
+        scored = target != self.ignore_index
+        logps = linear_logprobs(hidden[scored], weight, target[scored], bias=bias)
+        return logps.new_zeros(target.shape).masked_scatter(scored, logps).sum(1)
+
+    @torch.no_grad()
+    def _ref_logps(
+        self,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        target: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """As `_logps`; zeros without a reference."""
+        if not self.use_ref_model:
+            return torch.zeros(len(target), device=target.device)
+        if hidden is None or weight is None:
+            raise ValueError("use_ref_model=True needs ref_input and ref_weight")
+        return self._logps(hidden, weight, target, bias)
+
+
+class FusedLinearDPOLoss(_FusedLinearLoss):
     """`LigerFusedLinearDPOLoss` of Liger 0.8: same options, arguments and return values, and IPO.
 
     Log-probs come from `linear_logprobs`: only positions that are scored pass the head, and the
@@ -129,7 +182,7 @@ class FusedLinearDPOLoss(nn.Module):
         label_smoothing: float = 0.0,
         discopop_tau: float = 0.05,
     ) -> None:
-        super().__init__()
+        super().__init__(ignore_index, beta, compiled, use_ref_model, average_log_prob, chunk_size)
         if loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}"
@@ -141,14 +194,8 @@ class FusedLinearDPOLoss(nn.Module):
             )
         if loss_type == "robust" and not 0.0 <= label_smoothing < 0.5:
             raise ValueError(f"robust needs label_smoothing in [0, 0.5), got {label_smoothing}")
-        self.ignore_index = ignore_index
-        self.beta = beta
         self.alpha = alpha
         self.compute_nll_loss = compute_nll_loss
-        self.compiled = compiled
-        self.use_ref_model = use_ref_model
-        self.average_log_prob = average_log_prob
-        self.chunk_size = chunk_size
         self.loss_type = loss_type
         self.label_smoothing = label_smoothing
         self.discopop_tau = discopop_tau
@@ -171,10 +218,8 @@ class FusedLinearDPOLoss(nn.Module):
             raise ValueError(
                 f"expected the chosen and then as many rejected, got {target.shape[0]} sequences"
             )
-        sums = _sequence_logps(_input, lin_weight, target, bias, self.ignore_index)
-        ref_sums = torch.zeros_like(sums)
-        if self.use_ref_model:
-            ref_sums = _reference_logps(ref_input, ref_weight, target, ref_bias, self.ignore_index)
+        sums = self._logps(_input, lin_weight, target, bias)
+        ref_sums = self._ref_logps(ref_input, ref_weight, target, ref_bias)
         lengths = (target != self.ignore_index).sum(1)
         logps = sums / lengths if self.average_log_prob else sums
         ratios = sums - ref_sums
@@ -197,7 +242,7 @@ class FusedLinearDPOLoss(nn.Module):
         )
 
 
-class FusedLinearKTOLoss(nn.Module):
+class FusedLinearKTOLoss(_FusedLinearLoss):
     """`LigerFusedLinearKTOLoss` of Liger 0.8: same options, arguments and return values.
 
     Args:
@@ -217,13 +262,7 @@ class FusedLinearKTOLoss(nn.Module):
         average_log_prob: bool = False,
         chunk_size: int = 1,
     ) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-        self.beta = beta
-        self.compiled = compiled
-        self.use_ref_model = use_ref_model
-        self.average_log_prob = average_log_prob
-        self.chunk_size = chunk_size
+        super().__init__(ignore_index, beta, compiled, use_ref_model, average_log_prob, chunk_size)
 
     def forward(
         self,
@@ -249,10 +288,8 @@ class FusedLinearKTOLoss(nn.Module):
         if kl is not None and kl.numel() != 1:
             raise ValueError(f"kl: expected one number, the mean over sequences, got {kl.numel()}")
         desirable = preference_labels.bool()
-        logps = _sequence_logps(_input, lin_weight, target, bias, self.ignore_index)
-        ref_logps = torch.zeros_like(logps)
-        if self.use_ref_model:
-            ref_logps = _reference_logps(ref_input, ref_weight, target, ref_bias, self.ignore_index)
+        logps = self._logps(_input, lin_weight, target, bias)
+        ref_logps = self._ref_logps(ref_input, ref_weight, target, ref_bias)
         if self.average_log_prob:
             lengths = (target != self.ignore_index).sum(1)
             logps, ref_logps = logps / lengths, ref_logps / lengths
@@ -267,40 +304,6 @@ class FusedLinearKTOLoss(nn.Module):
             for label in (desirable, ~desirable)
         ]
         return loss, tuple(sums)
-
-
-# --- pieces ---------------------------------------------------------------------------------------
-
-
-def _sequence_logps(
-    hidden: Tensor,  # (S, T, H)
-    weight: Tensor,  # (V, H)
-    target: Tensor,  # (S, T)
-    bias: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    """(S,) float32 summed log-probs of the scored positions."""
-    if hidden.dim() != 3 or target.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"expected hidden states (S, T, H) and targets (S, T), got {tuple(hidden.shape)} and "
-            f"{tuple(target.shape)}"
-        )
-    scored = target != ignore_index
-    logps = linear_logprobs(hidden[scored], weight, target[scored], bias=bias)
-    return logps.new_zeros(target.shape).masked_scatter(scored, logps).sum(1)
-
-
-@torch.no_grad()
-def _reference_logps(
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    if hidden is None or weight is None:
-        raise ValueError("use_ref_model=True needs ref_input and ref_weight")
-    return _sequence_logps(hidden, weight, target, bias, ignore_index)
 
 
 @torch.no_grad()

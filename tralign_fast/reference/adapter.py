@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.sharding import process_index
@@ -73,6 +74,11 @@ class AdapterReference(OffloadedReference):
         }
         self._weights = [1.0]  # w_k, newest first
         super().__init__(policy, schedule, rounding=rounding, seed=seed)
+
+    @classmethod
+    def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
+        rounding = {"rounding": args.ema_rounding, "seed": args.seed}
+        return cls(policy, args.trust_region, tolerance=args.adapter_tolerance, **rounding)
 
     def mixed_parameters(self) -> dict[str, Tensor]:
         factors = {id(p) for delta in self._deltas.values() for p in delta.factors}

@@ -23,8 +23,8 @@ _STATE_FILE = "reference.json"
 class ReferencePolicy(ABC):
     """A policy that follows another one by a `TrustRegion`.
 
-    To add a place where a reference can live: one file with a subclass, one entry in
-    `tralign_fast.reference.REFERENCES`.
+    To add a place where a reference can live: one file with a subclass, one entry in `REFERENCES`
+    (`places.py`).
 
     Args:
         policy: the model that is trained (unwrapped; its parameters are read at every sync).
@@ -37,6 +37,17 @@ class ReferencePolicy(ABC):
         self.policy = policy
         self.schedule = schedule
         self.run: dict[str, Any] = {}  # what else of the run a checkpoint must agree with
+
+    @classmethod
+    def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
+        """The reference of a run.
+
+        Args:
+            policy: as above.
+            start: the first reference, a model of its own; None: the policy as it is.
+            args: the run's `TRConfig`.
+        """
+        return cls(policy, args.trust_region)
 
     @abstractmethod
     def logps(self, batch: PackedBatch) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tralign_fast.ema import ema_update_, local_shard
-from tralign_fast.reference.base import load_generator, save_generator
+from tralign_fast.reference.base import ReferencePolicy, load_generator, save_generator
 from tralign_fast.reference.lora import mixed_parameters
 from tralign_fast.reference.sharding import named_parameters, shard_like
 from tralign_fast.reference.trust_region import TrustRegion
@@ -50,6 +51,11 @@ class OffloadedReference(WindowedReference):
         source = self.mixed_parameters() if start is None else named_parameters(start)
         self._host: dict[str, Tensor] = {name: _host_copy(p) for name, p in source.items()}
         self._inside = False
+
+    @classmethod
+    def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
+        rounding = {"rounding": args.ema_rounding, "seed": args.seed}
+        return cls(policy, args.trust_region, start, **rounding)
 
     def mixed_parameters(self) -> dict[str, Tensor]:
         """What moves tensor by tensor, by name."""

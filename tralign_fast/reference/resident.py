@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,12 @@ class ResidentReference(ReferencePolicy):
                 "policy (with its adapter), or freeze the reference with sync_ref_model=False"
             )
         model.requires_grad_(False)
+
+    @classmethod
+    def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
+        assert start is not None
+        rounding = {"rounding": args.ema_rounding, "seed": args.seed}
+        return cls(policy, args.trust_region, start, **rounding)
 
     @torch.no_grad()
     def logps(self, batch: PackedBatch) -> Tensor:

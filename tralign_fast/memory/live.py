@@ -1,0 +1,143 @@
+"""The counter: which storages are alive, what for, and how many bytes they are at the peak."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from tralign_fast import logprobs
+
+CATEGORIES = (
+    "parameters", "gradients", "optimizer", "reference", "activations", "logits tile",
+)  # fmt: skip
+HOST = "host"  # counted nowhere
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of tensors at the moment of the peak, by what they are for; they add up to `peak`."""
+
+    parameters: int
+    gradients: int
+    optimizer: int  # states, and temporaries of its step
+    reference: int
+    activations: int  # and everything else
+    logits_tile: int
+    peak: int
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all storages that come from an operator inside, until they are freed.
+
+    Args:
+        fake: the tensors are fake. What the program reads of their data (`.item()`, a bool mask as
+            index, `nonzero`) is answered with 1 and "all of them".
+    """
+
+    def __init__(self, *, fake: bool = False) -> None:
+        super().__init__()
+        self.fake = fake
+        self.tag_now = "activations"  # what is allocated is tagged so, until `tag` says better
+        self.weight_shapes: set[tuple[int, ...]] = set()
+        self._events: list[tuple[int, int]] = []  # (serial number, ± bytes)
+        self._tags: dict[int, str] = {}
+        self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._start = 0
+
+    def add(self, tensor: Tensor) -> int:
+        """Counts a tensor's storage, once; returns its serial number."""
+        if tensor.layout != torch.strided:  # a tied embedding's gradient on a CPU
+            self.add(tensor._indices())
+            return self.add(tensor._values())
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is not None and known[0]() is storage:
+            return known[1]
+        size, serial = storage.nbytes(), len(self._tags)
+
+        def freed(reference: weakref.ref[Any]) -> None:
+            self._events.append((serial, -size))
+            entry = self._live.get(key)
+            if entry is not None and entry[0] is reference:
+                del self._live[key]
+
+        self._live[key] = (weakref.ref(storage, freed), serial)
+        self._events.append((serial, size))
+        tag = self.tag_now
+        if tag == "logits tile" and tuple(tensor.shape) in self.weight_shapes:
+            tag = "gradients"  # of the LM head, or TRL's fp32 sum of it
+        self._tags[serial] = tag
+        return serial
+
+    def tag(self, tensors: Any, tag: str) -> None:
+        """Says what storages are for, from their beginning."""
+        for tensor in tree_iter(tensors):
+            if isinstance(tensor, Tensor):
+                self._tags[self.add(tensor)] = tag
+
+    @contextlib.contextmanager
+    def tagging(self, tag: str) -> Iterator[None]:
+        before, self.tag_now = self.tag_now, tag
+        try:
+            yield
+        finally:
+            self.tag_now = before
+
+    def start(self) -> None:
+        """The peak is looked for from here on."""
+        self._start = len(self._events)
+
+    def report(self) -> MemoryReport:
+        sums: dict[str, int] = dict.fromkeys((*CATEGORIES, HOST), 0)
+        peak, at_peak = -1, sums
+        for index, (serial, size) in enumerate(self._events):
+            sums[self._tags[serial]] += size
+            total = sum(sums.values()) - sums[HOST]
+            if index >= self._start - 1 and total > peak:
+                peak, at_peak = total, sums.copy()
+        return MemoryReport(
+            **{name.replace(" ", "_"): at_peak[name] for name in CATEGORIES}, peak=peak
+        )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        body = _BODIES.get(func)
+        if body is not None:
+            # the operator's own code, so that what it allocates inside is seen
+            with self, self.tagging("logits tile"), torch.no_grad():
+                return body(*args, **kwargs)
+        if self.fake:
+            if func in (_aten.item.default, _aten._local_scalar_dense.default):
+                return _one(args[0].dtype)
+            if func is _aten.nonzero.default:
+                func, args = _aten.new_zeros.default, (args[0], [args[0].numel(), args[0].dim()])
+                kwargs = {"dtype": torch.int64}
+            if func is _aten.index.Tensor and args[1][0].dtype == torch.bool:
+                func, args = _aten.clone.default, (args[0].flatten(0, args[1][0].dim() - 1),)
+        output = func(*args, **kwargs)
+        for tensor in tree_iter(output):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return output
+
+
+_BODIES: dict[Any, Callable[..., Any]] = {
+    torch.ops.tralign_fast.linear_logprobs.default: logprobs._linear_logprobs_op._init_fn,
+    torch.ops.tralign_fast.linear_logprobs_backward.default: (
+        logprobs._linear_logprobs_backward_op._init_fn
+    ),
+}
+
+
+def _one(dtype: torch.dtype) -> Any:
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1

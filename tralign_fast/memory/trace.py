@@ -1,0 +1,187 @@
+"""A trainer runs two steps, and the counter watches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import io
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch.optim.optimizer as torch_optimizer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from tralign_fast.memory import as_on_gpu as gpu
+from tralign_fast.memory.live import HOST, LiveTensors, MemoryReport
+from tralign_fast.memory.workload import Workload, one_word_tokenizer
+
+
+def trace(work: Workload, *, as_on_gpu: bool = True, fake: bool = True) -> MemoryReport:
+    """Two steps of `TRTrainer.train()` on fake tensors, with an update of the reference between.
+
+    The second step has all that a long run has: the optimizer's states, and a reference that was
+    updated and has scored its window.
+
+    Args:
+        work: what is trained, and how.
+        as_on_gpu: follow the code paths of a GPU; False: those of this machine's CPU.
+        fake: False runs the same on real tensors, to check the tracer.
+
+    Raises:
+        ValueError: as `TRConfig` and `TRTrainer` do.
+    """
+    from datasets import Dataset
+
+    from tralign_fast.config import TRConfig
+    from tralign_fast.trainer import TRTrainer
+
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        config = TRConfig(**work.arguments(folder))
+        rows = Dataset.from_list(work.rows())
+        with (
+            gpu.as_on_gpu() if as_on_gpu else contextlib.nullcontext(),
+            gpu.fake_tensors() if fake else contextlib.nullcontext(),
+            LiveTensors(fake=fake) as live,
+        ):
+            trainer = TRTrainer(
+                work.build(),
+                args=config,
+                train_dataset=rows,
+                processing_class=one_word_tokenizer(),
+            )
+            trainer.add_callback(_TagReference(trainer.reference, live))
+            return _count_training(live, trainer)
+
+
+def trace_trl(work: Workload) -> MemoryReport:
+    """Two steps of TRL's trainer on the same rows: padded, the reference resident, its own head.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+    config_class: Any = DPOConfig if work.paired else KTOConfig
+    base: Any = DPOTrainer if work.paired else KTOTrainer
+
+    class Traced(base):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        ours = ("reference", "gradient_release", "logits_budget_mb", "adapter_tolerance")
+        options = {k: v for k, v in work.arguments(folder).items() if k not in ours}
+        # TRL refuses a moving reference with PEFT: its reference is the base then
+        options["sync_ref_model"] = work.lora_rank is None
+        loss = options.get("loss_type", "dpo")
+        options["loss_type"] = {"dpo": "sigmoid"}.get(loss, loss)
+        rows = Dataset.from_list(work.rows())
+        with (
+            gpu.as_on_gpu(),
+            gpu.trl_as_on_gpu(),
+            gpu.fake_tensors(),
+            LiveTensors(fake=True) as live,
+        ):
+            trainer = Traced(
+                work.build(),
+                ref_model=work.build() if work.lora_rank is None else None,
+                args=config_class(**options),
+                train_dataset=rows,
+                processing_class=one_word_tokenizer(),
+            )
+            held = [p for name, p in trainer.model.named_parameters() if ".ref." in name]  # PEFT
+            held += [] if trainer.ref_model is None else trainer.ref_model.parameters()
+            return _count_training(live, trainer, held)
+
+
+def _count_training(
+    live: LiveTensors, trainer: Any, reference: Sequence[Tensor] = ()
+) -> MemoryReport:
+    model = trainer.model
+    live.tag([*model.parameters(), *model.buffers()], "parameters")
+    live.tag(reference, "reference")
+    for parameter in model.parameters():
+        live.weight_shapes.add(tuple(parameter.shape))
+        if parameter.requires_grad:  # before gradient release puts its own hook behind this one
+            parameter.register_post_accumulate_grad_hook(lambda p: live.tag(p.grad, "gradients"))
+    gc.collect()
+    live.start()
+
+    def tags(tag: str) -> Callable[..., None]:
+        return lambda *_: setattr(live, "tag_now", tag)
+
+    handles = [
+        torch_optimizer.register_optimizer_step_pre_hook(tags("optimizer")),
+        torch_optimizer.register_optimizer_step_post_hook(tags("activations")),
+    ]
+    try:
+        trainer.train()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return live.report()
+
+
+class _TagReference(TrainerCallback):
+    """Says what the reference holds, and makes it move after every step, whatever its τ."""
+
+    def __init__(self, reference: Any, live: LiveTensors) -> None:
+        self.reference, self.live = reference, live
+        schedule = reference.schedule
+        on_device = reference.name == "adapter" and schedule.every == 1
+        self.place = "reference" if on_device or reference.name == "resident" else HOST
+        if not schedule.is_frozen:
+            reference.schedule = dataclasses.replace(schedule, every=1)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        held = -1
+        # past adapters on the device pile up until their weight is negligible
+        while held < (held := self._tag()) and self.reference.name == "adapter":
+            self.reference.sync()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._tag()
+
+    def _tag(self) -> int:
+        """Bytes that the reference holds itself."""
+        shared = {id(p) for p in self.reference.policy.parameters()}
+        held = [t for t in _tensors_of(self.reference) if id(t) not in shared]
+        self.live.tag(held, self.place)
+        return sum(
+            {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values()
+        )
+
+
+def _tensors_of(owner: Any) -> Iterator[Tensor]:
+    """All tensors that an object of this package holds, in containers, models and parts of it."""
+    for value in tree_iter(list(vars(owner).values())):
+        if isinstance(value, nn.Module):
+            yield from value.parameters()
+        elif isinstance(value, Tensor):
+            yield value
+        elif type(value).__module__.startswith("tralign_fast.reference."):
+            yield from _tensors_of(value) if hasattr(value, "__dict__") else ()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """No lines of the trainers that are only traced."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
