@@ -209,9 +209,9 @@ def round_stochastically_(
 class _Noise:
     """Random bits for the chunks of one update, the same for the same seed.
 
-    torch's generator takes a CPU three times as long as all the rest of an update. So 65,536
-    numbers are drawn, and every 65,536 elements have them XORed with one new number: what any
-    three elements get is independent, which is all that the mean and the variance of a sum ask.
+    torch's generator takes a CPU 1.5 times as long as all the rest of an update. So 65,536 numbers
+    are drawn, and every 65,536 elements have them XORed with one new number: what any three
+    elements get is independent, which is all that the mean and the variance of a sum ask.
     """
 
     _DRAWN = 1 << 16
