@@ -125,7 +125,7 @@ class BlockAdafactor(Adafactor):
     that bf16 has around 0.02, and nearest rounding (transformers') would drop every single one.
     The random bits are the device's default generator's.
 
-    Memory: 192 MB beside state and gradient; transformers' holds four fp32 copies of the weight
+    Memory: 128 MB beside state and gradient; transformers' holds four fp32 copies of the weight
     (8 GiB for the LM head of Llama-3-8B). torch's Adafactor needs one copy in the weight's dtype,
     but keeps bf16 statistics for bf16 weights, and its default ε (bf16's own, 8e-3, squared) hides
     the second moments of all gradients below 8e-3.
