@@ -27,7 +27,8 @@ def as_on_gpu() -> Iterator[None]:
     """Inside, tensors on the CPU take the code paths of tensors on a GPU."""
 
     def varlen(query: Tensor, softcap: float | None, dropout: float) -> Any:
-        return None if query.dtype == torch.float32 else attention._torch_varlen
+        usable = query.dtype != torch.float32 and attention._torch_varlen_is_usable()
+        return attention._torch_varlen if usable else None
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         """Triton's operations on tiles and reference weights: in place, no allocation."""
