@@ -13,6 +13,7 @@ from datasets.utils import logging as datasets_logging
 
 from tests.conftest import make_tiny_llama
 from tralign_fast.data import tokenize_pairs, tokenize_unpaired
+from tralign_fast.smollm2 import load_smollm2_tokenizer
 
 PAIR_COLUMNS = ["row", "prompt_ids", "chosen_ids", "rejected_ids"]
 UNPAIRED_COLUMNS = ["row", "prompt_ids", "completion_ids", "label"]
@@ -139,6 +140,7 @@ def variant(tokenizer, kind):
     if kind == "bos":
         from tokenizers.processors import TemplateProcessing
 
+        other = load_smollm2_tokenizer()  # a copy may share its backend
         other.backend_tokenizer.post_processor = TemplateProcessing(
             single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
         )
