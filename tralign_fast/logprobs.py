@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from tralign_fast._backend import pick_backend
+from tralign_fast.pages import give_back
 from tralign_fast.row_blocks import row_blocks
 from tralign_fast.vocab_filter import VocabFilter
 
-# A CPU tile of 16 MB stays in the last-level cache between the product that makes it and the
-# reduction that reads it; a GPU wants its products large.
-_CPU_TILE_BYTES = 16 << 20
+# A CPU tile of 8 MB stays in the last-level cache between the product that makes it and the
+# reduction that reads it, and is what memory needs on top of the gradient's; a GPU wants its
+# products large.
+_CPU_TILE_BYTES = 8 << 20
 
 
 # --- the tile operations in PyTorch ---------------------------------------------------------------
@@ -276,6 +278,8 @@ def _linear_logprobs_backward_op(
         if not vocab_filter:
             for start, stop in tiles:
                 add_(logits_of(start, stop), targets, start, slice(start, stop))
+                if keep:
+                    give_back(kept, rows * start, rows * stop)
             return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
         chosen = VocabFilter(
