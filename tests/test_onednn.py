@@ -23,7 +23,7 @@ def amd(monkeypatch):
     monkeypatch.setattr(onednn, "is_faster", lambda: True)
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 1, 1), (891, 576, 192), (33, 64, 129)])
+@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 1, 1), (891, 576, 192), (33, 64, 1100)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
 def test_values_and_gradients_are_those_of_fp64(shape, bias, batched):
@@ -50,6 +50,16 @@ def test_values_and_gradients_are_those_of_fp64(shape, bias, batched):
         assert (ours - wanted).abs().max() <= 2**-22 * scale + 2**-22
 
 
+@pytest.mark.parametrize("width", [64, 576, 1024])
+def test_rounding_is_at_most_twice_that_of_mkl(width):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(300, width, generator=generator)
+    b = torch.randn(500, width, generator=generator)
+    exact = a.double() @ b.double().t()
+    ours, theirs = ((c - exact).square().mean() for c in (onednn.product(a, b), a @ b.t()))
+    assert ours.sqrt() <= 2 * theirs.sqrt()
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight", "both"])
 def test_what_is_frozen_gets_no_gradient(frozen):
     x = torch.randn(4, 3, requires_grad=frozen == "weight")
@@ -68,6 +78,8 @@ def test_everything_else_is_left_to_pytorch(monkeypatch):
     assert not onednn.fits(x.double(), weight.double())
     assert not onednn.fits(x.to("meta"), weight.to("meta"))
     assert not onednn.fits(x[:0], weight)  # oneDNN knows no empty product
+    long = torch.randn(2, 1025)
+    assert not onednn.fits(long, long)
     with torch.autocast("cpu", torch.bfloat16):
         assert not onednn.fits(x, weight)
         assert onednn.linear(x, weight).dtype == torch.bfloat16

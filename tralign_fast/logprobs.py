@@ -2,14 +2,10 @@
 
 Letters: N scored tokens, H hidden size, V vocabulary, W columns of one vocabulary tile.
 
-The logits are made tile by tile, (N, W) at a time, and every tile passes two tile operations:
-
-    forward    running logsumexp over the tiles, and the target's logit where its column falls
-    backward   in place, logits → gradient of the logits
-
-Both exist twice with one signature: here in PyTorch (any device) and in `tralign_kernels.logprob`
-(Triton). Everything around them, the matrix products, is shared. A Triton forward that keeps no
-logits takes one kernel for product and reduction instead (`tralign_kernels.linear_logprob`).
+The logits are made tile by tile, (N, W) at a time. The matrix products are here; what happens to a
+tile of logits is in `tralign_fast.tile_ops` (PyTorch) and `tralign_kernels.logprob` (Triton). A
+Triton forward that keeps no logits takes one kernel for product and reduction instead
+(`tralign_kernels.linear_logprob`).
 """
 
 from __future__ import annotations
@@ -22,112 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tralign_fast import onednn
 from tralign_fast._backend import pick_backend
 from tralign_fast.pages import give_back
-from tralign_fast.row_blocks import row_blocks
+from tralign_fast.tile_ops import tile_ops as _tile_ops
+from tralign_fast.tile_ops import to_scores_
 from tralign_fast.vocab_filter import VocabFilter
 
-# A CPU tile of 8 MB stays in the last-level cache between the product that makes it and the
-# reduction that reads it, and is what memory needs on top of the gradient's; a GPU wants its
-# products large.
+# A CPU tile stays in the last-level cache between the product that makes it and the reduction that
+# reads it, and memory peaks at a tile above the gradient. Products of half precision are so fast
+# that they want tiles twice as large. A GPU wants its products as large as memory allows.
 _CPU_TILE_BYTES = 8 << 20
-
-
-# --- the tile operations in PyTorch ---------------------------------------------------------------
-
-
-def _tile_forward_(
-    logits: Tensor,  # (N, W)
-    targets: Tensor,  # (N,) int64
-    start: int,
-    logsumexp: Tensor,  # (N,) float32, running
-    target_logit: Tensor,  # (N,) float32
-    *,
-    logit_scale: float,
-    softcap: float | None,
-    inverse_temperature: float,
-) -> None:
-    """Folds the tile at columns [start, start + W) into `logsumexp`; notes the targets in it."""
-    width = logits.shape[1]
-    local = targets - start
-    inside = (local >= 0) & (local < width)
-    picked = logits.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].float()
-    picked = _to_scores_(picked, logit_scale, softcap, inverse_temperature)
-    target_logit.copy_(torch.where(inside, picked, target_logit))
-    for rows, z in row_blocks(logits):
-        z = _to_scores_(z.copy_(logits[rows]), logit_scale, softcap, inverse_temperature)
-        running = logsumexp[rows]
-        running.copy_(torch.logaddexp(running, _softmax_(z)))
-
-
-def _tile_backward_(
-    logits: Tensor,  # (N, W), overwritten
-    targets: Tensor,  # (N,) int64
-    start: int,
-    logsumexp: Tensor,  # (N,) float32
-    grad: Tensor,  # (N,) float32
-    *,
-    logit_scale: float,
-    softcap: float | None,
-    inverse_temperature: float,
-) -> None:
-    """logits ← grad · d(z[target] - logsumexp)/d(logits), in place, fp32 inside."""
-    width = logits.shape[1]
-    local = targets - start
-    inside = (local >= 0) & (local < width)
-    local = local.clamp(0, width - 1)[:, None]
-    at_target = torch.where(inside, grad, 0.0)[:, None]
-    chain = logit_scale * inverse_temperature
-    for rows, z in row_blocks(logits, inplace=True):
-        part = logits[rows]
-        if z.data_ptr() != part.data_ptr():
-            z.copy_(part)
-        _to_scores_(z, logit_scale, softcap, inverse_temperature)
-        slope = None
-        if softcap is not None:
-            slope = 1 - (z / (softcap * inverse_temperature)).square_()
-        # softmax over the tile, times the tile's part of the whole: p = exp(z - logsumexp)
-        share = (_softmax_(z) - logsumexp[rows]).exp_()
-        z.mul_((-grad[rows] * share)[:, None])
-        z.scatter_add_(1, local[rows], at_target[rows])
-        if slope is not None:
-            z.mul_(slope)
-        if chain != 1.0:
-            z.mul_(chain)
-        if z.data_ptr() != part.data_ptr():
-            part.copy_(z)
-
-
-def _softmax_(z: Tensor) -> Tensor:  # (rows, W) float32
-    """z ← softmax(z, 1); returns the (rows,) logsumexp of what was there.
-
-    One fused pass instead of four, and the logsumexp of a row follows from its largest probability,
-    which is at least 1/W. On two cores twice as fast as max, subtract, exp and sum.
-    """
-    top = z.amax(1)
-    # a row of -inf has no softmax; this makes it (1, 0, 0, …), and its logsumexp -inf
-    z[:, 0] = torch.where(top == float("-inf"), 0.0, z[:, 0])
-    torch.softmax(z, 1, out=z)
-    return top - z.amax(1).log_()
-
-
-def _to_scores_(
-    z: Tensor, logit_scale: float, softcap: float | None, inverse_temperature: float
-) -> Tensor:
-    """Raw logits (fp32) to the softmax's scores: scale (Cohere, Granite), softcap (Gemma),
-    temperature; in place."""
-    if softcap is not None:
-        return z.mul_(logit_scale / softcap).tanh_().mul_(softcap * inverse_temperature)
-    chain = logit_scale * inverse_temperature
-    return z if chain == 1.0 else z.mul_(chain)
-
-
-def _tile_ops(backend: str) -> tuple[Any, Any]:
-    if backend == "triton":
-        from tralign_kernels import logprob_backward_, logprob_forward_
-
-        return logprob_forward_, logprob_backward_
-    return _tile_forward_, _tile_backward_
 
 
 # --- hidden states to log-probs, registered with torch.library ------------------------------------
@@ -166,6 +67,8 @@ def _linear_logprobs_op(
         _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, tile, transform)
         return target_logit - logsumexp, logsumexp, kept
     tile_forward_, _ = _tile_ops(backend)
+    if not keep:  # never Triton's
+        tile_forward_ = functools.partial(tile_forward_, consume=True)
     buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
     with _autocast_off(hidden.device):
         for start, stop in _tiles(vocab, tile):
@@ -284,7 +187,7 @@ def _linear_logprobs_backward_op(
 
         chosen = VocabFilter(
             vocab_filter, targets, logsumexp, vocab,
-            functools.partial(tile_forward_, **scores), functools.partial(_to_scores_, **scores),
+            functools.partial(tile_forward_, **scores), functools.partial(to_scores_, **scores),
         )  # fmt: skip
         scratch = x.new_empty(rows * min(tile, vocab))
         for start, stop in tiles:
@@ -389,10 +292,12 @@ def linear_logprobs(
     layer does; sums, log-probs and the gradient of the logits are computed in fp32.
 
     Memory: at most `logits_budget_mb` of logits. If all N·V fit and a gradient is wanted, they are
-    kept and the backward overwrites them: three matrix products in all. Else they are recomputed
-    tile by tile: four. Without a gradient, and where they will be recomputed, the Triton backend
-    makes none: its forward is one kernel, in which they exist in registers alone. No fp32 buffer of
-    (V, H); the gradient of a frozen tensor is not computed.
+    kept and the backward overwrites them: three matrix products in all. On a CPU the backward gives
+    their memory back as it goes (`tralign_fast.pages`): the peak is the larger of logits and weight
+    gradient, and a tile. Else they are recomputed tile by tile: four products. Without a gradient,
+    and where they will be recomputed, the Triton backend makes none: its forward is one kernel, in
+    which they exist in registers alone. No fp32 buffer of (V, H); the gradient of a frozen tensor
+    is not computed.
 
     `vocab_filter=ε` leaves out of the backward every column of the vocabulary that no token gives a
     probability of ε, targets apart, and puts their mass back in a correction of rank one (module
@@ -438,7 +343,9 @@ def linear_logprobs(
     budget = int(logits_budget_mb * 2**20)
     row_bytes = max(1, rows) * compute_dtype.itemsize
     keep = wants_grad and 0 < rows * vocab * compute_dtype.itemsize <= budget
-    tile_bytes = min(budget, _CPU_TILE_BYTES) if device.type == "cpu" else budget
+    tile_bytes = budget
+    if device.type == "cpu":
+        tile_bytes = min(budget, _CPU_TILE_BYTES * (2 if compute_dtype.itemsize == 2 else 1))
     # at least 256 columns: thinner products waste the hardware however small the budget
     tile = min(vocab, max(256, tile_bytes // row_bytes))
     logps, _, _ = _linear_logprobs_op(
@@ -585,7 +492,9 @@ def _tile_view(buffer: Tensor, rows: int, start: int, stop: int, keep: bool) -> 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     weight = weight.to(x.dtype)
-    if bias is None:
+    if onednn.fits(x, weight, bias):
+        out.copy_(onednn.product(x, weight, bias))
+    elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)

@@ -15,10 +15,10 @@ _DEVICE_ELEMENTS = 1 << 26
 
 
 def row_blocks(logits: Tensor, *, inplace: bool = False) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of (N, W) and a buffer (rows, W) fp32 for them, one memory for all blocks.
+    """Rows of (N, W) and a copy of them in fp32, (rows, W); all blocks share one memory.
 
     A buffer that is allocated anew for each block costs more than what is computed in it: its pages
-    go back to the system and are mapped again. With `inplace`, fp32 logits are their own buffer.
+    go back to the system and are mapped again. With `inplace`, fp32 logits are their own "copy".
     """
     rows, width = logits.shape
     step = max(1, _ELEMENTS.get(logits.device.type, _DEVICE_ELEMENTS) // max(1, width))
@@ -26,4 +26,4 @@ def row_blocks(logits: Tensor, *, inplace: bool = False) -> Iterator[tuple[slice
     buffer = logits if own else logits.new_empty(min(step, rows), width, dtype=torch.float32)
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
-        yield block, buffer[block] if own else buffer[: block.stop - start]
+        yield block, logits[block] if own else buffer[: block.stop - start].copy_(logits[block])

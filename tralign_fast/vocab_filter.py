@@ -87,7 +87,7 @@ class VocabFilter:
         columns = slice(start, start + logits.shape[1])
         peak = self.peak[columns]
         for rows, z in row_blocks(logits):
-            log_p = self._to_scores_(z.copy_(logits[rows])).sub_(self.logsumexp[rows, None])
+            log_p = self._to_scores_(z).sub_(self.logsumexp[rows, None])
             torch.maximum(peak, log_p.amax(0), out=peak)
         self.stays[columns] |= ~(peak < math.log(self.epsilon))  # so written, a column of NaN stays
 

@@ -22,7 +22,7 @@ IDS = torch.arange(3, 40)[None]
 def logps(model, moved=False):
     """Log-probs of a sequence's tokens under the policy or, moved, under its reference."""
     which = model.disable_adapter() if moved else contextlib.nullcontext()
-    model.train()  # in eval mode bitsandbytes may repack the base for another kernel; no dropout here
+    model.train()  # in eval mode bitsandbytes may repack the base; no dropout here
     with torch.no_grad(), which:
         logits = model(IDS).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, IDS[0, 1:, None])

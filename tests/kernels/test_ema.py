@@ -29,7 +29,7 @@ def _fma_kernel(x_ptr, out_ptr):
 
 @pytest.fixture
 def single_rounding(device) -> None:
-    """Skips where Triton's interpreter rounds an fma twice (3.6 does, 3.9 does not; no GPU does)."""
+    """Skips where Triton's interpreter rounds an fma twice (3.6 does, 3.9 does not)."""
     x, out = torch.tensor([1 + 2**-12], device=device), torch.zeros(1, device=device)
     _fma_kernel[(1,)](x, out)
     if out.item() == 2**-11:  # 2⁻²⁴ is lost when x·x is rounded

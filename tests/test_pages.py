@@ -1,0 +1,79 @@
+"""Memory given back before its tensor dies: it is gone, and nothing else is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_logprobs import make, run
+from tralign_fast import linear_logprobs, logprobs, pages
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is given back")
+
+
+def resident_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 2**10
+
+
+def test_consumed_elements_leave_memory_and_the_others_stay():
+    buffer = torch.ones(16 << 20)  # 64 MiB
+    before = resident_mb()
+    step = 3 << 20  # no multiple of anything but bytes
+    for start in range(0, 4 * step, step):
+        pages.give_back(buffer, start + 7, start + step + 7)
+        assert bool((buffer[start + step + 7 :] == 1).all())
+    assert before - resident_mb() == pytest.approx(48, abs=4)
+
+
+def test_small_tensors_views_and_fake_ones_are_left_alone():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    small = torch.ones(1 << 20)
+    pages.give_back(small, 0, small.numel())
+    assert bool((small == 1).all())
+    with FakeTensorMode():
+        fake = torch.empty(16 << 20)
+    pages.give_back(fake, 0, fake.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_logits_that_stay(dtype, monkeypatch):
+    """Kept logits of 40 MiB in tiles that end inside pages, given back and not."""
+    hidden, weight, targets, grad = make(101, 8, (40 << 20) // (101 * dtype.itemsize), dtype)
+    monkeypatch.setattr(logprobs, "_CPU_TILE_BYTES", 3_000_000)
+    given = []
+
+    def counting(buffer, start, stop):
+        given.append(stop - start)
+        pages.give_back(buffer, start, stop)
+
+    monkeypatch.setattr(logprobs, "give_back", counting)
+    ours = run(linear_logprobs, (hidden, weight), targets, grad)
+    assert sum(given) == 101 * weight.shape[0]
+    assert len(given) > 5
+    monkeypatch.setattr(logprobs, "give_back", lambda *_: None)
+    stays = run(linear_logprobs, (hidden, weight), targets, grad)
+    for a, b in zip(ours, stays, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_logits_and_gradient_share_their_time_in_memory():
+    """Resident memory while the weight's gradient is written: one of both, not the sum."""
+    hidden, weight, targets, grad = make(256, 256, 65536, torch.float32)  # 64 MiB each
+    peak = 0.0
+    original = logprobs._product_into_
+
+    def watched(*arguments):
+        nonlocal peak
+        original(*arguments)
+        peak = max(peak, resident_mb())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "_product_into_", watched)
+        before = resident_mb()
+        run(linear_logprobs, (hidden, weight), targets, grad)
+    assert 64 <= peak - before < 64 + 40  # with both it is 128 and a tile
