@@ -94,9 +94,7 @@ def check_mean(draws: Tensor, exact: Tensor) -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize(("ref_dtype", "dtype"), PAIRS)
-def test_nearest_equals_lerp_bit_for_bit(
-    device, single_rounding, ref_dtype, dtype, alpha
-) -> None:
+def test_nearest_equals_lerp_bit_for_bit(device, single_rounding, ref_dtype, dtype, alpha) -> None:
     """torch.lerp on the CPU, whose vectorised code multiplies and adds in one rounding as well."""
     refs = [randn(size, ref_dtype, device, seed) for seed, size in enumerate(SIZES)]
     thetas = [randn(size, dtype, device, 100 + seed) for seed, size in enumerate(SIZES)]
@@ -120,9 +118,7 @@ def test_nearest_against_fp64(device, ref_dtype, dtype) -> None:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_one_call_moves_hundreds_of_tensors(
-    device, single_rounding, rounding, monkeypatch
-) -> None:
+def test_one_call_moves_hundreds_of_tensors(device, single_rounding, rounding, monkeypatch) -> None:
     """Mixed sizes, dtypes and alignments; one launch for what may share one."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(0, 700, (300,), generator=generator).tolist()
