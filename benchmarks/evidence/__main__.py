@@ -44,6 +44,7 @@ def sentiment(options: argparse.Namespace) -> None:
     from benchmarks.evidence.arms import FULL, QUICK, full_arms, quick_arms
     from benchmarks.evidence.sentiment import records, run
     from benchmarks.evidence.sentiment_figure import plot, samples_page
+    from benchmarks.evidence.sentiment_tables import last_step
 
     settings = QUICK if options.quick else FULL
     chosen = quick_arms(options.seeds or 1) if options.quick else full_arms(options.seeds or 2)
@@ -63,6 +64,7 @@ def sentiment(options: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     results = run(chosen, settings, options.cache, on_result=write)
+    print(last_step(results))
     print(f"{len(results)} arms in {time.perf_counter() - started:.0f} s")
 
 

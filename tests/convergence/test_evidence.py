@@ -9,7 +9,16 @@ import math
 import pytest
 import torch
 
-from benchmarks.evidence import arms, measure, sentiment, sentiment_figure, toy, toy_figure, tree
+from benchmarks.evidence import (
+    arms,
+    measure,
+    sentiment,
+    sentiment_figure,
+    sentiment_tables,
+    toy,
+    toy_figure,
+    tree,
+)
 from benchmarks.evidence.__main__ import main
 from tests.conftest import make_tiny_llama, words
 
@@ -229,6 +238,24 @@ def test_arms_resume_one_by_one_to_the_same_results(tiny_material, tmp_path):
     page = sentiment_figure.samples_page(results, prompts=2)
     assert page.count("- before: ") == 2
     assert page.count("KTO hard, β = 0.1, step 4") == 2
+
+
+def test_arms_are_compared_at_a_distance_that_all_of_them_reached():
+    def curve(*points):
+        names = ("kl_initial", "gold_reward", "gold_reward_ci", "logps_chosen", "logps_rejected")
+        return {"points": [dict(zip(names, p, strict=True), distinct_2=0.5) for p in points]}
+
+    start = (0.0, 0.2, 0.1, -10.0, -11.0)
+    results = {
+        arms.Arm("dpo", "frozen", 0.1, 0): curve(start, (4.0, 0.6, 0.1, -12.0, -16.0)),
+        arms.Arm("dpo", "hard", 0.1, 0): curve(start, (8.0, 0.4, 0.3, -14.0, -20.0)),
+        arms.Arm("kto", "hard", 0.1, 0): curve(start, (2.0, 0.3, 0.1, -10.0, -11.0)),
+    }
+    lines = sentiment_tables.last_step(results).splitlines()[2:]
+    frozen, hard, other = (" ".join(line.split()) for line in lines)
+    assert frozen == "dpo frozen β=0.1 4.0 0.60 ± 0.10 0.60 0.60 0.60 -2.0 -5.0 0.50"
+    assert hard == "dpo hard β=0.1 8.0 0.40 ± 0.30 0.40 0.30 0.30 -4.0 -9.0 0.50"
+    assert other.startswith("kto hard β=0.1 2.0 0.30 ± 0.10 0.30 0.30")  # a distance of its own
 
 
 def test_measuring_leaves_the_run_alone(tiny_material, tmp_path, monkeypatch):
