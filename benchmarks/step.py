@@ -1,7 +1,7 @@
 """Seconds and memory of one optimizer step: TRL's DPOTrainer beside our TRTrainer, on a CPU.
 
     python -m benchmarks.step [--distribution chat|summarisation|long|all] [--steps N] [--pairs 2]
-                              [--ablations | --references] [--dtype fp32]
+                              [--ablations | --references | --drop_in] [--dtype fp32]
                               [--output_dir benchmarks/results]
 
 Both run TR-DPO with a resident reference that moves every two steps, on the same rows in the same
@@ -55,12 +55,10 @@ from benchmarks.common import (
     write_csv,
 )
 from benchmarks.step_arm import (
-    ABLATIONS,
     ARMS,
+    COMPARISONS,
     DISTRIBUTIONS,
-    MAIN_ARMS,
     MODELS,
-    REFERENCE_ARMS,
     SYNC_EVERY,
     TORCH_DTYPES,
     Job,
@@ -297,9 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if the arms disagree, and writes nothing of that distribution."""
     options = _parser().parse_args(arguments)
     names = list(DISTRIBUTIONS) if options.distribution == "all" else [options.distribution]
-    arms = ABLATIONS if options.ablations else MAIN_ARMS
-    arms = REFERENCE_ARMS if options.references else arms
-    file = "step_references" if options.references else "step"
+    arms = COMPARISONS[options.comparison]
     system, records = environment(), []
     folder = Path(options.output_dir)
     from tqdm import tqdm  # not above: an arm switches it off before it imports it
@@ -318,8 +314,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: not a comparison, nothing is reported: {error}", file=sys.stderr)
                 return 1
             records += [{**record, **system} for record in make_records(jobs, runs)]
-            write_csv(folder / f"{file}.csv", records)  # after each: a long run may be cut short
-            plot(folder / f"{file}.png", records)
+            write_csv(
+                folder / f"{options.comparison}.csv", records
+            )  # after each: a long run may be cut short
+            plot(folder / f"{options.comparison}.png", records)
     print(table(records))
     loss, norm = (max(r[f"max_rel_{key}_diff"] for r in records) for key in ("loss", "grad_norm"))
     print(
@@ -341,16 +339,21 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=10, help="timed steps; one more is the warm-up"
     )
     parser.add_argument("--pairs", type=_positive, default=2, help="pairs in a batch")
+    parser.set_defaults(comparison="step")
     extra = parser.add_mutually_exclusive_group()
-    extra.add_argument("--ablations", action="store_true", help="also arms with one part off")
-    extra.add_argument(
-        "--references", action="store_true", help="the places of the reference, hard updates"
-    )
+    for name, text in (
+        ("ablations", "what every part gives: arms without it"),
+        ("references", "the places of the reference, hard updates"),
+        ("drop_in", "TRL's trainer without and with use_fast_logprobs"),
+    ):
+        extra.add_argument(
+            f"--{name}", dest="comparison", action="store_const", const=f"step_{name}", help=text
+        )
     parser.add_argument("--dtype", choices=list(TORCH_DTYPES), default="fp32")
     parser.add_argument(
         "--model", choices=list(MODELS), default="smollm2", help="tiny: to try it out"
     )
-    parser.add_argument("--output_dir", default="benchmarks/results", help="for step.csv, step.png")
+    parser.add_argument("--output_dir", default="benchmarks/results", help="for its CSV and PNG")
     return parser
 
 

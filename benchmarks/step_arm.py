@@ -44,27 +44,37 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)  # of TRConfig or DPOConfig
     reference: str = "resident"
     patch: str | None = None  # a function of this module, called in the arm's process
+    fast_logprobs: bool = False  # TRL's head runs on `linear_logprobs`
 
 
 HARD = {"ref_model_mixup_alpha": 1.0}
 ARMS = {
     "trl": Arm("TRL", is_trl=True),
     "trl_compact": Arm("TRL, head on completions only", is_trl=True, patch="_let_trl_compact"),
+    "drop_in": Arm("TRL with use_fast_logprobs", is_trl=True, fast_logprobs=True),
     # each of ours adds one part to the one before it: compact head, no padding, prompts shared
     "full_logits": Arm(
         "ours: padded, full logits", options={"packing": False}, patch="_score_with_full_logits"
     ),
     "padded": Arm("ours: padded, compact head", options={"packing": False}),
     "packed": Arm("ours: packed", options={"prefix_sharing": False}),
+    "mkl": Arm("ours: packed, shared, without oneDNN", patch="_leave_products_to_mkl"),
     "tralign_fast": Arm("tralign-fast: packed, prompts shared"),
     # hard updates, for which all places of the reference are exact
     "resident": Arm("resident", options=HARD),
     "snapshot": Arm("snapshot", options=HARD, reference="snapshot"),
     "offloaded": Arm("offloaded", options=HARD, reference="offloaded"),
 }
-MAIN_ARMS = ("trl", "tralign_fast")
-ABLATIONS = ("trl", "trl_compact", "full_logits", "padded", "packed", "tralign_fast")
-REFERENCE_ARMS = ("resident", "snapshot", "offloaded")
+# What one run compares; also the name of its results. The first arm is what the others are
+# measured against.
+COMPARISONS = {
+    "step": ("trl", "tralign_fast"),
+    "step_ablations": (
+        "trl", "trl_compact", "full_logits", "padded", "packed", "mkl", "tralign_fast",
+    ),
+    "step_references": ("resident", "snapshot", "offloaded"),
+    "step_drop_in": ("trl", "drop_in"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,13 +185,18 @@ def _make_trainer(job: Job, model: Any, reference: Any, tokenizer: Any, folder: 
         from tralign_fast import TRConfig, TRTrainer
 
         make_trainer, config = TRTrainer, TRConfig(**options, reference=arm.reference)
-    return make_trainer(
+    trainer = make_trainer(
         model,
         ref_model=reference,
         args=config,  # pyright: ignore[reportArgumentType]
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    if arm.fast_logprobs:
+        from tralign_fast.integrations.trl import use_fast_logprobs
+
+        use_fast_logprobs(trainer)
+    return trainer
 
 
 def make_rows(distribution: str, count: int) -> list[dict[str, str]]:
@@ -282,6 +297,13 @@ def _let_trl_compact() -> None:
     assert hasattr(utils, "_use_triton"), "TRL's head has changed: this ablation needs a new patch"
     # in this module it decides which positions are scored; the kernels ask their own module
     utils._use_triton = lambda device: True
+
+
+def _leave_products_to_mkl() -> None:
+    """fp32 products as PyTorch has them; on a CPU that oneDNN is no faster on, nothing changes."""
+    from tralign_fast import onednn
+
+    onednn.is_faster = lambda: False
 
 
 def _score_with_full_logits() -> None:

@@ -17,7 +17,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def jobs(arms=step.MAIN_ARMS):
+def jobs(arms=step.COMPARISONS["step"]):
     return [step.Job(arm, "chat", steps=2, pairs=1, dtype="fp32", model="tiny") for arm in arms]
 
 
@@ -98,13 +98,19 @@ def test_rows_keep_the_stated_lengths():
 
 @pytest.mark.slow
 def test_ablations_compute_the_same_with_less_and_less_work():
-    runs = {run.arm: run for run in step.measure(jobs(step.ABLATIONS))}
+    runs = {run.arm: run for run in step.measure(jobs(step.COMPARISONS["step_ablations"]))}
     for run in runs.values():
         assert run.losses == pytest.approx(runs["trl"].losses, rel=1e-4)
     assert runs["full_logits"].computed == runs["padded"].computed == runs["trl"].computed
     for more, less in (("padded", "packed"), ("packed", "tralign_fast")):
         for a, b in zip(runs[more].computed, runs[less].computed, strict=True):
             assert a > b or more == "padded"
+
+
+def test_trl_with_fast_logprobs_takes_the_same_steps():
+    theirs, ours = step.measure(jobs(step.COMPARISONS["step_drop_in"]))  # raises where they differ
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert ours.computed == theirs.computed
 
 
 def test_places_of_the_reference_agree_and_the_sweep_is_timed():

@@ -250,7 +250,7 @@ def test_bad_epsilon(value):
 
 def smollm2_inputs(smollm2, tokens):
     """Hidden states of SmolLM2 on its own samples, its head, and the next tokens."""
-    from benchmarks.ops import smollm2_tokens
+    from benchmarks.ops.vocab_filter import smollm2_tokens
 
     hidden, targets = smollm2_tokens(*smollm2, tokens)
     return hidden, smollm2[0].lm_head.weight.detach(), targets

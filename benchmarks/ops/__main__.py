@@ -1,0 +1,145 @@
+"""Seconds and memory of the head: hidden states to a DPO loss and back, ours beside its rivals.
+
+    python -m benchmarks.ops [--dtype fp32 bf16] [--tokens N] [--hidden H] [--vocab V]
+    python -m benchmarks.ops --scaling N|V|H         time and memory against one size
+    python -m benchmarks.ops --vocab_filter          ε against columns kept, error and time
+    python -m benchmarks.ops --quick                 small sizes, to try it out
+
+**The work.** Two pairs, so four sequences, half of whose positions are completions: N scored of
+2·N. LM head and DPO's loss alone: policy forward and backward (gradients of hidden states and of
+the weight) and reference forward. Every arm is called as its documentation says. On a GPU the
+default sizes are those of Llama-3-8B, on a CPU smaller ones.
+
+**Turns.** Every arm is a process of its own, and one works at a time: A B C … A B C …, so that
+noise of the machine hits all alike. An arm that has used up `--arm_seconds` leaves the round (at
+least one steady call is timed); `calls` says how many were.
+
+**The gate.** After the first call, loss and gradients are compared with exact ones from the same
+inputs (fp64 for fp32, fp32 for bf16). An arm outside the tolerance is marked wrong and timed on; if
+it is ours, the exit code is 1.
+
+**Memory.** What a steady call needs on top of inputs: on a GPU the allocator's peak, on Linux the
+process's peak resident memory, reset before the call (/proc/self/clear_refs; freed memory is given
+back to the system first). Both gradients are in it.
+
+**First call.** The first of the process, imports done: compilation, if any, without disk caches.
+
+**The limit** is the four bare matrix products over the N scored rows, without anything around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import environment, write_csv
+from benchmarks.ops import vocab_filter
+from benchmarks.ops.arms import ARMS, DTYPES, Case
+from benchmarks.ops.results import make_records, merge, plot_comparison, plot_scaling, table
+from benchmarks.ops.turns import ArmProcess, measure
+
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
+# Of the sweeps: what else takes seconds where these take one is left out.
+SCALING_ARMS = ("bare", "tralign_fast", "tralign_fast_lean", "cce", "eager_scored")
+
+
+def scaling_cases(axis: str, base: Case) -> list[Case]:
+    sizes = {
+        "N": ("tokens", (256, 1024, 4096, 16384)),
+        "V": ("vocab", (32768, 65536, 131072, 262144)),
+        "H": ("hidden", (512, 1024, 2048, 4096)),
+    }
+    name, values = sizes[axis]
+    return [replace(base, **{name: value}) for value in values]
+
+
+def compare(args: argparse.Namespace, cases: Sequence[Case], gate: bool = True) -> list[dict]:
+    """Runs all cases, prints a table of each; the records."""
+    records = []
+    processes = [ArmProcess(arm) for arm in args.arms]
+    try:
+        for case in cases:
+            print(f"N={case.tokens} H={case.hidden} V={case.vocab} {case.dtype} on {case.device}")
+            runs = measure(
+                processes, case, rounds=args.rounds, arm_seconds=args.arm_seconds, gate=gate
+            )
+            records += (own := make_records(case, runs))
+            print(table(own) + "\n", flush=True)
+    finally:
+        for process in processes:
+            process.stop()
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    on_gpu = args.device == "cuda"
+    args.arms = args.arms or list(SCALING_ARMS if args.scaling else ARMS)
+    args.dtype = args.dtype or (["bf16"] if on_gpu else list(DTYPES))
+    args.rounds = args.rounds or (3 if args.scaling else 9)
+    # compile times are those of a first user, not of whoever ran this before
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    folder = Path(args.output_dir)
+    prefix = "gpu_" if on_gpu else ""
+    defaults = (1024, 4096, 128256) if on_gpu else (1024, 1024, 65536)
+    if args.scaling and not on_gpu:
+        defaults = (1024, 512, 32768)
+    if args.quick:
+        defaults = (64, 64, 1024)
+    tokens, hidden, vocab = (
+        given or default
+        for given, default in zip((args.tokens, args.hidden, args.vocab), defaults, strict=True)
+    )
+    system = environment(PACKAGES)
+    if args.vocab_filter:
+        rows = vocab_filter.measure(tokens, args.dtype[0], args.device, args.rounds)
+        print(vocab_filter.table(rows))
+        write_csv(folder / f"{prefix}vocab_filter.csv", [{**row, **system} for row in rows])
+        vocab_filter.plot(folder / f"{prefix}vocab_filter.png", rows)
+        return 0
+    if args.scaling:
+        base = Case(tokens, hidden, vocab, "bf16", args.device)
+        cases = scaling_cases(args.scaling, base)
+        rows = compare(args, cases, gate=False)
+        rows = [{"axis": args.scaling, **row, **system} for row in rows]
+        merged = merge(folder / f"{prefix}ops_scaling.csv", rows, "axis")
+        plot_scaling(folder / f"{prefix}ops_scaling.png", merged)
+        return 0
+    cases = [Case(tokens, hidden, vocab, dtype, args.device) for dtype in args.dtype]
+    rows = compare(args, cases)
+    merged = merge(folder / f"{prefix}ops.csv", [{**row, **system} for row in rows], "dtype")
+    plot_comparison(folder / f"{prefix}ops.png", merged)
+    bad = [r for r in rows if r["arm"].startswith("tralign_fast") and r["verdict"] != "ok"]
+    for row in bad:
+        print(f"{row['arm']} is {row['verdict']} in {row['dtype']}: see above", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser("benchmarks.ops", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: all")
+    parser.add_argument("--tokens", type=int, help="N, scored positions; a multiple of 4")
+    parser.add_argument("--hidden", type=int, help="H")
+    parser.add_argument("--vocab", type=int, help="V")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all")
+    parser.add_argument("--rounds", type=int, help="timed calls of an arm, at most")
+    parser.add_argument(
+        "--arm_seconds", type=float, default=15.0, help="after so many an arm leaves the round"
+    )
+    parser.add_argument("--scaling", choices=["N", "V", "H"], help="sweep one size instead")
+    parser.add_argument("--vocab_filter", action="store_true", help="sweep ε instead")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--output_dir", default="benchmarks/results")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
