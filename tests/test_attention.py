@@ -131,12 +131,12 @@ def test_gradient_checkpointing_gives_the_same(reentrant):
     assert_same(run(model, "shared"), plain)
 
 
-def flash_attn_stand_in(q, k, v, arguments, *, scaling, dropout, window, softcap):
+def flash_attn_stand_in(q, k, v, arguments, window, options):
     """flash-attn 2's documented semantics in plain PyTorch: sequence i has queries
     cu_q[i]:cu_q[i+1] and keys cu_k[i]:cu_k[i+1], the causal mask aligned at the bottom right;
     window (left, 0) lets query j see keys in [j + Lk - Lq - left, j + Lk - Lq]; GQA repeats heads.
     """
-    assert dropout == 0.0
+    assert options.dropout == 0.0
     out = torch.full_like(q, float("nan"))
     cu_q, cu_k = arguments.cu_seqlens_q.tolist(), arguments.cu_seqlens_k.tolist()
     assert cu_q[-1] == q.shape[0]
@@ -147,9 +147,9 @@ def flash_attn_stand_in(q, k, v, arguments, *, scaling, dropout, window, softcap
         assert b - a <= arguments.max_seqlen_q
         assert d - c <= arguments.max_seqlen_k
         keys, values = (t[c:d].repeat_interleave(repeat, 1) for t in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scaling
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * options.scaling
+        if options.softcap:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
         row = torch.arange(b - a)[:, None] + (d - c) - (b - a)
         column = torch.arange(d - c)[None]
         visible = column <= row
@@ -170,9 +170,9 @@ def test_variable_length_indices(name, layout, monkeypatch):
     separate = run(model, "padded")
     calls = []
 
-    def stand_in(*args, **kwargs):
+    def stand_in(*args):
         calls.append(1)
-        return flash_attn_stand_in(*args, **kwargs)
+        return flash_attn_stand_in(*args)
 
     monkeypatch.setattr(attention, "_varlen_function", lambda *_: stand_in)
     packed = run(model, layout)
@@ -204,9 +204,9 @@ def test_an_attention_that_shares_wrongly_is_found_out(dtype, monkeypatch, smoll
     """One causal sequence over the whole row, as a model has it that ignores the layout."""
     import copy
 
-    def whole_row(query, key, value, layout, *, scaling, dropout, window, softcap):
+    def whole_row(query, key, value, layout, options):
         return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+            query, key, value, is_causal=True, scale=options.scaling, enable_gqa=True
         ).transpose(1, 2)
 
     model = copy.deepcopy(smollm2[0]).to(dtype)

@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,18 +100,21 @@ def prefix_shared_attention(
     if unknown or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'is_causal=False'}")
     scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
-    varlen = _varlen_function(query, softcap, dropout)
+    options = _Options(scale, dropout, sliding_window, softcap)
+    varlen = _varlen_function(query, options)
     if varlen is not None:
-        out = _attend_varlen(
-            varlen, query, key, value, prefix_layout,
-            scaling=scale, dropout=dropout, window=sliding_window, softcap=softcap,
-        )  # fmt: skip
-    else:
-        out = _attend_segments(
-            query, key, value, prefix_layout,
-            scaling=scale, dropout=dropout, window=sliding_window, softcap=softcap,
-        )  # fmt: skip
-    return out, None
+        return _attend_varlen(varlen, query, key, value, prefix_layout, options), None
+    return _attend_segments(query, key, value, prefix_layout, options), None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a layer asks of its attention, beside causality."""
+
+    scaling: float  # of the scores
+    dropout: float
+    window: int | None  # keys that a query sees, itself included
+    softcap: float | None  # of the scores, by tanh
 
 
 # --- one call for each sequence: any device -------------------------------------------------------
@@ -121,15 +125,8 @@ def _attend_segments(
     key: Tensor,
     value: Tensor,
     layout: PrefixLayout,
-    *,
-    scaling: float,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
+    options: _Options,
 ) -> Tensor:
-    attend = functools.partial(
-        _attend_one, layout=layout, scaling=scaling, dropout=dropout, window=window, softcap=softcap
-    )
     # `split`: its backward is one concatenation, where a slice's fills a whole tensor of zeros
     query_lengths, key_lengths = [], []
     for _, prompt, completions in layout.groups:
@@ -142,10 +139,12 @@ def _attend_segments(
         shared_key, shared_value = next(keys), next(values)
         for _ in completions:
             outputs.append(
-                attend(
+                _attend_one(
                     next(queries),
                     torch.cat([shared_key, next(keys)], 2),
                     torch.cat([shared_value, next(values)], 2),
+                    layout,
+                    options,
                 )
             )
     return torch.cat(outputs, 2).transpose(1, 2)
@@ -155,17 +154,12 @@ def _attend_one(
     query: Tensor,  # (1, A, Q, D)
     key: Tensor,  # (1, K, P, D) with P ≥ Q
     value: Tensor,
-    *,
     layout: PrefixLayout,
-    scaling: float,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
+    options: _Options,
 ) -> Tensor:
     """(1, A, Q, D): causal attention aligned at the bottom right."""
-    queries, keys = query.shape[2], key.shape[2]
-    if window is not None and keys <= window:
-        window = None
+    queries, keys, softcap = query.shape[2], key.shape[2], options.softcap
+    window = None if options.window is None or keys <= options.window else options.window
     if queries == 1 and window is None:
         mask, causal = None, False
     elif queries == keys and window is None and softcap is None:
@@ -175,17 +169,17 @@ def _attend_one(
     gqa = query.shape[1] != key.shape[1]
     if softcap is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout, scale=scaling,
-            enable_gqa=gqa,
+            query, key, value, attn_mask=mask, is_causal=causal, dropout_p=options.dropout,
+            scale=options.scaling, enable_gqa=gqa,
         )  # fmt: skip
     # SDPA knows no softcap (Gemma-2): scores in full, fp32 softmax, as the eager attention has it
     repeats = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (options.scaling / softcap))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return F.dropout(weights, dropout) @ value
+    return F.dropout(weights, options.dropout) @ value
 
 
 # --- one call for all sequences: a variable-length kernel -----------------------------------------
@@ -197,57 +191,44 @@ def _attend_varlen(
     key: Tensor,
     value: Tensor,
     layout: PrefixLayout,
-    *,
-    scaling: float,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
+    options: _Options,
 ) -> Tensor:
     """Queries stay in place; keys are gathered so that every sequence has its prompt before it."""
     arguments = layout.varlen(query.device)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
-    return function(
-        q,
-        k[arguments.key_index],
-        v[arguments.key_index],
-        arguments,
-        scaling=scaling,
-        dropout=dropout,
-        window=(-1 if window is None else window - 1, 0),
-        softcap=softcap,
-    )[None]
+    window = (-1 if options.window is None else options.window - 1, 0)
+    k, v = k[arguments.key_index], v[arguments.key_index]
+    return function(q, k, v, arguments, window, options)[None]
 
 
-def _flash_attn(q, k, v, arguments, *, scaling, dropout, window, softcap) -> Tensor:
+def _flash_attn(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     return flash_attn_varlen_func(
         q, k, v, arguments.cu_seqlens_q, arguments.cu_seqlens_k,
         arguments.max_seqlen_q, arguments.max_seqlen_k,
-        dropout_p=dropout, softmax_scale=scaling, causal=True, window_size=window,
-        softcap=softcap or 0.0,
+        dropout_p=options.dropout, softmax_scale=options.scaling, causal=True, window_size=window,
+        softcap=options.softcap or 0.0,
     )  # fmt: skip
 
 
-def _torch_varlen(q, k, v, arguments, *, scaling, dropout, window, softcap) -> Tensor:
+def _torch_varlen(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(  # pyright: ignore[reportReturnType]
         q, k, v, arguments.cu_seqlens_q, arguments.cu_seqlens_k,
-        arguments.max_seqlen_q, arguments.max_seqlen_k, scale=scaling, window_size=window,
+        arguments.max_seqlen_q, arguments.max_seqlen_k, scale=options.scaling, window_size=window,
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
 
 
-def _varlen_function(
-    query: Tensor, softcap: float | None, dropout: float
-) -> Callable[..., Tensor] | None:
+def _varlen_function(query: Tensor, options: _Options) -> Callable[..., Tensor] | None:
     """The variable-length kernel for these tensors, or None where there is none."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return None
     if importlib.util.find_spec("flash_attn") is not None:
         return _flash_attn
-    if softcap is not None or dropout > 0:
+    if options.softcap is not None or options.dropout > 0:
         warn_once(
             "torch's varlen attention knows no softcap and no dropout: one attention call per "
             "sequence instead (flash-attn does both)"

@@ -21,8 +21,7 @@ from torch import Tensor
 from tralign_fast import onednn
 from tralign_fast._backend import pick_backend
 from tralign_fast.pages import give_back
-from tralign_fast.tile_ops import tile_ops as _tile_ops
-from tralign_fast.tile_ops import to_scores_
+from tralign_fast.tile_ops import tile_ops, to_scores_
 from tralign_fast.vocab_filter import VocabFilter
 
 # A CPU tile stays in the last-level cache between the product that makes it and the reduction that
@@ -66,7 +65,7 @@ def _linear_logprobs_op(
     if _makes_no_logits(backend, keep):
         _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, tile, transform)
         return target_logit - logsumexp, logsumexp, kept
-    tile_forward_, _ = _tile_ops(backend)
+    tile_forward_, _ = tile_ops(backend)
     if not keep:  # never Triton's
         tile_forward_ = functools.partial(tile_forward_, consume=True)
     buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
@@ -153,7 +152,7 @@ def _linear_logprobs_backward_op(
     x = hidden.to(kept.dtype)
     sum_dtype = x.dtype if len(tiles) == 1 and not vocab_filter else torch.float32
     grad_hidden = x.new_zeros(hidden.shape if needs_hidden else (0,), dtype=sum_dtype)
-    tile_forward_, tile_backward_ = _tile_ops(backend)
+    tile_forward_, tile_backward_ = tile_ops(backend)
     scores: dict[str, Any] = {
         "logit_scale": logit_scale, "softcap": softcap, "inverse_temperature": inverse_temperature,
     }  # fmt: skip
@@ -372,7 +371,7 @@ def _from_logits_op(
     logsumexp = torch.full(targets.shape, float("-inf"), device=logits.device)
     target_logit = torch.full(targets.shape, float("nan"), device=logits.device)
     if targets.numel():
-        _tile_ops(backend)[0](
+        tile_ops(backend)[0](
             logits, targets, 0, logsumexp, target_logit,
             logit_scale=1.0, softcap=None, inverse_temperature=inverse_temperature,
         )  # fmt: skip
@@ -395,7 +394,7 @@ def _from_logits_backward_op(
     backend: str,
 ) -> None:
     if targets.numel():
-        _tile_ops(backend)[1](
+        tile_ops(backend)[1](
             logits, targets, 0, logsumexp, grad,
             logit_scale=1.0, softcap=None, inverse_temperature=inverse_temperature,
         )  # fmt: skip

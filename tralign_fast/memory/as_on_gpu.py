@@ -26,7 +26,7 @@ from tralign_fast.memory.live import LiveTensors
 def as_on_gpu() -> Iterator[None]:
     """Inside, tensors on the CPU take the code paths of tensors on a GPU."""
 
-    def varlen(query: Tensor, softcap: float | None, dropout: float) -> Any:
+    def varlen(query: Tensor, options: Any) -> Any:
         usable = query.dtype != torch.float32 and attention._torch_varlen_is_usable()
         return attention._torch_varlen if usable else None
 
@@ -42,7 +42,7 @@ def as_on_gpu() -> Iterator[None]:
     with (
         mock.patch.object(attention, "_varlen_function", varlen),
         mock.patch.object(logprobs, "_CPU_TILE_BYTES", 1 << 62),
-        mock.patch.object(logprobs, "_tile_ops", tile_operations),
+        mock.patch.object(logprobs, "tile_ops", tile_operations),
         mock.patch.object(ema, "_foreach_update_", nothing),
         mock.patch.object(modeling, "_lighten_tied_embedding", nothing),
         mock.patch.object(torch_optimizer, "_get_foreach_kernels_supported_devices", devices),
