@@ -39,7 +39,9 @@ both models were loaded: gradients, AdamW's moments, activations, logits.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -124,7 +126,8 @@ class _ArmProcess:
         self._wait()
 
     def step(self) -> None:
-        self._pipe.send("go")
+        with contextlib.suppress(BrokenPipeError):  # it is dead, as `_wait` will find
+            self._pipe.send("go")
         self._wait()
 
     def stop(self) -> None:
@@ -138,8 +141,11 @@ class _ArmProcess:
         while True:
             try:
                 kind, message = self._pipe.recv()
-            except EOFError:
-                raise RuntimeError(f"the arm {run.arm} died: see its error above") from None
+            except (EOFError, ConnectionError):
+                self._process.join()
+                killed = self._process.exitcode == -signal.SIGKILL
+                why = "killed, by the system if memory ran out" if killed else "see its error above"
+                raise RuntimeError(f"the arm {run.arm} died: {why}") from None
             if kind == "step":
                 run.spans.append(message[:2])
                 run.others.append(message[2])

@@ -85,6 +85,13 @@ def test_disagreement_ends_the_benchmark(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_arm_that_the_system_kills_is_told_from_one_that_failed():
+    process = step._ArmProcess(jobs()[0])
+    process._process.kill()
+    with pytest.raises(RuntimeError, match=r"arm trl died: killed, .*memory"):
+        process.step()
+
+
 def test_rows_keep_the_stated_lengths():
     for name, words in step.DISTRIBUTIONS.items():
         rows = step_arm.make_rows(name, 20)
