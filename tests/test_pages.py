@@ -56,7 +56,7 @@ def test_small_tensors_views_and_fake_ones_are_left_alone():
 def test_gradients_are_those_of_logits_that_stay(dtype, monkeypatch):
     """Kept logits of 40 MiB in tiles that end inside pages, given back and not."""
     hidden, weight, targets, grad = make(101, 8, (40 << 20) // (101 * dtype.itemsize), dtype)
-    monkeypatch.setattr(logprobs, "_CPU_TILE_BYTES", 3_000_000)
+    monkeypatch.setattr(logprobs, "_CPU_TILE_BYTES", {2: 6_000_000, 4: 3_000_000})
     given = []
 
     def counting(buffer, start, stop):

@@ -26,8 +26,8 @@ from tralign_fast.vocab_filter import VocabFilter
 
 # A CPU tile stays in the last-level cache between the product that makes it and the reduction that
 # reads it, and memory peaks at a tile above the gradient. Products of half precision are so fast
-# that they want tiles twice as large. A GPU wants its products as large as memory allows.
-_CPU_TILE_BYTES = 8 << 20
+# that they want larger tiles. A GPU wants its products as large as memory allows.
+_CPU_TILE_BYTES = {2: 16 << 20, 4: 4 << 20, 8: 4 << 20}  # by the size of an element
 
 
 # --- hidden states to log-probs, registered with torch.library ------------------------------------
@@ -66,14 +66,19 @@ def _linear_logprobs_op(
         _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, tile, transform)
         return target_logit - logsumexp, logsumexp, kept
     tile_forward_, _ = tile_ops(backend)
-    if not keep:  # never Triton's
-        tile_forward_ = functools.partial(tile_forward_, consume=True)
     buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
     with _autocast_off(hidden.device):
         for start, stop in _tiles(vocab, tile):
-            logits = _tile_view(buffer, rows, start, stop, keep)
-            _project(x, weight[start:stop], None if bias is None else bias[start:stop], logits)
-            tile_forward_(logits, targets, start, logsumexp, target_logit, **transform)
+            out = _tile_view(buffer, rows, start, stop, keep)
+            part = None if bias is None else bias[start:stop]
+            logits = _project(x, weight[start:stop], part, out, keep)
+            # Triton's reduction never writes into the logits
+            spare = backend == "torch" and (logits is not out or not keep)
+            overwrite = {"consume": True} if spare else {}
+            tile_forward_(
+                logits, targets, start, logsumexp, target_logit, **transform, **overwrite
+            )
+            del logits  # before the next tile is made
     return target_logit - logsumexp, logsumexp, kept
 
 
@@ -160,9 +165,10 @@ def _linear_logprobs_backward_op(
 
     def logits_of(start: int, stop: int) -> Tensor:
         logits = _tile_view(buffer, rows, start, stop, keep)
-        if not keep:
-            _project(x, weight[start:stop], None if bias is None else bias[start:stop], logits)
-        return logits
+        if keep:
+            return logits
+        part = None if bias is None else bias[start:stop]
+        return _project(x, weight[start:stop], part, logits, keep)
 
     def add_(logits: Tensor, targets: Tensor, start: int, columns: slice | Tensor) -> None:
         """The gradients' part of these columns of the vocabulary; overwrites the logits."""
@@ -344,7 +350,7 @@ def linear_logprobs(
     keep = wants_grad and 0 < rows * vocab * compute_dtype.itemsize <= budget
     tile_bytes = budget
     if device.type == "cpu":
-        tile_bytes = min(budget, _CPU_TILE_BYTES * (2 if compute_dtype.itemsize == 2 else 1))
+        tile_bytes = min(budget, _CPU_TILE_BYTES[compute_dtype.itemsize])
     # at least 256 columns: thinner products waste the hardware however small the budget
     tile = min(vocab, max(256, tile_bytes // row_bytes))
     logps, _, _ = _linear_logprobs_op(
@@ -489,14 +495,18 @@ def _tile_view(buffer: Tensor, rows: int, start: int, stop: int, keep: bool) -> 
     return buffer[offset : offset + rows * (stop - start)].view(rows, stop - start)
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, keep: bool) -> Tensor:
+    """The (N, W) logits: in `out`, or in memory of their own, and in `out` too if it is to `keep`
+    them."""
     weight = weight.to(x.dtype)
-    if onednn.fits(x, weight, bias):
-        out.copy_(onednn.product(x, weight, bias))
-    elif bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+    if onednn.fits(x, weight, bias):  # has no way to write into a given tensor
+        logits = onednn.product(x, weight, bias)
+        if keep:
+            out.copy_(logits)
+        return logits
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
 def _accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:

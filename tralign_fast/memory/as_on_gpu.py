@@ -41,7 +41,7 @@ def as_on_gpu() -> Iterator[None]:
 
     with (
         mock.patch.object(attention, "_varlen_function", varlen),
-        mock.patch.object(logprobs, "_CPU_TILE_BYTES", 1 << 62),
+        mock.patch.object(logprobs, "_CPU_TILE_BYTES", dict.fromkeys((2, 4, 8), 1 << 62)),
         mock.patch.object(logprobs, "tile_ops", tile_operations),
         mock.patch.object(ema, "_foreach_update_", nothing),
         mock.patch.object(modeling, "_lighten_tied_embedding", nothing),
