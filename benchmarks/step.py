@@ -32,6 +32,9 @@ first step the policy is the reference, and DPO's loss is log 2 whatever was com
 reference together. Useful: prompt + chosen and prompt + rejected of every pair, counted once, the
 same for all arms.
 
+**Parts.** `--ablations` measures what each part gives, two arms beside each other: without it and
+with it.
+
 **Memory.** The process's peak resident memory, and how far that is above what was resident once
 both models were loaded: gradients, AdamW's moments, activations, logits.
 """
@@ -40,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import signal
 import sys
@@ -216,9 +220,8 @@ def largest_difference(values: Sequence[float], expected: Sequence[float]) -> fl
 def make_records(jobs: Sequence[Job], runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The CSV's rows of one distribution; the warm-up is left out of all but the agreement.
 
-    `ratio_to_first` is the first arm's median (TRL's, but with --references) over the arm's: above
-    1, the arm is faster; `pairwise_ratio_to_first` is the median of the same ratio step by step.
-    Tokens are means per step, memory is in MiB.
+    `ratio_to_first` is the median of the arm `first` over this arm's: above 1, this arm is faster;
+    `pairwise_ratio_to_first` is the median of the same ratio step by step. Tokens are means per step, memory is in MiB.
     """
     trl = runs[0]
     return [_record(job, run, trl) for job, run in zip(jobs, runs, strict=True)]
@@ -231,6 +234,8 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
     words = DISTRIBUTIONS[job.distribution]
     return {
         "distribution": job.distribution,
+        "part": job.part,
+        "first": trl.arm,
         "arm": job.arm,
         "steps": len(seconds),
         "median_s": time_of.median,
@@ -268,7 +273,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
               "useful tok/s", "peak MiB", "+MiB", "loss diff"]  # fmt: skip
     rows = [
         [
-            f"{r['distribution']}: {ARMS[r['arm']].label}",
+            f"{r['distribution']}: {r['part'] and r['part'] + ': '}{ARMS[r['arm']].label}",
             *(f"{r[key]:.3f}" for key in ("median_s", "p20_s", "p80_s")),
             *(f"{r[key]:.2f}x" for key in ("ratio_to_first", "pairwise_ratio_to_first")),
             f"{r['window_s']:.3f}",
@@ -283,36 +288,40 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    groups = list(dict.fromkeys(r["distribution"] for r in records))
+    one = records[0]
+    parts = bool(one["part"])
+    groups = list(dict.fromkeys((r["distribution"], r["part"]) for r in records))
     series: dict[str, list[Summary]] = {}
     for r in records:
         summary = Summary(r["median_s"], r["p20_s"], r["p80_s"])
-        series.setdefault(ARMS[r["arm"]].label, []).append(summary)
-    one = records[0]
+        without = "without" if r["arm"] == r["first"] else "with"
+        series.setdefault(without if parts else ARMS[r["arm"]].label, []).append(summary)
     title = (
         f"One optimizer step of TR-DPO, {one['model']}, {one['dtype']}, "
         f"{one['shapes'].split()[0].split('=')[1]} pairs a batch\n"
         f"{one['cpu']}, {one['threads']} threads; median of {one['steps']} steps, p20 to p80"
     )
-    plot_bars(path, groups, series, title=title, ylabel="seconds per step (lower is better)")
+    labels = [distribution + (part and f":\n{part}") for distribution, part in groups]
+    plot_bars(path, labels, series, title=title, ylabel="seconds per step (lower is better)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if the arms disagree, and writes nothing of that distribution."""
     options = _parser().parse_args(arguments)
     names = list(DISTRIBUTIONS) if options.distribution == "all" else [options.distribution]
-    arms = COMPARISONS[options.comparison]
+    parts = COMPARISONS[options.comparison]
     system, records = environment(), []
     folder = Path(options.output_dir)
     from tqdm import tqdm  # not above: an arm switches it off before it imports it
 
     steps = options.steps + 1  # the warm-up
-    turns = len(names) * len(arms) * (steps + 1)  # an arm's start counts as one
+    turns = len(names) * sum(map(len, parts.values())) * (steps + 1)  # an arm's start counts as one
     with tqdm(total=turns, unit="turn", file=sys.stderr) as progress:
-        for name in names:
-            progress.set_description(name)
+        for name, (part, arms) in itertools.product(names, parts.items()):
+            progress.set_description(f"{name} {part}")
             jobs = [
-                Job(arm, name, steps, options.pairs, options.dtype, options.model) for arm in arms
+                Job(arm, name, steps, options.pairs, options.dtype, options.model, part)
+                for arm in arms
             ]
             try:
                 runs = measure(jobs, progress.update)

@@ -65,16 +65,22 @@ ARMS = {
     "snapshot": Arm("snapshot", options=HARD, reference="snapshot"),
     "offloaded": Arm("offloaded", options=HARD, reference="offloaded"),
 }
-# What one run compares; also the name of its results. The first arm is what the others are
-# measured against.
+# What one run compares, by the name of its results: arms that run side by side, the first of which
+# is what the others are measured against. The parts are added one to the other, a pair at a time:
+# all arms at once would take 40 GB.
 COMPARISONS = {
-    "step": ("trl", "tralign_fast"),
-    "step_ablations": (
-        "trl", "trl_compact", "full_logits", "padded", "packed", "mkl", "tralign_fast",
-    ),
-    "step_references": ("resident", "snapshot", "offloaded"),
-    "step_drop_in": ("trl", "drop_in"),
-}  # fmt: skip
+    "step": {"": ("trl", "tralign_fast")},
+    "step_ablations": {
+        "TRL's head on completions": ("trl", "trl_compact"),
+        "our trainer": ("trl", "full_logits"),
+        "compact head": ("full_logits", "padded"),
+        "no padding": ("padded", "packed"),
+        "prompts shared": ("packed", "tralign_fast"),
+        "oneDNN": ("mkl", "tralign_fast"),
+    },
+    "step_references": {"": ("resident", "snapshot", "offloaded")},
+    "step_drop_in": {"": ("trl", "drop_in")},
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Job:
     pairs: int
     dtype: str
     model: str
+    part: str = ""  # what sets the arms of a comparison apart, where there are several
 
 
 def run_arm(job: Job, pipe: Any) -> None:

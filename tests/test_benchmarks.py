@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,13 +12,13 @@ import pytest
 from benchmarks import common, step, step_arm
 
 COLUMNS = {
-    "distribution", "arm", "steps", "median_s", "p20_s", "p80_s", "ratio_to_first",
+    "distribution", "part", "first", "arm", "steps", "median_s", "p20_s", "p80_s", "ratio_to_first",
     "tokens_computed", "useful_tokens_per_s", "peak_rss_mb", "delta_rss_mb", "max_rel_loss_diff",
     "shapes", "commit", "date", "cpu", "cores", "torch", "transformers", "trl", "tralign_fast",
 }  # fmt: skip
 
 
-def jobs(arms=step.COMPARISONS["step"]):
+def jobs(arms=step.COMPARISONS["step"][""]):
     return [step.Job(arm, "chat", steps=2, pairs=1, dtype="fp32", model="tiny") for arm in arms]
 
 
@@ -105,7 +106,9 @@ def test_rows_keep_the_stated_lengths():
 
 @pytest.mark.slow
 def test_ablations_compute_the_same_with_less_and_less_work():
-    runs = {run.arm: run for run in step.measure(jobs(step.COMPARISONS["step_ablations"]))}
+    pairs = step.COMPARISONS["step_ablations"].values()
+    arms = list(dict.fromkeys(arm for pair in pairs for arm in pair))
+    runs = {run.arm: run for run in step.measure(jobs(arms))}
     for run in runs.values():
         assert run.losses == pytest.approx(runs["trl"].losses, rel=1e-4)
     assert runs["full_logits"].computed == runs["padded"].computed == runs["trl"].computed
@@ -114,8 +117,30 @@ def test_ablations_compute_the_same_with_less_and_less_work():
             assert a > b or more == "padded"
 
 
+def test_ablations_run_a_part_at_a_time(monkeypatch, tmp_path, runs):
+    """Two arms of each part beside each other, one bar without and one with it, one row each."""
+    measured = []
+
+    def measure(jobs, on_turn):
+        measured.append([job.arm for job in jobs])
+        return [replace(run, arm=job.arm) for run, job in zip(runs, jobs, strict=True)]
+
+    monkeypatch.setattr(step, "measure", measure)
+    arguments = ["--ablations", "--distribution", "chat", "--model", "tiny", "--steps", "1"]
+    assert step.main([*arguments, "--output_dir", str(tmp_path)]) == 0
+    parts = step.COMPARISONS["step_ablations"]
+    assert measured == [list(pair) for pair in parts.values()]
+    with (tmp_path / "step_ablations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["part"] for row in rows] == [part for part in parts for _ in range(2)]
+    assert all(row["first"] == parts[row["part"]][0] for row in rows)
+    assert (tmp_path / "step_ablations.png").stat().st_size > 10_000
+
+
 def test_trl_with_fast_logprobs_takes_the_same_steps():
-    theirs, ours = step.measure(jobs(step.COMPARISONS["step_drop_in"]))  # raises where they differ
+    theirs, ours = step.measure(
+        jobs(step.COMPARISONS["step_drop_in"][""])
+    )  # raises where they differ
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
     assert ours.computed == theirs.computed
 
