@@ -221,7 +221,8 @@ def make_records(jobs: Sequence[Job], runs: Sequence[Run]) -> list[dict[str, Any
     """The CSV's rows of one distribution; the warm-up is left out of all but the agreement.
 
     `ratio_to_first` is the median of the arm `first` over this arm's: above 1, this arm is faster;
-    `pairwise_ratio_to_first` is the median of the same ratio step by step. Tokens are means per step, memory is in MiB.
+    `pairwise_ratio_to_first` is the median of the same ratio step by step.
+    Tokens are means per step, memory is in MiB.
     """
     trl = runs[0]
     return [_record(job, run, trl) for job, run in zip(jobs, runs, strict=True)]
