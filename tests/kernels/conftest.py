@@ -13,6 +13,7 @@ import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+ROUNDS_TWICE = "this Triton's interpreter rounds tl.fma twice"  # why tests of bits are skipped
 
 
 @pytest.fixture(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tests.kernels.conftest import ROUNDS_TWICE
 from tralign_kernels import ema, ema_reference, ema_update_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,7 +34,7 @@ def single_rounding(device) -> None:
     x, out = torch.tensor([1 + 2**-12], device=device), torch.zeros(1, device=device)
     _fma_kernel[(1,)](x, out)
     if out.item() == 2**-11:  # 2⁻²⁴ is lost when x·x is rounded
-        pytest.skip("this Triton's interpreter rounds tl.fma twice")
+        pytest.skip(ROUNDS_TWICE)
     assert out.item() == 2**-11 + 2**-24
 
 
