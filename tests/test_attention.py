@@ -108,6 +108,28 @@ def test_packed_equals_separate_sequences(name, layout):
     assert_same(packed, separate)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_mlp_runs_on_the_scored_rows_alone(checkpointing):
+    model = build("llama")
+    assert prepare_model(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    seen = [[] for _ in model.model.layers]
+    for layer, rows in zip(model.model.layers, seen, strict=True):
+        layer.mlp.down_proj.register_forward_hook(
+            lambda _, args, __, rows=rows: rows.append(args[0].shape[1])
+        )
+    all_rows = collate("shared").num_tokens
+    scored = sum(1 + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in examples())
+    assert scored < all_rows
+    run(model, "shared")
+    assert [set(rows) for rows in seen] == [{all_rows}] * (len(seen) - 1) + [{scored}]
+    for rows in seen:
+        rows.clear()
+    run(model, "padded")  # and afterwards on all of them
+    assert len({rows[0] for rows in seen}) == 1
+
+
 def run_before_preparing(model):
     """Padded sequences through the model's own forward and logits, nothing of ours in between."""
     model.train()

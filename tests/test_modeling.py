@@ -117,13 +117,18 @@ def test_embedding_gradients_are_those_of_the_untouched_model(tied):
         plain.lm_head.weight = plain.model.embed_tokens.weight
     prepared = copy.deepcopy(plain)
     prepare_model(prepared)
-    assert prepared.model.embed_tokens.sparse == tied
+    embedding = prepared.model.embed_tokens
+    weight, seen = embedding.weight, []
+    embedding.register_forward_hook(lambda module, _, out: seen.append(module.sparse))
     batch, padded = collate(), collate(layout="padded")
     for _ in range(2):  # the second one accumulates
         sequence_logps(prepared, batch).sum().backward()
         logits = plain(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
         logps = logits.flatten(0, 1)[padded.score_index].log_softmax(-1)
         logps.gather(1, padded.targets[:, None]).sum().backward()
+    assert seen == [tied] * 2
+    assert embedding.weight is weight
+    assert not embedding.sparse
     for (name, ours), theirs in zip(prepared.named_parameters(), plain.parameters(), strict=True):
         assert not ours.grad.is_sparse, name
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)

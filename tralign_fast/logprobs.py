@@ -75,9 +75,7 @@ def _linear_logprobs_op(
             # Triton's reduction never writes into the logits
             spare = backend == "torch" and (logits is not out or not keep)
             overwrite = {"consume": True} if spare else {}
-            tile_forward_(
-                logits, targets, start, logsumexp, target_logit, **transform, **overwrite
-            )
+            tile_forward_(logits, targets, start, logsumexp, target_logit, **transform, **overwrite)
             del logits  # before the next tile is made
     return target_logit - logsumexp, logsumexp, kept
 

@@ -6,9 +6,10 @@ autocast) wraps the LM head's work too. Without the keyword `score_index` the fo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +30,53 @@ class ScoreOutput(ModelOutput):
     """What a model returns when it was given `score_index`."""
 
     scores: Tensor | None = None  # (N,) float32 log-probs, or what the given `score` returned
+
+
+@contextlib.contextmanager
+def _split_tied_weight(causal_lm: Any) -> Iterator[Tensor | None]:
+    """The head's weight, apart from that of the input embedding it is tied to, on a CPU; or None.
+
+    The embedding's gradient is the few rows that were looked up. Autograd would sum two dense
+    tensors (V, H), or copy the head's to add a sparse one to it: new memory of that size, whose
+    pages cost more than the sum. Here it is added to the head's own.
+    """
+    embedding, head = causal_lm.get_input_embeddings(), _lm_head(causal_lm)
+    weight = getattr(embedding, "weight", None)
+    if (
+        not isinstance(embedding, nn.Embedding)
+        or weight is not head.weight
+        or weight.device.type != "cpu"
+        or weight.shape != (embedding.num_embeddings, embedding.embedding_dim)  # ZeRO-3: empty
+        or hasattr(weight, "device_mesh")  # a shard
+        or not (weight.requires_grad and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+    ):
+        yield None
+        return
+    before = embedding.sparse
+    embedding._parameters["weight"], for_head = _Tied.apply(weight)
+    embedding.sparse = True
+    try:
+        yield for_head
+    finally:
+        embedding._parameters["weight"], embedding.sparse = weight, before
+
+
+class _Tied(torch.autograd.Function):
+    """One weight as two: for the embedding, whose gradient is sparse, and for the head."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, embedding: Tensor | None, head: Tensor | None) -> Tensor | None:
+        if head is None:
+            return None if embedding is None else embedding.to_dense()
+        # in place: the head's was made in this backward, and nobody else has seen it
+        return head if embedding is None else head.add_(embedding)
 
 
 @dataclass(frozen=True)
@@ -94,16 +142,19 @@ def enable_logprobs(
     ):  # fmt: skip
         if score_index is None:
             return own_forward(self, *args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        with _split_tied_weight(self) as weight:
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
         score = score or functools.partial(
             _token_logps, targets=score_targets, grad_tokens=grad_tokens, options=options
         )
-        return ScoreOutput(scores=_lm_head(self)(hidden, score=score))
+        return ScoreOutput(scores=_lm_head(self)(hidden, score=score, weight=weight))
 
-    def head_forward(own_forward, self, hidden, score=None):
+    def head_forward(own_forward, self, hidden, score=None, weight=None):
+        if score is None:
+            return own_forward(self, hidden)
         # within a call of the module the weight is there: hooks of FSDP and ZeRO-3 have gathered it
-        return own_forward(self, hidden) if score is None else score(hidden, self.weight, self.bias)
+        return score(hidden, self.weight if weight is None else weight, self.bias)
 
     _replace_forward(causal_lm, forward)
     _replace_forward(head, head_forward)
@@ -240,7 +291,7 @@ def prepare_model(
     enable_logprobs(
         model, logits_budget_mb=logits_budget_mb, vocab_filter=vocab_filter, backend=backend
     )
-    _lighten_tied_embedding(model)
+    _leave_prompts_out_of_last_mlp(model)
     _speed_up_linears(model)
     if not probe or next(model.parameters()).device.type == "meta":
         if packing:
@@ -255,16 +306,35 @@ def prepare_model(
         model.train(was_training)
 
 
-def _lighten_tied_embedding(model: PreTrainedModel) -> None:
-    """On a CPU, the input embedding's gradient as the few rows it is, where the head is tied to it.
+def _leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> None:
+    """Runs the last layer's MLP on the rows of a packed batch that are scored.
 
-    Autograd adds it in place to the head's gradient of the same tensor, which is dense. A dense one
-    is a second (V, H) tensor of zeros and a sum over it: 3% of a step of SmolLM2.
+    What it would add to a prompt's other rows nobody reads: keys and values come before it. Those
+    rows keep what the layer's attention left in them.
     """
-    causal_lm = _causal_lm(model)
-    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    if isinstance(embedding, nn.Embedding) and embedding.weight.device.type == "cpu":
-        embedding.sparse = embedding.weight is head.weight
+    layers = getattr(_causal_lm(model).base_model, "layers", None)
+    mlp = None if layers is None else getattr(layers[-1], "mlp", None)
+    if layers is None or mlp is None or hasattr(mlp.__dict__.get("forward"), "tralign_before"):
+        return
+
+    def layer_forward(own_forward, self, *args, **kwargs):
+        self.mlp.layout = kwargs.get("prefix_layout")
+        try:  # a checkpointed layer comes through here again in its backward
+            return own_forward(self, *args, **kwargs)
+        finally:
+            self.mlp.layout = None
+
+    def mlp_forward(own_forward, self, hidden):
+        if getattr(self, "layout", None) is None:
+            return own_forward(self, hidden)
+        rows = self.layout.scored_rows(hidden.device)
+        added = own_forward(self, hidden.index_select(1, rows))
+        if not isinstance(added, Tensor):  # with router logits, of every row
+            return own_forward(self, hidden)
+        return added.new_zeros(hidden.shape).index_copy(1, rows, added)
+
+    _replace_forward(layers[-1], layer_forward)
+    _replace_forward(mlp, mlp_forward)
 
 
 def _speed_up_linears(model: nn.Module) -> None:

@@ -77,6 +77,21 @@ class PrefixLayout:
             )
         return self._cache[device]
 
+    def scored_rows(self, device: torch.device) -> Tensor:
+        """(R,) int64, every row whose output can be scored: each prompt's last token, completions.
+
+        Made once a batch.
+        """
+        key = ("scored", device)
+        if key not in self._cache:
+            rows = [
+                row
+                for start, prompt, completions in self.groups
+                for row in range(start + prompt - 1, start + prompt + sum(completions))
+            ]
+            self._cache[key] = torch.tensor(rows).to(device)
+        return self._cache[key]
+
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
         """(queries, keys) bool, causal, aligned at the bottom right, made once a batch and shape.
 
