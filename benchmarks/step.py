@@ -221,8 +221,8 @@ def make_records(jobs: Sequence[Job], runs: Sequence[Run]) -> list[dict[str, Any
     """The CSV's rows of one distribution; the warm-up is left out of all but the agreement.
 
     `ratio_to_first` is the median of the arm `first` over this arm's: above 1, this arm is faster;
-    `pairwise_ratio_to_first` is the median of the same ratio step by step.
-    Tokens are means per step, memory is in MiB.
+    `pairwise_ratio_to_first` is the median of the same ratio step by step, `total_ratio_to_first`
+    that of all steps' time. Steps differ in their rows, so in their time and in their ratio. Tokens are means per step, memory is in MiB.
     """
     trl = runs[0]
     return [_record(job, run, trl) for job, run in zip(jobs, runs, strict=True)]
@@ -246,6 +246,8 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
         "pairwise_ratio_to_first": summarize(
             [a / b for a, b in zip(theirs, seconds, strict=True)]
         ).median,
+        "total_s": sum(seconds),
+        "total_ratio_to_first": sum(theirs) / sum(seconds),
         "between_s": summarize(run.between).median,
         "window_s": summarize(run.window_seconds).median if run.window_seconds else float("nan"),
         "others_cores": sum(run.others[1:]) / len(seconds),
@@ -270,13 +272,16 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    header = ["", "s/step", "p20", "p80", "speed-up", "pairwise", "with sweep", "tokens",
+    header = ["", "s/step", "p20", "p80", "speed-up", "pairwise", "in total", "with sweep", "tokens",
               "useful tok/s", "peak MiB", "+MiB", "loss diff"]  # fmt: skip
     rows = [
         [
             f"{r['distribution']}: {r['part'] and r['part'] + ': '}{ARMS[r['arm']].label}",
             *(f"{r[key]:.3f}" for key in ("median_s", "p20_s", "p80_s")),
-            *(f"{r[key]:.2f}x" for key in ("ratio_to_first", "pairwise_ratio_to_first")),
+            *(
+                f"{r[key]:.2f}x"
+                for key in ("ratio_to_first", "pairwise_ratio_to_first", "total_ratio_to_first")
+            ),
             f"{r['window_s']:.3f}",
             f"{r['tokens_computed']:,}",
             f"{r['useful_tokens_per_s']:,.0f}",
