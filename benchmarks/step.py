@@ -222,7 +222,8 @@ def make_records(jobs: Sequence[Job], runs: Sequence[Run]) -> list[dict[str, Any
 
     `ratio_to_first` is the median of the arm `first` over this arm's: above 1, this arm is faster;
     `pairwise_ratio_to_first` is the median of the same ratio step by step, `total_ratio_to_first`
-    that of all steps' time. Steps differ in their rows, so in their time and in their ratio. Tokens are means per step, memory is in MiB.
+    that of all steps' time. Steps differ in their rows, so in their time and in their ratio.
+    Tokens are means per step, memory is in MiB.
     """
     trl = runs[0]
     return [_record(job, run, trl) for job, run in zip(jobs, runs, strict=True)]
@@ -272,8 +273,10 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    header = ["", "s/step", "p20", "p80", "speed-up", "pairwise", "in total", "with sweep", "tokens",
-              "useful tok/s", "peak MiB", "+MiB", "loss diff"]  # fmt: skip
+    header = [
+        "", "s/step", "p20", "p80", "speed-up", "pairwise", "in total", "with sweep", "tokens",
+        "useful tok/s", "peak MiB", "+MiB", "loss diff",
+    ]  # fmt: skip
     rows = [
         [
             f"{r['distribution']}: {r['part'] and r['part'] + ': '}{ARMS[r['arm']].label}",

@@ -12,7 +12,8 @@ import pytest
 from benchmarks import common, step, step_arm
 
 COLUMNS = {
-    "distribution", "part", "first", "arm", "steps", "median_s", "p20_s", "p80_s", "ratio_to_first", "total_ratio_to_first",
+    "distribution", "part", "first", "arm", "steps", "median_s", "p20_s", "p80_s",
+    "ratio_to_first", "pairwise_ratio_to_first", "total_ratio_to_first",
     "tokens_computed", "useful_tokens_per_s", "peak_rss_mb", "delta_rss_mb", "max_rel_loss_diff",
     "shapes", "commit", "date", "cpu", "cores", "torch", "transformers", "trl", "tralign_fast",
 }  # fmt: skip
