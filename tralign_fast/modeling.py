@@ -41,18 +41,10 @@ def _split_tied_weight(causal_lm: Any) -> Iterator[Tensor | None]:
     pages cost more than the sum. Here it is added to the head's own.
     """
     embedding, head = causal_lm.get_input_embeddings(), _lm_head(causal_lm)
-    weight = getattr(embedding, "weight", None)
-    if (
-        not isinstance(embedding, nn.Embedding)
-        or weight is not head.weight
-        or weight.device.type != "cpu"
-        or weight.shape != (embedding.num_embeddings, embedding.embedding_dim)  # ZeRO-3: empty
-        or hasattr(weight, "device_mesh")  # a shard
-        or not (weight.requires_grad and torch.is_grad_enabled())
-        or torch.compiler.is_compiling()
-    ):
+    if not _is_tied_on_cpu(embedding, head) or torch.compiler.is_compiling():
         yield None
         return
+    weight = embedding.weight
     before = embedding.sparse
     embedding._parameters["weight"], for_head = _Tied.apply(weight)
     embedding.sparse = True
@@ -60,6 +52,20 @@ def _split_tied_weight(causal_lm: Any) -> Iterator[Tensor | None]:
         yield for_head
     finally:
         embedding._parameters["weight"], embedding.sparse = weight, before
+
+
+def _is_tied_on_cpu(embedding: Any, head: Any) -> bool:
+    """Whether the two are one whole weight on a CPU, of which a gradient is wanted."""
+    if not isinstance(embedding, nn.Embedding) or embedding.weight is not head.weight:
+        return False
+    weight = embedding.weight
+    return (
+        weight.device.type == "cpu"
+        and weight.shape == (embedding.num_embeddings, embedding.embedding_dim)  # ZeRO-3's is empty
+        and not hasattr(weight, "device_mesh")  # nor a shard
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+    )
 
 
 class _Tied(torch.autograd.Function):
