@@ -319,27 +319,30 @@ def _leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> None:
     rows keep what the layer's attention left in them.
     """
     layers = getattr(_causal_lm(model).base_model, "layers", None)
-    mlp = None if layers is None else getattr(layers[-1], "mlp", None)
-    if layers is None or mlp is None or hasattr(mlp.__dict__.get("forward"), "tralign_before"):
+    attention, mlp = (
+        None if layers is None else getattr(layers[-1], name, None) for name in ("self_attn", "mlp")
+    )
+    if attention is None or mlp is None or hasattr(mlp, "handover"):
         return
+    # the attention is told the layout, and runs before the MLP, also where a checkpoint runs both
+    # again; a copy of the model copies what the two share
+    attention.handover = mlp.handover = {}
 
-    def layer_forward(own_forward, self, *args, **kwargs):
-        self.mlp.layout = kwargs.get("prefix_layout")
-        try:  # a checkpointed layer comes through here again in its backward
-            return own_forward(self, *args, **kwargs)
-        finally:
-            self.mlp.layout = None
+    def attention_forward(own_forward, self, *args, **kwargs):
+        self.handover["layout"] = kwargs.get("prefix_layout")
+        return own_forward(self, *args, **kwargs)
 
     def mlp_forward(own_forward, self, hidden):
-        if getattr(self, "layout", None) is None:
+        layout = self.handover.pop("layout", None)
+        if layout is None:
             return own_forward(self, hidden)
-        rows = self.layout.scored_rows(hidden.device)
+        rows = layout.scored_rows(hidden.device)
         added = own_forward(self, hidden.index_select(1, rows))
         if not isinstance(added, Tensor):  # with router logits, of every row
             return own_forward(self, hidden)
         return added.new_zeros(hidden.shape).index_copy(1, rows, added)
 
-    _replace_forward(layers[-1], layer_forward)
+    _replace_forward(attention, attention_forward)
     _replace_forward(mlp, mlp_forward)
 
 
