@@ -40,6 +40,7 @@ ZERO3 = {
 KINDS = {"ddp": {}, "fsdp2": FSDP, "zero3": ZERO3}
 HARD = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
 SOFT = {"ref_model_mixup_alpha": 0.4, "ref_model_sync_steps": 2}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 CASES = {
     "dpo-resident": ("dpo", {"reference": "resident", **SOFT}),
     "dpo-snapshot": ("dpo", {"reference": "snapshot", **HARD}),
@@ -47,6 +48,7 @@ CASES = {
     "kto-resident": ("kto", {"reference": "resident", **SOFT}),
     "kto-snapshot": ("kto", {"reference": "snapshot", **HARD}),
     "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 40, **HARD}),
+    "dpo-compiled": ("dpo", {"reference": "resident", **COMPILED, **SOFT}),
     "kto-split": ("kto", {"reference": "resident", "token_budget": 60, **SOFT}),
 }
 REFUSED = {"zero3": ("dpo-offloaded",)}  # cases that a kind cannot run

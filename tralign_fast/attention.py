@@ -71,6 +71,7 @@ def _set_implementation(model: Any, name: str) -> None:
             config._attn_implementation = name
 
 
+@torch.compiler.disable  # of a compiled layer: segments of every batch have lengths of their own
 def prefix_shared_attention(
     original: str,
     module: torch.nn.Module,

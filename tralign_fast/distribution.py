@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.modeling import prepare_model
@@ -61,6 +61,23 @@ def prepare_on_all(accelerator: Accelerator, model: PreTrainedModel, **options: 
     if not accelerator.is_main_process:
         prepare_model(model, **{**options, "packing": packs[0]}, probe=False)
     return packs[0]
+
+
+def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> dict | None:
+    """The options of torch.compile that a run was started with; None without.
+
+    accelerate is left with nothing to compile. It would wrap the whole model, whose parameters then
+    have other names, and compile every layer anew, where one graph serves all of them.
+    """
+    plugin: Any = accelerator.state.dynamo_plugin
+    wanted = args.torch_compile or plugin.backend != DynamoBackend.NO
+    options = plugin.to_kwargs()
+    if args.torch_compile:
+        options |= {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    plugin.backend = DynamoBackend.NO
+    # not one graph: attention stays outside; and packed rows have a length of their own each
+    options |= {"fullgraph": False, "dynamic": options.get("dynamic", True)}
+    return options if wanted else None
 
 
 def distribute_frozen(accelerator: Accelerator, model: PreTrainedModel) -> nn.Module:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from tralign_fast import onednn
@@ -312,6 +313,20 @@ def prepare_model(
         model.train(was_training)
 
 
+def compile_layers(model: PreTrainedModel, **options: Any) -> None:
+    """Compiles the decoder layers in place, with `torch.compile(**options)`.
+
+    Raises:
+        ValueError: no layers were found.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        name = type(_causal_lm(model)).__name__
+        raise ValueError(f"torch_compile: found no decoder layers in {name}; leave it out")
+    for layer in layers:
+        layer.compile(**options)
+
+
 def _leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> None:
     """Runs the last layer's MLP on the rows of a packed batch that are scored.
 
@@ -328,10 +343,12 @@ def _leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> None:
     # again; a copy of the model copies what the two share
     attention.handover = mlp.handover = {}
 
+    @torch.compiler.disable
     def attention_forward(own_forward, self, *args, **kwargs):
         self.handover["layout"] = kwargs.get("prefix_layout")
         return own_forward(self, *args, **kwargs)
 
+    @torch.compiler.disable
     def mlp_forward(own_forward, self, hidden):
         layout = self.handover.pop("layout", None)
         if layout is None:

@@ -39,9 +39,9 @@ def is_faster() -> bool:
 def fits(a: Tensor, *others: Tensor | None) -> bool:
     """Whether `product(a, …)` of these is better off here: fp32, plain, on the CPU."""
     return (
-        is_faster()
+        not torch.compiler.is_compiling()  # first: the graph of a compiled layer breaks at the rest
+        and is_faster()
         and a.shape[-1] <= _LONGEST_SUM
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and all(
             type(t) in (Tensor, nn.Parameter)  # no fake tensor, no DTensor

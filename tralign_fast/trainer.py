@@ -41,13 +41,14 @@ from tralign_fast.distribution import (
     distribute_frozen,
     even_parts,
     prepare_on_all,
+    take_over_compilation,
 )
 from tralign_fast.gradient_release import BlockAdafactor, GradientRelease
 from tralign_fast.lookahead import Lookahead
 from tralign_fast.losses import PreferenceLoss
 from tralign_fast.metrics import PreferenceMetrics
 from tralign_fast.model_card import add_trust_region
-from tralign_fast.modeling import hidden_kl, sequence_logps
+from tralign_fast.modeling import compile_layers, hidden_kl, sequence_logps
 from tralign_fast.pretrained import (
     disable_dropout,
     load_model,
@@ -139,6 +140,7 @@ class TRTrainer(Trainer):
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
         check_distribution(self.accelerator, place)
+        self._compile_options = take_over_compilation(self.accelerator, args)
         # copies of the policy are made before it is prepared
         start: Any = ref_model
         if place == "resident" and start is None:
@@ -161,9 +163,12 @@ class TRTrainer(Trainer):
     def _prepare(self, model: PreTrainedModel) -> bool:
         """Lets the model return log-probs; whether it can take packed rows."""
         options = ("packing", "logits_budget_mb", "vocab_filter")
-        return prepare_on_all(
+        packs = prepare_on_all(
             self.accelerator, model, **{name: getattr(self.args, name) for name in options}
         )
+        if self._compile_options is not None:
+            compile_layers(model, **self._compile_options)
+        return packs
 
     def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
         """A second model that runs beside the policy, and as the policy does."""

@@ -45,7 +45,7 @@ class VarlenArguments(NamedTuple):
     key_index: Tensor  # (keys,) int64: the packed row's tokens, those of prompts repeated
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.10 compiles a layer anew for every content of a frozen one
 class PrefixLayout:
     """Where prompts and completions lie in the packed row; host integers, and what they imply.
 
