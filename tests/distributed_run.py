@@ -51,7 +51,7 @@ CASES = {
     "dpo-compiled": ("dpo", {"reference": "resident", **COMPILED, **SOFT}),
     "kto-split": ("kto", {"reference": "resident", "token_budget": 60, **SOFT}),
 }
-REFUSED = {"zero3": ("dpo-offloaded",)}  # cases that a kind cannot run
+REFUSED = {"zero3": ("dpo-offloaded", "dpo-compiled")}  # cases that a kind cannot run
 RESUMED = ("dpo-resident", "dpo-snapshot", "dpo-offloaded", "kto-snapshot")
 
 
@@ -114,7 +114,7 @@ def main(folder: Path, kind: str) -> None:
     found = {}
     for case in CASES:
         if case in REFUSED.get(kind, ()):
-            with pytest.raises(ValueError, match="cannot hold weights"):
+            with pytest.raises(ValueError, match=r"cannot (hold|compile) "):
                 train(case, folder / case, batch=ROWS, **extra)
             continue
         saving = {"save_strategy": "steps", "save_steps": 3} if case in RESUMED else {}

@@ -68,9 +68,14 @@ def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> 
 
     accelerate is left with nothing to compile. It would wrap the whole model, whose parameters then
     have other names, and compile every layer anew, where one graph serves all of them.
+
+    Raises:
+        ValueError: beside ZeRO-3, in whose compiled layers no gradient arises.
     """
     plugin: Any = accelerator.state.dynamo_plugin
     wanted = args.torch_compile or plugin.backend != DynamoBackend.NO
+    if wanted and _zero3_plugin(accelerator) is not None:
+        raise ValueError("torch_compile cannot compile layers that ZeRO-3 shards: use FSDP2")
     options = plugin.to_kwargs()
     if args.torch_compile:
         options |= {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
