@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from tests.distributed_run import COMPILED
 from tests.test_trainer import make
 from tests.test_trl_parity import history
 from tralign_fast import modeling
+from tralign_fast.distribution import take_over_compilation
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +68,26 @@ class CountGraphs(TrainerCallback):
 def test_a_model_without_layers_to_compile_is_refused():
     with pytest.raises(ValueError, match="torch_compile: found no decoder layers in Linear"):
         modeling.compile_layers(torch.nn.Linear(2, 2))
+
+
+def test_what_accelerate_was_told_is_taken_over(tmp_path):
+    """`accelerate launch --dynamo_backend`: the options are ours, and it wraps nothing."""
+    plugin = TorchDynamoPlugin(backend="aot_eager", fullgraph=True)  # pyright: ignore[reportArgumentType]
+    accelerator = SimpleNamespace(state=SimpleNamespace(dynamo_plugin=plugin))
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.warns(UserWarning, match="fullgraph is ignored"):
+        options = take_over_compilation(accelerator, args)  # pyright: ignore[reportArgumentType]
+    assert options is not None
+    assert options["dynamic"]
+    assert "fullgraph" not in options
+    assert options["backend"] == "aot_eager"
+    assert plugin.backend == DynamoBackend.NO
+    assert take_over_compilation(accelerator, args) is None  # pyright: ignore[reportArgumentType]
+
+
+def test_beside_zero3_it_is_refused(tmp_path):
+    zero3 = SimpleNamespace(zero_stage=3)
+    state = SimpleNamespace(dynamo_plugin=TorchDynamoPlugin(), deepspeed_plugin=zero3)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, **COMPILED)
+    with pytest.raises(ValueError, match="cannot compile layers that ZeRO-3 shards"):
+        take_over_compilation(SimpleNamespace(state=state), args)  # pyright: ignore[reportArgumentType]

@@ -13,6 +13,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from tralign_fast._backend import warn_once
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.modeling import prepare_model
 from tralign_fast.reference.sharding import gathered, is_sharded
@@ -67,7 +68,7 @@ def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> 
     """The options of torch.compile that a run was started with; None without.
 
     accelerate is left with nothing to compile. It would wrap the whole model, whose parameters then
-    have other names, and compile every layer anew, where one graph serves all of them.
+    have other names, and compile every layer anew, where the graphs of one serve the others.
 
     Raises:
         ValueError: beside ZeRO-3, in whose compiled layers no gradient arises.
@@ -80,8 +81,9 @@ def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> 
     if args.torch_compile:
         options |= {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     plugin.backend = DynamoBackend.NO
-    # not one graph: attention stays outside; and packed rows have a length of their own each
-    options |= {"fullgraph": False, "dynamic": options.get("dynamic", True)}
+    if options.pop("fullgraph", False):
+        warn_once("torch.compile: fullgraph is ignored, as attention stays outside of the graphs")
+    options.setdefault("dynamic", True)  # packed rows have a length of their own each
     return options if wanted else None
 
 
