@@ -43,14 +43,16 @@ def run(function, inputs, targets, grad, dtype=None, **options):
     return [out.detach(), *grads]
 
 
-def assert_as_good_as_pytorch(ours, theirs, exact, dtype):
+def assert_as_good_as_pytorch(ours, theirs, exact, dtype, roundings=1.0):
     """Error against fp64 at most twice PyTorch's in the same dtype, plus one rounding."""
     for mine, other, truth in zip(ours, theirs, exact, strict=True):
         scale = truth.abs().max().clamp(min=1e-30) if truth.numel() else 1.0
         error = (mine.double() - truth).abs()
         allowed = 2 * (other.double() - truth).abs().max() if truth.numel() else 0.0
         if truth.numel():
-            assert error.max() <= allowed + EPS[mine.dtype] * scale, (error.max(), allowed, scale)
+            assert error.max() <= allowed + roundings * EPS[mine.dtype] * scale, (
+                error.max(), allowed, scale,
+            )  # fmt: skip
         assert mine.shape == truth.shape
 
 
@@ -91,11 +93,29 @@ def test_head_options(options, dtype, budget):
     inputs = [hidden, weight]
     options = dict(options)
     if options.pop("bias", False):
-        inputs.append(torch.randn(701).to(dtype).requires_grad_())
+        bias = torch.randn(701, generator=torch.Generator().manual_seed(1))
+        inputs.append(bias.to(dtype).requires_grad_())
     ours = run(linear_logprobs, inputs, targets, grad, logits_budget_mb=budget, **options)
     theirs = run(naive, inputs, targets, grad, **options)
     exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64, **options)
     assert_as_good_as_pytorch(ours, theirs, exact, dtype)
+
+
+@pytest.mark.parametrize("budget", [KEPT, RECOMPUTED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height", [-200.0, 45.0, 200.0])
+def test_powers_of_logits_far_from_zero_neither_overflow_nor_vanish(height, dtype, budget):
+    hidden, weight, targets, grad = make(29, 32, 701, dtype)
+    bias = torch.full((701,), height)
+    bias[::3] -= 30  # a part of the vocabulary, and with a small budget whole tiles, far below
+    inputs = [hidden, weight, bias.to(dtype).requires_grad_()]
+    ours = run(linear_logprobs, inputs, targets, grad, logits_budget_mb=budget)
+    theirs = run(naive, inputs, targets, grad)
+    exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64)
+    assert all(bool(torch.isfinite(t).all()) for t in ours)
+    # a logsumexp of 200 is known to 200 · 2⁻²⁴, which is the relative error of each probability
+    roundings = abs(height) if dtype == torch.float32 else 1.0
+    assert_as_good_as_pytorch(ours, theirs, exact, dtype, roundings)
 
 
 @pytest.mark.parametrize("budget", [KEPT, RECOMPUTED])

@@ -21,7 +21,7 @@ from torch import Tensor
 from tralign_fast import onednn
 from tralign_fast._backend import pick_backend
 from tralign_fast.pages import give_back
-from tralign_fast.tile_ops import tile_ops, to_scores_
+from tralign_fast.tile_ops import row_factor, tile_ops, tile_powers_, to_scores_
 from tralign_fast.vocab_filter import VocabFilter
 
 # A CPU tile stays in the last-level cache between the product that makes it and the reduction that
@@ -72,10 +72,7 @@ def _linear_logprobs_op(
             out = _tile_view(buffer, rows, start, stop, keep)
             part = None if bias is None else bias[start:stop]
             logits = _project(x, weight[start:stop], part, out, keep)
-            # Triton's reduction never writes into the logits
-            spare = backend == "torch" and (logits is not out or not keep)
-            overwrite = {"consume": True} if spare else {}
-            tile_forward_(logits, targets, start, logsumexp, target_logit, **transform, **overwrite)
+            tile_forward_(logits, targets, start, logsumexp, target_logit, **transform)
             del logits  # before the next tile is made
     return target_logit - logsumexp, logsumexp, kept
 
@@ -160,6 +157,9 @@ def _linear_logprobs_backward_op(
         "logit_scale": logit_scale, "softcap": softcap, "inverse_temperature": inverse_temperature,
     }  # fmt: skip
     buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
+    # PyTorch leaves a factor of each row to the products where it can
+    factor = row_factor(x.dtype, logsumexp, grad, **scores) if backend == "torch" else None
+    scaled = x if factor is None else (x * factor).to(x.dtype)
 
     def logits_of(start: int, stop: int) -> Tensor:
         logits = _tile_view(buffer, rows, start, stop, keep)
@@ -170,15 +170,26 @@ def _linear_logprobs_backward_op(
 
     def add_(logits: Tensor, targets: Tensor, start: int, columns: slice | Tensor) -> None:
         """The gradients' part of these columns of the vocabulary; overwrites the logits."""
-        tile_backward_(logits, targets, start, logsumexp, grad, **scores)
+        if factor is None:
+            tile_backward_(logits, targets, start, logsumexp, grad, **scores)
+        else:
+            tile_powers_(logits, targets, start, logsumexp)
         if needs_hidden:
             _accumulate_(grad_hidden, logits, weight[columns].to(x.dtype))
         if needs_weight and isinstance(columns, slice):
-            _product_into_(grad_weight[columns], logits.t(), x)
+            _product_into_(grad_weight[columns], logits.t(), scaled)
         elif needs_weight:
-            grad_weight[columns] = (logits.t() @ x).to(weight.dtype)
+            grad_weight[columns] = (logits.t() @ scaled).to(weight.dtype)
         if needs_bias:
-            grad_bias[columns] = logits.sum(0, dtype=torch.float32).to(weight.dtype)
+            if factor is None:
+                sums = logits.sum(0, dtype=torch.float32)
+            else:
+                sums = factor[:, 0].to(x.dtype) @ logits
+            grad_bias[columns] = sums.to(weight.dtype)
+
+    def end_() -> None:
+        if factor is not None and needs_hidden:
+            grad_hidden.mul_(factor)
 
     with _autocast_off(hidden.device):
         if not vocab_filter:
@@ -186,6 +197,7 @@ def _linear_logprobs_backward_op(
                 add_(logits_of(start, stop), targets, start, slice(start, stop))
                 if keep:
                     give_back(kept, rows * start, rows * stop)
+            end_()
             return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
         chosen = VocabFilter(
@@ -200,6 +212,7 @@ def _linear_logprobs_backward_op(
             if columns.numel():
                 add_(part, places, 0, columns)
         if chosen.decide():
+            end_()
             # of a softcap, the slope at zero: left-out scores are small
             share = grad * chosen.left_out_mass() * (-logit_scale * inverse_temperature)
             q = chosen.left_out_shares()
@@ -215,6 +228,7 @@ def _linear_logprobs_backward_op(
                 part, places, columns = chosen.take(logits, start, scratch, staying=False)
                 if columns.numel():
                     add_(part, places, 0, columns)
+            end_()
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
