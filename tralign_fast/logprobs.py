@@ -187,7 +187,7 @@ def _linear_logprobs_backward_op(
                 sums = factor[:, 0].to(x.dtype) @ logits
             grad_bias[columns] = sums.to(weight.dtype)
 
-    def end_() -> None:
+    def apply_factor_() -> None:
         if factor is not None and needs_hidden:
             grad_hidden.mul_(factor)
 
@@ -197,7 +197,7 @@ def _linear_logprobs_backward_op(
                 add_(logits_of(start, stop), targets, start, slice(start, stop))
                 if keep:
                     give_back(kept, rows * start, rows * stop)
-            end_()
+            apply_factor_()
             return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
         chosen = VocabFilter(
@@ -212,7 +212,7 @@ def _linear_logprobs_backward_op(
             if columns.numel():
                 add_(part, places, 0, columns)
         if chosen.decide():
-            end_()
+            apply_factor_()
             # of a softcap, the slope at zero: left-out scores are small
             share = grad * chosen.left_out_mass() * (-logit_scale * inverse_temperature)
             q = chosen.left_out_shares()
@@ -228,7 +228,7 @@ def _linear_logprobs_backward_op(
                 part, places, columns = chosen.take(logits, start, scratch, staying=False)
                 if columns.numel():
                     add_(part, places, 0, columns)
-            end_()
+            apply_factor_()
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
