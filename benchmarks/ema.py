@@ -55,7 +55,7 @@ class Weights(nn.Module):
 
     def __init__(self, numel: int, dtype: torch.dtype, device: str, seed: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         width = max(8, int((numel / 250) ** 0.5) // 8 * 8)
         layer = [(width, width)] * 2 + [(width // 3, width)] * 2 + [(8 * width // 3, width)] * 3
         layer += [(width,)] * 2
@@ -68,7 +68,9 @@ class Weights(nn.Module):
                 if left == 0:
                     break
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(shape).normal_(0, 0.02, generator=generator).to(device, dtype))
+            nn.Parameter(
+                torch.empty(shape, device=device).normal_(0, 0.02, generator=generator).to(dtype)
+            )
             for shape in shapes
         )
 
@@ -200,12 +202,13 @@ def measure_movement(numel: int, device: str, updates: int = 500) -> list[dict[s
         due = 1 - (1 - alpha) ** count
         for name in names:
             reference, policy = (Weights(numel, torch.bfloat16, device, 0) for _ in range(2))
-            generator = torch.Generator().manual_seed(1)
+            generator = torch.Generator(device).manual_seed(1)
             start, way = [], []
             for p in policy.parameters():
                 start.append(p.data.double())
-                step = torch.empty(p.shape).normal_(0, 0.002, generator=generator)
-                p.data.copy_(p.data.float() + step.to(device))
+                step = torch.empty_like(p.data, dtype=torch.float32)
+                step.normal_(0, 0.002, generator=generator)
+                p.data.copy_(p.data.float() + step)
                 way.append(p.data.double() - start[-1])
             for _ in range(count):
                 functions[name](reference, policy, alpha)

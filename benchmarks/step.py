@@ -1,8 +1,11 @@
-"""Seconds and memory of one optimizer step: TRL's DPOTrainer beside our TRTrainer, on a CPU.
+"""Seconds and memory of one optimizer step: TRL's DPOTrainer beside our TRTrainer.
 
     python -m benchmarks.step [--distribution chat|summarisation|long|all] [--steps N] [--pairs 2]
                               [--ablations | --references | --drop_in] [--dtype fp32]
-                              [--output_dir benchmarks/results]
+                              [--model smollm2] [--output_dir benchmarks/results]
+
+On a GPU the defaults are eight pairs, bf16 and random weights of Llama-3.2-1B's shape, and the
+results' names begin with "gpu_".
 
 Both run TR-DPO with a resident reference that moves every two steps, on the same rows in the same
 order, without gradient checkpointing, evaluation or saving. Every arm is a process of its own that
@@ -35,8 +38,8 @@ same for all arms.
 **Parts.** `--ablations` measures what each part gives, two arms beside each other: without it and
 with it.
 
-**Memory.** The process's peak resident memory, and how far that is above what was resident once
-both models were loaded: gradients, AdamW's moments, activations, logits.
+**Memory.** The process's peak resident memory (on a GPU the allocator's peak), and how far that is
+above what was there once both models were loaded: gradients, AdamW's moments, activations, logits.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ from typing import Any
 
 from benchmarks.common import (
     Summary,
+    device_name,
     environment,
     format_table,
     plot_bars,
@@ -257,8 +261,8 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
         "useful_tokens_per_s": summarize(
             [n / s for n, s in zip(run.useful[1:], seconds, strict=True)]
         ).median,
-        "peak_rss_mb": run.facts["peak_mb"],
-        "delta_rss_mb": run.facts["peak_mb"] - run.facts["loaded_mb"],
+        "peak_mb": run.facts["peak_mb"],
+        "delta_mb": run.facts["peak_mb"] - run.facts["loaded_mb"],
         "last_loss": run.losses[-1],
         "max_rel_loss_diff": largest_difference(run.losses, trl.losses),
         "max_rel_grad_norm_diff": largest_difference(run.gradient_norms, trl.gradient_norms),
@@ -268,6 +272,7 @@ def _record(job: Job, run: Run, trl: Run) -> dict[str, Any]:
         "words": f"prompt={'-'.join(map(str, words.prompt))} "
         f"completion={'-'.join(map(str, words.completion))}",
         "sync_every": SYNC_EVERY,
+        "device": device_name(job.device),
         "threads": run.facts["threads"],
     }
 
@@ -288,7 +293,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             f"{r['window_s']:.3f}",
             f"{r['tokens_computed']:,}",
             f"{r['useful_tokens_per_s']:,.0f}",
-            *(f"{r[key]:,.0f}" for key in ("peak_rss_mb", "delta_rss_mb")),
+            *(f"{r[key]:,.0f}" for key in ("peak_mb", "delta_mb")),
             f"{r['max_rel_loss_diff']:.1e}",
         ]
         for r in records
@@ -308,7 +313,7 @@ def plot(path: Path, records: Sequence[dict[str, Any]]) -> None:
     title = (
         f"One optimizer step of TR-DPO, {one['model']}, {one['dtype']}, "
         f"{one['shapes'].split()[0].split('=')[1]} pairs a batch\n"
-        f"{one['cpu']}, {one['threads']} threads; median of {one['steps']} steps, p20 to p80"
+        f"{one['device']}; median of {one['steps']} steps, p20 to p80"
     )
     labels = [distribution + (part and f":\n{part}") for distribution, part in groups]
     plot_bars(path, labels, series, title=title, ylabel="seconds per step (lower is better)")
@@ -320,8 +325,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(DISTRIBUTIONS) if options.distribution == "all" else [options.distribution]
     parts = COMPARISONS[options.comparison]
     system, records = environment(), []
-    folder = Path(options.output_dir)
+    import torch
     from tqdm import tqdm  # not above: an arm switches it off before it imports it
+
+    on_gpu = torch.cuda.is_available()
+    pairs = options.pairs or (8 if on_gpu else 2)
+    dtype = options.dtype or ("bf16" if on_gpu else "fp32")
+    model = options.model or ("llama-3.2-1b" if on_gpu else "smollm2")
+    path = Path(options.output_dir) / ("gpu_" * on_gpu + options.comparison)
 
     steps = options.steps + 1  # the warm-up
     turns = len(names) * sum(map(len, parts.values())) * (steps + 1)  # an arm's start counts as one
@@ -329,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, (part, arms) in itertools.product(names, parts.items()):
             progress.set_description(f"{name} {part}")
             jobs = [
-                Job(arm, name, steps, options.pairs, options.dtype, options.model, part)
+                Job(arm, name, steps, pairs, dtype, model, "cuda" if on_gpu else "cpu", part)
                 for arm in arms
             ]
             try:
@@ -338,20 +349,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: not a comparison, nothing is reported: {error}", file=sys.stderr)
                 return 1
             records += [{**record, **system} for record in make_records(jobs, runs)]
-            write_csv(
-                folder / f"{options.comparison}.csv", records
-            )  # after each: a long run may be cut short
-            plot(folder / f"{options.comparison}.png", records)
+            write_csv(path.with_suffix(".csv"), records)  # after each: a run may be cut short
+            plot(path.with_suffix(".png"), records)
     print(table(records))
     loss, norm = (max(r[f"max_rel_{key}_diff"] for r in records) for key in ("loss", "grad_norm"))
     print(
-        f"\nTimed steps: {options.steps}; pairs a step: {options.pairs}. Speed-up: the first arm's "
+        f"\nTimed steps: {options.steps}; pairs a step: {pairs}. Speed-up: the first arm's "
         "time over the arm's.\nTokens: computed per step, by policy and reference. Largest "
         "relative\ndifference from the first arm in any step: "
         f"loss {loss:.1e}, gradient norm {norm:.1e}."
     )
     others = max(r["others_cores"] for r in records)
-    if others > QUIET_CORES:
+    if others > QUIET_CORES and not on_gpu:
         print(f"Not a quiet machine: other processes took {others:.2f} cores. Times are noise.")
     return 0
 
@@ -362,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=_positive, default=10, help="timed steps; one more is the warm-up"
     )
-    parser.add_argument("--pairs", type=_positive, default=2, help="pairs in a batch")
+    parser.add_argument("--pairs", type=_positive, help="in a batch; default: 2, on a GPU 8")
     parser.set_defaults(comparison="step")
     extra = parser.add_mutually_exclusive_group()
     for name, text in (
@@ -373,9 +382,9 @@ def _parser() -> argparse.ArgumentParser:
         extra.add_argument(
             f"--{name}", dest="comparison", action="store_const", const=f"step_{name}", help=text
         )
-    parser.add_argument("--dtype", choices=list(TORCH_DTYPES), default="fp32")
+    parser.add_argument("--dtype", choices=list(TORCH_DTYPES), help="default: fp32, on a GPU bf16")
     parser.add_argument(
-        "--model", choices=list(MODELS), default="smollm2", help="tiny: to try it out"
+        "--model", choices=list(MODELS), help="default: smollm2; tiny: to try it out"
     )
     parser.add_argument("--output_dir", default="benchmarks/results", help="for its CSV and PNG")
     return parser

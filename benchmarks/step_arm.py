@@ -19,7 +19,11 @@ from typing import Any
 SYNC_EVERY = 2
 MAX_LENGTH = 2048
 SEED = 0
-MODELS = {"smollm2": "SmolLM2-135M-Instruct", "tiny": "two random layers"}
+MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "llama-3.2-1b": "random weights of Llama-3.2-1B's shape",
+    "tiny": "two random layers",
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Job:
     pairs: int
     dtype: str
     model: str
+    device: str = "cpu"
     part: str = ""  # what sets the arms of a comparison apart, where there are several
 
 
@@ -107,14 +112,19 @@ def run_arm(job: Job, pipe: Any) -> None:
     model, tokenizer = load_model(job.model, getattr(torch, TORCH_DTYPES[job.dtype]))
     # where the reference holds no weights, there is no second model
     reference = copy.deepcopy(model) if ARMS[job.arm].reference == "resident" else None
-    loaded_mb = _resident_mb()
+    loaded_mb = _resident_mb()  # on a CPU before the trainer's own, on a GPU with all weights there
     with tempfile.TemporaryDirectory() as folder:
         trainer = _make_trainer(job, model, reference, tokenizer, folder)
+        on_gpu = trainer.args.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            loaded_mb = torch.cuda.memory_allocated() / 2**20
         trainer.data_collator = counter = _CountingCollator(trainer.data_collator)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_make_turns(pipe, counter))  # the last one: after the sync
         trainer.train()
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_mb
     config = model.config
     shape = f"layers={config.num_hidden_layers} H={config.hidden_size} V={config.vocab_size}"
     facts = {"loaded_mb": loaded_mb, "peak_mb": peak_mb, "model": shape}
@@ -134,28 +144,33 @@ def _quieten() -> None:
 
 
 def load_model(name: str, dtype: Any) -> tuple[Any, Any]:
-    """SmolLM2 or, to try the benchmark, two random layers of its vocabulary; and the tokenizer."""
+    """SmolLM2, or random weights of another shape with SmolLM2's tokenizer; and the tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tralign_fast.plan import load_config
     from tralign_fast.smollm2 import load_smollm2, load_smollm2_tokenizer
 
     if name == "smollm2":
         return load_smollm2(dtype)
     tokenizer: Any = load_smollm2_tokenizer()
+    if name == "tiny":
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    else:
+        config = load_config(name)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, token, getattr(tokenizer, token))
     torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config).to(dtype), tokenizer
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    return model.to(dtype), tokenizer
 
 
 def _make_trainer(job: Job, model: Any, reference: Any, tokenizer: Any, folder: str) -> Any:
@@ -175,7 +190,7 @@ def _make_trainer(job: Job, model: Any, reference: Any, tokenizer: Any, folder: 
         "ref_model_sync_steps": SYNC_EVERY,
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": job.device == "cpu",
         "dataloader_pin_memory": False,
         "save_strategy": "no",
         "logging_steps": 1,
@@ -261,10 +276,10 @@ def _make_turns(pipe: Any, counter: _CountingCollator) -> Any:
             pipe.send(("ready", (time.monotonic(), *counter.counts[state.global_step])))
             pipe.recv()
             self.busy = _others_seconds()
-            self.begin = time.monotonic()
+            self.begin = _device_time()
 
         def on_step_end(self, args, state, control, **kwargs) -> None:
-            end = time.monotonic()
+            end = _device_time()
             others = max(0.0, _others_seconds() - self.busy) / (end - self.begin)
             pipe.send(("step", (self.begin, end, others)))
 
@@ -273,6 +288,15 @@ def _make_turns(pipe: Any, counter: _CountingCollator) -> Any:
                 pipe.send(("log", (logs["loss"], logs["grad_norm"])))
 
     return Turns()
+
+
+def _device_time() -> float:
+    """The monotonic clock, once a GPU has done what was asked of it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def _others_seconds() -> float:

@@ -10,6 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+# Where those tests compute that can do so on either: "cuda" with `make test-gpu`.
+DEVICE = torch.device(os.environ.get("TRALIGN_TEST_DEVICE", "cpu"))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def frozen_imports():

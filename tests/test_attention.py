@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tralign_fast.attention as attention
+from tests.conftest import DEVICE
 from tralign_fast._backend import warn_once
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.modeling import prepare_model, sequence_logps
@@ -80,12 +81,13 @@ def collate(layout="shared") -> PackedBatch:
 def run(model, layout, **checkpointing):
     model.train()
     model.zero_grad()
-    batch = collate(layout)
-    logps = sequence_logps(model, batch)
-    weights = torch.linspace(-1, 1, len(logps))
-    (logps * weights).sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return logps.detach(), grads
+    logps = sequence_logps(model.to(DEVICE), collate(layout).to(DEVICE))
+    return logps.detach().cpu(), gradients(model, logps)
+
+
+def gradients(model, logps):
+    (logps * torch.linspace(-1, 1, len(logps)).to(logps)).sum().backward()
+    return {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(packed, separate):
@@ -134,13 +136,11 @@ def run_before_preparing(model):
     """Padded sequences through the model's own forward and logits, nothing of ours in between."""
     model.train()
     model.zero_grad()
-    batch = collate("padded")
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    batch = collate("padded").to(DEVICE)
+    logits = model.to(DEVICE)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     token_logps = logits.flatten(0, 1)[batch.score_index].log_softmax(-1)
     logps = batch.sum_per_sequence(token_logps.gather(1, batch.targets[:, None])[:, 0])
-    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return logps.detach(), grads
+    return logps.detach().cpu(), gradients(model, logps)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

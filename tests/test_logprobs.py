@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import tralign_fast.logprobs as module
+from tests.conftest import DEVICE
 from tralign_fast import linear_logprobs, logprobs_from_logits
 from tralign_fast.logprobs import linear_logprobs_reference
 
@@ -34,13 +35,13 @@ def make(N, H, V, dtype, seed=0):
 
 def run(function, inputs, targets, grad, dtype=None, **options):
     """Values and the gradients of `inputs` (hidden, weight, maybe bias) under `function`."""
-    leaves = [t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad) for t in inputs]
+    leaves = [t.detach().to(DEVICE, dtype).requires_grad_(t.requires_grad) for t in inputs]
     if len(leaves) == 3:
         options["bias"] = leaves[2]
-    out = function(leaves[0], leaves[1], targets, **options)
+    out = function(leaves[0], leaves[1], targets.to(DEVICE), **options)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    grads = torch.autograd.grad(out, wanted, grad.to(out.dtype)) if wanted else ()
-    return [out.detach(), *grads]
+    grads = torch.autograd.grad(out, wanted, grad.to(out)) if wanted else ()
+    return [t.detach().cpu() for t in (out, *grads)]
 
 
 def assert_as_good_as_pytorch(ours, theirs, exact, dtype, roundings=1.0):
@@ -188,7 +189,7 @@ def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32(budget):
     hidden, weight, targets, grad = make(40, 64, 800, torch.float32)
     rounded = (hidden.bfloat16(), weight.bfloat16())
     half = run(linear_logprobs, rounded, targets, grad, logits_budget_mb=budget)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         auto = run(linear_logprobs, (hidden, weight), targets, grad, logits_budget_mb=budget)
     assert torch.equal(auto[0], half[0])
     assert auto[1].dtype == auto[2].dtype == torch.float32

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.conftest import words
+from tests.conftest import DEVICE, words
 from tralign_fast import TRConfig, TRTrainer
 from tralign_fast.data.packing import PreferenceCollator
 
@@ -59,7 +59,7 @@ def options(output_dir, **extra):
         "report_to": [],
         "save_strategy": "no",
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",
         "sync_ref_model": True,
         "max_length": 64,
         "gradient_checkpointing": False,

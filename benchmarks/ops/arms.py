@@ -46,28 +46,28 @@ class Inputs:
 
 def make_inputs(case: Case) -> Inputs:
     """The same numbers for a case whatever the arm: logits of standard deviation one."""
-    generator = torch.Generator().manual_seed(0)
     length = 2 * case.tokens // SEQUENCES
     dtype, device = DTYPES[case.dtype], case.device
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     hidden = normal(SEQUENCES, length, case.hidden)
-    ref_hidden = (hidden + 0.1 * normal(*hidden.shape)).to(device, dtype)
-    weight = (normal(case.vocab, case.hidden) / case.hidden**0.5).to(device, dtype)
-    targets = torch.randint(0, case.vocab, (SEQUENCES, length), generator=generator)
-    mask = torch.zeros(SEQUENCES, length, dtype=torch.bool)
+    ref_hidden = (hidden + 0.1 * normal(*hidden.shape)).to(dtype)
+    weight = (normal(case.vocab, case.hidden) / case.hidden**0.5).to(dtype)
+    targets = torch.randint(0, case.vocab, (SEQUENCES, length), generator=generator, device=device)
+    mask = torch.zeros(SEQUENCES, length, dtype=torch.bool, device=device)
     mask[:, length // 2 :] = True
     return Inputs(
-        hidden.to(device, dtype).requires_grad_(),
+        hidden.to(dtype).requires_grad_(),
         weight.clone().requires_grad_(),
         ref_hidden,
         weight,
-        targets.to(device),
-        mask.to(device),
-        torch.where(mask, targets, -100).to(device),
-        mask.flatten().nonzero()[:, 0].to(device),
+        targets,
+        mask,
+        torch.where(mask, targets, -100),
+        mask.flatten().nonzero()[:, 0],
     )
 
 

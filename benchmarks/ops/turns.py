@@ -228,6 +228,8 @@ def measure(
         path = f"{folder}/gradients.pt"
         torch.save([g.cpu() for g in gradients], path)
         del gradients
+        if case.device == "cuda":
+            torch.cuda.empty_cache()  # the card is the arms' now
         for round in range(rounds + 1):
             for process, run in runs.items():
                 if run.failed or (round > 1 and used[process] > arm_seconds):
