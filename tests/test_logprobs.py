@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +207,41 @@ def test_kept_and_recomputed_agree():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_fits_is_kept_and_the_rest_recomputed(dtype, monkeypatch):
+    hidden, weight, targets, grad = make(61, 40, 1500, dtype)
+    bias = torch.randn(1500, generator=torch.Generator().manual_seed(1)).to(dtype)
+    inputs = (hidden, weight, bias.requires_grad_())
+    row_bytes = 61 * dtype.itemsize
+    tile = {dtype.itemsize: 256 * row_bytes}
+    monkeypatch.setattr(module, "_CPU_TILE_BYTES", tile)
+    monkeypatch.setattr(module, "_SMALLEST_DEVICE_TILE_BYTES", tile[dtype.itemsize])
+    recomputed = []
+    monkeypatch.setattr(module, "_project", counting_columns(module._project, recomputed))
+    theirs = run(naive, inputs, targets, grad)
+    exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64)
+    for columns, keep in ((1500, 1500), (1024, 768), (300, 0)):
+        if DEVICE.type == "cuda":  # its forward needs no tile
+            keep = columns if columns == 1500 else columns // 256 * 256
+        recomputed.clear()
+        ours = run(
+            linear_logprobs, inputs, targets, grad, logits_budget_mb=columns * row_bytes / 2**20
+        )
+        assert_as_good_as_pytorch(ours, theirs, exact, dtype)
+        assert sum(recomputed) == 1500 - keep
+
+
+def counting_columns(project, recomputed):
+    """`_project` that notes the columns of every tile that is made in the backward."""
+
+    def wrapper(x, weight, bias, out, keep):
+        if "_linear_logprobs_backward_op" in [f.name for f in traceback.extract_stack()]:
+            recomputed.append(weight.shape[0])
+        return project(x, weight, bias, out, keep)
+
+    return wrapper
+
+
 @pytest.mark.parametrize("budget_mb", [0, 0.05, 1024])
 def test_no_tensor_outgrows_the_budget(budget_mb):
     """Every live tensor is watched: logits at most the budget (or one tile of 256 columns)."""
@@ -309,9 +346,10 @@ def test_registered_with_torch_library(op):
     if op == "linear_logprobs":
         args = (
             torch.randn(6, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True), targets,
-            None, 1.0, None, 1.0, "torch", torch.float32, 8, True, 0.0,
+            None, 1.0, None, 1.0, "torch", torch.float32, 8,
         )  # fmt: skip
-        torch.library.opcheck(module._linear_logprobs_op, args, test_utils=checks)
+        for keep in (20, 8, 0):
+            torch.library.opcheck(module._linear_logprobs_op, (*args, keep, 0.0), test_utils=checks)
     else:
         args = (torch.randn(6, 20, requires_grad=True), targets, 1.0, "torch", True)
         torch.library.opcheck(module._from_logits_op, args, test_utils=checks)

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tralign_fast._backend import warn_once
-from tralign_fast.data.packing import PrefixLayout
+from tralign_fast.data.packing import PrefixLayout, VarlenArguments
 
 PREFIX = "tralign_"
 # Keywords of an attention layer that change nothing here, or that are honoured below. Any other one
@@ -105,7 +106,11 @@ def prefix_shared_attention(
     varlen = _varlen_function(query, options)
     if varlen is not None:
         return _attend_varlen(varlen, query, key, value, prefix_layout, options), None
-    return _attend_segments(query, key, value, prefix_layout, options), None
+    if not query.is_cuda:
+        return _attend_segments(query, key, value, prefix_layout, options), None
+    # cuDNN plans every new pair of lengths anew, which takes longer than a whole step
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return _attend_segments(query, key, value, prefix_layout, options), None
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,10 @@ def _attend_one(
         mask, causal = layout.mask(queries, keys, window, query.device), False
     gqa = query.shape[1] != key.shape[1]
     if softcap is None:
+        if gqa and query.is_cuda:  # its fused kernels with a mask, or for fp32, want all heads
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+            gqa = False
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, dropout_p=options.dropout,
             scale=options.scaling, enable_gqa=gqa,
@@ -198,8 +207,29 @@ def _attend_varlen(
     arguments = layout.varlen(query.device)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
     window = (-1 if options.window is None else options.window - 1, 0)
-    k, v = k[arguments.key_index], v[arguments.key_index]
+    if arguments.again:  # else the keys are the row's tokens as they stand
+        k, v = _GatherKeys.apply(k, arguments), _GatherKeys.apply(v, arguments)
     return function(q, k, v, arguments, window, options)[None]
+
+
+class _GatherKeys(torch.autograd.Function):
+    """`tokens[key_index]`, whose backward would sort the index to sum the same way in every run.
+
+    Here a token's gradients are summed in the order of its completions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, arguments: VarlenArguments) -> Tensor:
+        ctx.arguments = arguments
+        return tokens.index_select(0, arguments.key_index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.index_select(0, ctx.arguments.first)
+        for tokens, keys in ctx.arguments.again:  # no token twice
+            total.index_add_(0, tokens, grad.index_select(0, keys))
+        return total, None
 
 
 def _flash_attn(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:
@@ -216,10 +246,13 @@ def _flash_attn(q, k, v, arguments, window: tuple[int, int], options: _Options) 
 def _torch_varlen(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # before the flag came, fewer key-value heads were handed on to the kernel as they are
+    has_flag = "enable_gqa" in _torch_varlen_parameters()
+    gqa = {"enable_gqa": q.shape[1] != k.shape[1]} if has_flag else {}
     return varlen_attn(  # pyright: ignore[reportReturnType]
         q, k, v, arguments.cu_seqlens_q, arguments.cu_seqlens_k,
         arguments.max_seqlen_q, arguments.max_seqlen_k, scale=options.scaling, window_size=window,
-        enable_gqa=q.shape[1] != k.shape[1],
+        **gqa,
     )  # fmt: skip
 
 
@@ -235,7 +268,7 @@ def _varlen_function(query: Tensor, options: _Options) -> Callable[..., Tensor] 
             "sequence instead (flash-attn does both)"
         )
         return None
-    if _torch_varlen_is_usable():
+    if {"window_size", "scale"} <= _torch_varlen_parameters():
         return _torch_varlen
     warn_once(
         "no variable-length attention (install flash-attn): one SDPA call per sequence instead"
@@ -244,16 +277,15 @@ def _varlen_function(query: Tensor, options: _Options) -> Callable[..., Tensor] 
 
 
 @functools.cache
-def _torch_varlen_is_usable() -> bool:
-    """`window_size` and `enable_gqa` came after the first versions of `varlen_attn`."""
+def _torch_varlen_parameters() -> frozenset[str]:
+    """Of `varlen_attn`, which has grown with every version of torch; empty before the first."""
     import inspect
 
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    parameters = inspect.signature(varlen_attn).parameters
-    return {"window_size", "enable_gqa", "scale"} <= set(parameters)
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _original_attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:

@@ -57,9 +57,6 @@ def ema_update_(
     _check_match(refs, thetas)
     if alpha == 0.0 or not refs:
         return
-    if alpha == 1.0:
-        torch._foreach_copy_(refs, thetas)
-        return
     on_gpu = all(r.is_cuda and t.device == r.device for r, t in zip(refs, thetas, strict=True))
     if (
         on_gpu
@@ -68,7 +65,11 @@ def ema_update_(
     ):
         from tralign_kernels import ema_update_ as fused_update_
 
-        fused_update_(refs, thetas, alpha, rounding=rounding, seed=_draw_seed(generator))
+        seed = 0 if alpha == 1.0 else _draw_seed(generator)
+        fused_update_(refs, thetas, alpha, rounding=rounding, seed=seed)
+        return
+    if alpha == 1.0:
+        torch._foreach_copy_(refs, thetas)
         return
     _foreach_update_(refs, thetas, alpha, rounding, generator)
 

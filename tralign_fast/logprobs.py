@@ -28,6 +28,8 @@ from tralign_fast.vocab_filter import VocabFilter
 # reads it, and memory peaks at a tile above the gradient. Products of half precision are so fast
 # that they want larger tiles. A GPU wants its products as large as memory allows.
 _CPU_TILE_BYTES = {2: 16 << 20, 4: 4 << 20, 8: 4 << 20}  # by the size of an element
+# Smaller products leave a GPU's processors without work: at N = 1,024 they are 64 programs' tiles.
+_SMALLEST_DEVICE_TILE_BYTES = 16 << 20
 
 
 # --- hidden states to log-probs, registered with torch.library ------------------------------------
@@ -45,16 +47,16 @@ def _linear_logprobs_op(
     backend: str,
     compute_dtype: torch.dtype,
     tile: int,
-    keep: bool,
+    keep: int,  # columns whose logits are kept, the first ones: whole tiles
     vocab_filter: float,  # for the backward
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs (N,) fp32, logsumexp (N,) fp32, kept logits: tile after tile, flat, or empty)."""
+    """(log-probs (N,) fp32, logsumexp (N,) fp32, kept logits: tile after tile, flat)."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     _check_targets(targets, vocab)
     logsumexp = torch.full((rows,), float("-inf"), device=hidden.device)
     target_logit = torch.full((rows,), float("nan"), device=hidden.device)
     x = hidden.to(compute_dtype)
-    kept = x.new_empty(rows * vocab if keep else 0)
+    kept = x.new_empty(rows * keep)
     if rows == 0:
         return logsumexp, logsumexp.clone(), kept
     transform = {
@@ -62,24 +64,30 @@ def _linear_logprobs_op(
         "softcap": softcap,
         "inverse_temperature": inverse_temperature,
     }
-    if _makes_no_logits(backend, keep):
-        _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, tile, transform)
-        return target_logit - logsumexp, logsumexp, kept
     tile_forward_, _ = tile_ops(backend)
-    buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
+    scratch = x.new_empty(rows * _scratch_columns(backend, tile, keep, vocab))
     with _autocast_off(hidden.device):
-        for start, stop in _tiles(vocab, tile):
-            out = _tile_view(buffer, rows, start, stop, keep)
+        for start, stop in _tiles(0, keep if _is_fused(backend) else vocab, tile):
+            out = _tile_view(kept, scratch, rows, start, stop, keep)
             part = None if bias is None else bias[start:stop]
-            logits = _project(x, weight[start:stop], part, out, keep)
+            logits = _project(x, weight[start:stop], part, out, start < keep)
             tile_forward_(logits, targets, start, logsumexp, target_logit, **transform)
             del logits  # before the next tile is made
+        if _is_fused(backend):
+            _fused_forward_(
+                x, weight, targets, bias, logsumexp, target_logit, keep, tile, transform
+            )
     return target_logit - logsumexp, logsumexp, kept
 
 
-def _makes_no_logits(backend: str, keep: bool) -> bool:
-    """Whether product and reduction are one kernel: Triton, and nobody reads the logits again."""
-    return backend == "triton" and not keep
+def _is_fused(backend: str) -> bool:
+    """Whether product and reduction are one kernel where nobody reads the logits again."""
+    return backend == "triton"
+
+
+def _scratch_columns(backend: str, tile: int, keep: int, vocab: int) -> int:
+    """Columns of the forward's scratch tile, which all tiles share that are not kept."""
+    return 0 if _is_fused(backend) else min(tile, vocab - keep)
 
 
 def _fused_forward_(
@@ -89,6 +97,7 @@ def _fused_forward_(
     bias: Tensor | None,
     logsumexp: Tensor,
     target_logit: Tensor,
+    first: int,  # column
     tile: int,
     transform: dict[str, Any],
 ) -> None:
@@ -97,7 +106,7 @@ def _fused_forward_(
     x = x if x.stride(1) == 1 else x.contiguous()
     # a weight of another dtype (autocast) is converted tile by tile, never as a whole
     tile = weight.shape[0] if weight.dtype == x.dtype else tile
-    for start, stop in _tiles(weight.shape[0], tile):
+    for start, stop in _tiles(first, weight.shape[0], tile):
         part = weight[start:stop].to(x.dtype)
         linear_logprob_forward_(
             x, part if part.stride(1) == 1 else part.contiguous(), targets, start, logsumexp,
@@ -110,12 +119,11 @@ def _fused_forward_(
 def _(hidden, weight, targets, bias, logit_scale, softcap, inverse_temperature, backend,
       compute_dtype, tile, keep, vocab_filter):  # fmt: skip
     rows = hidden.shape[0]
+    kept = hidden.new_empty(rows * keep, dtype=compute_dtype)
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
-    size = rows * (weight.shape[0] if keep else min(tile, weight.shape[0]))
-    size = 0 if _makes_no_logits(backend, keep) else size
-    logits = hidden.new_empty(size, dtype=compute_dtype)
+    kept.new_empty(rows * _scratch_columns(backend, tile, keep, weight.shape[0]))
     per_row = hidden.new_empty(rows, dtype=torch.float32)
-    return per_row, torch.empty_like(per_row), logits if keep else logits.new_empty(0)
+    return per_row, torch.empty_like(per_row), kept
 
 
 @torch.library.custom_op("tralign_fast::linear_logprobs_backward", mutates_args=("kept",))
@@ -126,7 +134,7 @@ def _linear_logprobs_backward_op(
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
     logsumexp: Tensor,  # (N,) float32
-    kept: Tensor,  # (N·V,) or (0,): consumed
+    kept: Tensor,  # (N·W,), of the first W columns: consumed
     logit_scale: float,
     softcap: float | None,
     inverse_temperature: float,
@@ -142,8 +150,8 @@ def _linear_logprobs_backward_op(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     needs_hidden, needs_weight, needs_bias = needs
-    keep = kept.numel() > 0
-    tiles = list(_tiles(vocab, tile))
+    keep = kept.numel() // max(1, rows)
+    tiles = list(_tiles(0, vocab, tile))
     new = weight.new_zeros if vocab_filter else weight.new_empty
     grad_weight = new(weight.shape if needs_weight else (0,))
     grad_bias = new(vocab if needs_bias else 0)
@@ -156,17 +164,18 @@ def _linear_logprobs_backward_op(
     scores: dict[str, Any] = {
         "logit_scale": logit_scale, "softcap": softcap, "inverse_temperature": inverse_temperature,
     }  # fmt: skip
-    buffer = kept if keep else x.new_empty(rows * min(tile, vocab))
+    # kept logits that are consumed make room for those that are computed again
+    scratch = kept if keep else x.new_empty(rows * min(tile, vocab))
     # PyTorch leaves a factor of each row to the products where it can
     factor = row_factor(x.dtype, logsumexp, grad, **scores) if backend == "torch" else None
     scaled = x if factor is None else (x * factor).to(x.dtype)
 
     def logits_of(start: int, stop: int) -> Tensor:
-        logits = _tile_view(buffer, rows, start, stop, keep)
-        if keep:
+        logits = _tile_view(kept, scratch, rows, start, stop, keep)
+        if start < keep:
             return logits
         part = None if bias is None else bias[start:stop]
-        return _project(x, weight[start:stop], part, logits, keep)
+        return _project(x, weight[start:stop], part, logits, keep=False)
 
     def add_(logits: Tensor, targets: Tensor, start: int, columns: slice | Tensor) -> None:
         """The gradients' part of these columns of the vocabulary; overwrites the logits."""
@@ -195,7 +204,7 @@ def _linear_logprobs_backward_op(
         if not vocab_filter:
             for start, stop in tiles:
                 add_(logits_of(start, stop), targets, start, slice(start, stop))
-                if keep:
+                if start < keep:
                     give_back(kept, rows * start, rows * stop)
             apply_factor_()
             return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
@@ -204,11 +213,11 @@ def _linear_logprobs_backward_op(
             vocab_filter, targets, logsumexp, vocab,
             functools.partial(tile_forward_, **scores), functools.partial(to_scores_, **scores),
         )  # fmt: skip
-        scratch = x.new_empty(rows * min(tile, vocab))
+        copies = x.new_empty(rows * min(tile, vocab))
         for start, stop in tiles:
             logits = logits_of(start, stop)
             chosen.scan(logits, start)
-            part, places, columns = chosen.take(logits, start, scratch)
+            part, places, columns = chosen.take(logits, start, copies)
             if columns.numel():
                 add_(part, places, 0, columns)
         if chosen.decide():
@@ -225,7 +234,7 @@ def _linear_logprobs_backward_op(
         else:
             for start, stop in tiles:
                 logits = logits_of(start, stop)
-                part, places, columns = chosen.take(logits, start, scratch, staying=False)
+                part, places, columns = chosen.take(logits, start, copies, staying=False)
                 if columns.numel():
                     add_(part, places, 0, columns)
             apply_factor_()
@@ -308,13 +317,13 @@ def linear_logprobs(
     Logits are rounded to the dtype of the inputs (to that of autocast inside autocast), as a Linear
     layer does; sums, log-probs and the gradient of the logits are computed in fp32.
 
-    Memory: at most `logits_budget_mb` of logits. If all N·V fit and a gradient is wanted, they are
-    kept and the backward overwrites them: three matrix products in all. On a CPU the backward gives
-    their memory back as it goes (`tralign_fast.pages`): the peak is the larger of logits and weight
-    gradient, and a tile. Else they are recomputed tile by tile: four products. Without a gradient,
-    and where they will be recomputed, the Triton backend makes none: its forward is one kernel, in
-    which they exist in registers alone. No fp32 buffer of (V, H); the gradient of a frozen tensor
-    is not computed.
+    Memory: at most `logits_budget_mb` of logits. What fits is kept for a gradient and overwritten
+    by the backward: three matrix products in all, if that is everything. On a CPU the backward
+    gives their memory back as it goes (`tralign_fast.pages`): the peak is the larger of logits and
+    weight gradient, and a tile. The rest is recomputed tile by tile, a fourth product for these
+    columns. Without a gradient, and where they will be recomputed, the Triton backend makes none:
+    its forward is one kernel, in which they exist in registers alone. No fp32 buffer of (V, H); the
+    gradient of a frozen tensor is not computed.
 
     `vocab_filter=ε` leaves out of the backward every column of the vocabulary that no token gives a
     probability of ε, targets apart, and puts their mass back in a correction of rank one (module
@@ -333,7 +342,8 @@ def linear_logprobs(
         logit_scale: factor of the logits (Cohere: logit_scale; Granite: 1 / logits_scaling).
         temperature: the scores are divided by it, after the cap.
         backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
-        logits_budget_mb: MiB of logits that may exist at once; 0 recomputes in the smallest tiles.
+        logits_budget_mb: MiB of logits that may exist at once; 0 recomputes in the smallest tiles
+            (256 columns, or 16 MiB on a GPU).
         vocab_filter: ε in [0, 1), 3e-5 if in doubt; None and 0 leave no column out.
 
     Returns:
@@ -359,16 +369,21 @@ def linear_logprobs(
     rows, vocab = hidden.shape[0], weight.shape[0]
     budget = int(logits_budget_mb * 2**20)
     row_bytes = max(1, rows) * compute_dtype.itemsize
-    keep = wants_grad and 0 < rows * vocab * compute_dtype.itemsize <= budget
-    tile_bytes = budget
     if device.type == "cpu":
         tile_bytes = min(budget, _CPU_TILE_BYTES[compute_dtype.itemsize])
+    else:
+        tile_bytes = max(budget, _SMALLEST_DEVICE_TILE_BYTES)
     # at least 256 columns: thinner products waste the hardware however small the budget
     tile = min(vocab, max(256, tile_bytes // row_bytes))
+    backend = pick_backend(backend, device)
+    keep = 0
+    if wants_grad and rows > 0:
+        keep = _columns_to_keep(vocab, tile, budget // row_bytes, _is_fused(backend))
+        keep = 0 if vocab_filter and keep < vocab else keep  # which may want all logits twice
     logps, _, _ = _linear_logprobs_op(
         hidden, weight, targets, bias,
         float(logit_scale), None if softcap is None else float(softcap), 1.0 / temperature,
-        pick_backend(backend, device), compute_dtype, tile, keep,
+        backend, compute_dtype, tile, keep,
         float(vocab_filter or 0.0),
     )  # fmt: skip
     return logps
@@ -497,14 +512,17 @@ def logprobs_from_logits(
 # --- pieces ---------------------------------------------------------------------------------------
 
 
-def _tiles(vocab: int, tile: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + tile, vocab)) for start in range(0, vocab, tile))
+def _tiles(start: int, stop: int, tile: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + tile, stop)) for first in range(start, stop, tile))
 
 
-def _tile_view(buffer: Tensor, rows: int, start: int, stop: int, keep: bool) -> Tensor:
-    """The (N, W) tile: its own place among the kept logits, or the scratch that all tiles share."""
-    offset = rows * start if keep else 0
-    return buffer[offset : offset + rows * (stop - start)].view(rows, stop - start)
+def _tile_view(
+    kept: Tensor, scratch: Tensor, rows: int, start: int, stop: int, keep: int
+) -> Tensor:
+    """The (N, W) tile: its own place among the kept logits, or the scratch that the rest shares."""
+    if start < keep:
+        return kept[rows * start : rows * stop].view(rows, stop - start)
+    return scratch[: rows * (stop - start)].view(rows, stop - start)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, keep: bool) -> Tensor:
@@ -519,6 +537,14 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, keep: 
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+
+
+def _columns_to_keep(vocab: int, tile: int, fitting: int, fused: bool) -> int:
+    """How many columns' logits may be kept where `fitting` columns' may exist at once."""
+    if fitting >= vocab:
+        return vocab
+    # a forward that makes the other logits needs a tile for them
+    return max(0, fitting // tile - (not fused)) * tile
 
 
 def _accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -166,7 +166,7 @@ def make_cce(inputs: Inputs) -> Callable[[], Tensor]:
         nll = linear_cross_entropy(
             hidden, weight, inputs.labels, ignore_index=-100, reduction="none", impl=impl
         )
-        return -nll.sum(-1)
+        return -(nll * inputs.mask).sum(-1)  # a sum's gradient alone is expanded: its kernel fails
 
     return lambda: _both(inputs, score)
 

@@ -176,7 +176,7 @@ def ema_update_(
     weight = signed_weight(alpha)
     for (device, ref_dtype, dtype, aligned), rows in _group(ref_tensors, tensors).items():
         if alpha == 1.0:
-            torch._foreach_copy_([row.ref for row in rows], [row.theta for row in rows])
+            torch._foreach_copy_(*_as_bits(rows, ref_dtype == dtype))
             continue
         table, chunk_tensor = _build_table(rows, device)
         launch = EMA_LAUNCH[backend()]
@@ -204,6 +204,15 @@ def signed_weight(alpha: float) -> float:
     """
     alpha = torch.tensor(alpha, dtype=torch.float32).item()
     return alpha if alpha < 0.5 else alpha - 1.0
+
+
+def _as_bits(rows: Sequence["_Row"], same: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The refs and the θ; of one dtype, as integers: a GPU's copy of bf16 has one NaN for all."""
+    refs, thetas = [row.ref for row in rows], [row.theta for row in rows]
+    if not same:
+        return refs, thetas
+    bits = {4: torch.int32, 2: torch.int16}[refs[0].itemsize]
+    return [t.view(bits) for t in refs], [t.view(bits) for t in thetas]
 
 
 class _Row(NamedTuple):

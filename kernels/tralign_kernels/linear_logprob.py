@@ -24,17 +24,19 @@ from .launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot, pi
 from .logprob import DTYPES, check_vector, fold, logprob_reference, score
 
 # Halves whose rows are multiples of 16 elements. The first of a row is the default, the others are
-# tried with TRALIGN_AUTOTUNE=1. Chosen by what fits without a spill; none was timed yet.
+# tried with TRALIGN_AUTOTUNE=1. sm_90 was timed; the others are what fits without a spill.
 #   sm_80   128×128: 64 accumulators a thread; three stages of 32 kB fit the 99 kB that a program
 #           may have on sm_86, sm_89 and sm_120 as well.
-#   sm_90   256×128, a half for each of two warpgroups: 6 bytes from the L2 cache for 256 products,
-#           where 128×128 reads 8. TMA frees the registers of addresses for 128 accumulators.
+#   sm_90   128×256, a half for each of two warpgroups: 6 bytes from the L2 cache for 256 products,
+#           where 128×128 reads 8. TMA frees the registers of addresses for 128 accumulators. On an
+#           H200, N = 1,024, Llama 3's head: 721 TFLOP/s, with 256×128 704, with 128×128 662; 687
+#           with three stages, 636 with a program an item. cuBLAS's product alone: 740.
 #   sm_100  128×128; the product leaves tensor memory for registers, of which 256×128 had too few.
 #   gfx942  64 kB of shared memory, whose second stage waits in registers.
 WIDE_LAUNCH = {
     "sm_80": (DotLaunch(128, 128, 64, 8, 3), DotLaunch(64, 128, 64, 8, 3)),
     "sm_90": (
-        DotLaunch(256, 128, 64, 8, 3, tma=True, persistent=True),
+        DotLaunch(128, 256, 64, 8, 4, tma=True, persistent=True),
         DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),
     ),
     "sm_100": (
@@ -55,6 +57,9 @@ SMALL_LAUNCH = {
 # Columns of a work item: 16 tiles of 128. Llama 3's vocabulary has 63 items a row, so that 2,048
 # rows make 504 of them (3.8 for each of an H100's 132 SMs) and leave 0.5 kB a row to combine.
 _SPLIT = 2048
+# Rows whose hidden states stay in the L2 cache (16 MB at H = 4,096, of an A100's 40 and an H100's
+# 50) while all of the weight passes by; it is read from device memory once for every such group.
+_GROUP = 2048
 _COMBINE_BLOCK = 128
 
 
@@ -97,17 +102,22 @@ def _linear_logprob_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     dtype: tl.constexpr = hidden.dtype if TMA else hidden.dtype.element_ty
-    # rows vary fastest: programs that run together read the same part of the weight, which thus
-    # comes from device memory once, and all of hidden, which stays in the L2 cache
-    row_blocks = tl.cdiv(N, ROWS)
-    for item in range(tl.program_id(0), row_blocks * tl.cdiv(W, SPLIT), tl.num_programs(0)):
-        split = item // row_blocks
-        first_row = item % row_blocks * ROWS
+    # rows vary fastest, within a group: programs that run together read the same part of the
+    # weight, which thus comes from device memory once, and hidden states that the L2 cache holds
+    row_blocks, splits = tl.cdiv(N, ROWS), tl.cdiv(W, SPLIT)
+    group_blocks = GROUP // ROWS
+    for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
+        first_block = item // (group_blocks * splits) * group_blocks
+        place = item % (group_blocks * splits)
+        own_blocks = tl.minimum(group_blocks, row_blocks - first_block)
+        split = place // own_blocks
+        first_row = (first_block + place % own_blocks) * ROWS
         row = first_row + tl.arange(0, ROWS)
         row_inside = row < N
         begin = split * SPLIT
@@ -189,8 +199,8 @@ def linear_logprob_forward_(
     accumulated in fp32, plus bias, rounded once to the dtype of the inputs; fp32 inputs are
     multiplied to fp32's precision (TF32 three times over on NVIDIA, IEEE on AMD).
 
-    Traffic: the weight is read once from device memory while hidden fits in the L2 cache; memory:
-    two floats a row for every 2,048 columns. The result is the same on every run, and does not
+    Traffic: the weight is read once from device memory for every 2,048 rows; memory: two floats a
+    row for every 2,048 columns. The result is the same on every run, and does not
     depend on the number of multiprocessors.
     """
     N, H = hidden.shape
@@ -230,6 +240,7 @@ def linear_logprob_forward_(
             TMA=launch.tma,
             PRECISION=FLOAT_PRECISION[name],
             SPLIT=_SPLIT,
+            GROUP=_GROUP,
             ROWS=launch.rows,
             COLUMNS=launch.columns,
             DEPTH=launch.depth,
@@ -327,6 +338,7 @@ def _configuration(
         "TMA": launch.tma,
         "PRECISION": FLOAT_PRECISION[target],
         "SPLIT": _SPLIT,
+        "GROUP": _GROUP,
         "ROWS": launch.rows,
         "COLUMNS": launch.columns,
         "DEPTH": launch.depth,

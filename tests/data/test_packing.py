@@ -107,6 +107,10 @@ def test_varlen_arguments():
     assert arguments.cu_seqlens_k.tolist() == [0, 5, 11, 13, 16]
     assert arguments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 8, 10, 11]
     assert (arguments.max_seqlen_q, arguments.max_seqlen_k) == (5, 6)
+    assert arguments.first.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 14, 15]
+    ((tokens, keys),) = arguments.again
+    assert tokens.tolist() == [0, 1, 2, 8]
+    assert keys.tolist() == [5, 6, 7, 13]
     assert arguments.cu_seqlens_q.dtype == torch.int32
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -43,6 +44,9 @@ class VarlenArguments(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     key_index: Tensor  # (keys,) int64: the packed row's tokens, those of prompts repeated
+    first: Tensor  # (T,) int64: where a token stands first among the keys
+    # where tokens stand again, (tokens, keys) int64: of all second completions, all third, …
+    again: tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass  # not frozen: torch 2.10 compiles a layer anew for every content of a frozen one
@@ -61,11 +65,17 @@ class PrefixLayout:
         """Sequence bounds and key gather for flash-attn's varlen interface, made once a batch."""
         if device not in self._cache:
             queries, keys, index = [0], [0], []
+            first, again = [], defaultdict(lambda: ([], []))
             for start, prompt, completions in self.groups:
                 begin = start + prompt
                 for k, length in enumerate(completions):
                     queries.append(prompt + length if k == 0 else length)
                     keys.append(prompt + length)
+                    end = len(index) + prompt
+                    first += range(end - prompt if k == 0 else end, end + length)
+                    if k > 0:
+                        again[k][0].extend(range(start, start + prompt))
+                        again[k][1].extend(range(end - prompt, end))
                     index += [*range(start, start + prompt), *range(begin, begin + length)]
                     begin += length
             self._cache[device] = VarlenArguments(
@@ -74,6 +84,11 @@ class PrefixLayout:
                 max(queries),
                 max(keys),
                 torch.tensor(index).to(device),
+                torch.tensor(first).to(device),
+                tuple(
+                    (torch.tensor(a).to(device), torch.tensor(b).to(device))
+                    for a, b in again.values()
+                ),
             )
         return self._cache[device]
 

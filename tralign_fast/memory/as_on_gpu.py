@@ -2,8 +2,8 @@
 
 Fake tensors of a device that torch was not built for cannot run a backward, so the tensors say
 "cpu", and the few places where this library, torch and TRL look at the device are told that it is a
-GPU: variable-length attention, one logits tile of `logits_budget_mb`, Triton's in-place tile
-operations (which allocate nothing), foreach optimizers.
+GPU: variable-length attention, one logits tile of `logits_budget_mb`, Triton's kernel of product
+and reduction and its in-place tile operations (which allocate nothing), foreach optimizers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def as_on_gpu() -> Iterator[None]:
     """Inside, tensors on the CPU take the code paths of tensors on a GPU."""
 
     def varlen(query: Tensor, options: Any) -> Any:
-        usable = query.dtype != torch.float32 and attention._torch_varlen_is_usable()
+        usable = query.dtype != torch.float32 and attention._torch_varlen_parameters()
         return attention._torch_varlen if usable else None
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -43,6 +43,8 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(attention, "_varlen_function", varlen),
         mock.patch.object(logprobs, "_CPU_TILE_BYTES", dict.fromkeys((2, 4, 8), 1 << 62)),
         mock.patch.object(logprobs, "tile_ops", tile_operations),
+        mock.patch.object(logprobs, "_is_fused", return_value=True),
+        mock.patch.object(logprobs, "_fused_forward_", nothing),
         mock.patch.object(ema, "_foreach_update_", nothing),
         mock.patch.object(modeling, "_split_tied_weight", return_value=contextlib.nullcontext()),
         mock.patch.object(torch_optimizer, "_get_foreach_kernels_supported_devices", devices),
