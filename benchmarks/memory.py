@@ -1,10 +1,14 @@
 """Peak memory of a training step, traced without a GPU: this trainer against TRL on the same work.
 
-    python -m benchmarks.memory [--out benchmarks/results] [--models llama-3.2-1b ...]
+    python -m benchmarks.memory [--out benchmarks/results] [--models llama-3.2-1b ...] [--measure]
 
 Two pairs, a packed row of 4,096 tokens in all (half prompts), gradient checkpointing, bf16 weights.
 TRL runs the same pairs unshared and padded, 6,144 tokens. Counted are tensors, of the trainers'
 own code under fake tensors (`tralign_fast.memory`): not fragmentation, not kernel workspaces.
+
+`--measure` trains the same on this machine's GPU, random weights, the reference moving after every
+step, and puts what its allocator gave out beside the trace: results/gpu_memory.csv. Left out: 4-bit
+weights, which cannot be quantised without data.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import environment, format_table, write_csv
-from tralign_fast.memory import MemoryReport, Workload, trace, trace_trl
+from benchmarks.common import device_name, environment, format_table, write_csv
+from tralign_fast.memory import MemoryReport, Workload, measure, trace, trace_trl
 from tralign_fast.plan import GIB, NOTE, load_config
 
 HARD = {"ref_model_mixup_alpha": 1.0}
@@ -70,6 +74,34 @@ def run(models: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def run_on_gpu(models: Sequence[str]) -> list[dict[str, Any]]:
+    """Traced and measured; a case that fails (memory, a missing package) is named and left out."""
+    rows = []
+    for group, bar, model, trainer, fields in CASES:
+        if model not in models or fields.get("base_bits"):
+            continue
+        work = Workload(load_config(model), **fields)
+        try:
+            measured = measure(work, trl=trainer == "trl")
+        except (RuntimeError, ImportError, ValueError) as error:
+            print(f"{group}, {bar}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        traced = (trace_trl if trainer == "trl" else trace)(work)
+        print(
+            f"{group}, {bar}: traced {traced.peak / GIB:.2f} GiB, measured "
+            f"{measured.peak / GIB:.2f} ({measured.reserved / GIB:.2f} reserved), "
+            f"{measured.seconds:.3f} s a step",
+            file=sys.stderr,
+        )
+        rows.append({
+            "group": group, "bar": bar, "trainer": trainer, "pairs": work.pairs,
+            "packed_tokens": work.tokens, "dtype": work.dtype, "traced_bytes": traced.peak,
+            "measured_bytes": measured.peak, "reserved_bytes": measured.reserved,
+            "step_s": measured.seconds, "device": device_name("cuda"),
+        })  # fmt: skip
+    return rows
+
+
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     import matplotlib
 
@@ -103,7 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     models = sorted({case[2] for case in CASES})
     parser.add_argument("--models", nargs="+", default=models, choices=models)
+    parser.add_argument("--measure", action="store_true", help="train on this machine's GPU too")
     options = parser.parse_args(arguments)
+    if options.measure:
+        about = environment(("torch", "transformers", "trl", "peft"))
+        rows = [{**row, **about} for row in run_on_gpu(options.models)]
+        write_csv(options.out / "gpu_memory.csv", rows)
+        return 0
     rows = run(options.models)
     about = environment(("torch", "transformers", "trl", "peft", "bitsandbytes"))
     write_csv(options.out / "memory.csv", [{**row, **about} for row in rows])

@@ -8,10 +8,21 @@ the workspaces of kernels, nor the CUDA context (about 0.5 GiB).
     with LiveTensors() as live:      # of real tensors too: how the tracer is checked
         ...
     live.report().peak
+
+`measure` runs the same on a GPU, with data.
 """
 
 from tralign_fast.memory.live import LiveTensors, MemoryReport
+from tralign_fast.memory.measure import Measured, measure
 from tralign_fast.memory.trace import trace, trace_trl
 from tralign_fast.memory.workload import Workload
 
-__all__ = ["LiveTensors", "MemoryReport", "Workload", "trace", "trace_trl"]
+__all__ = [
+    "LiveTensors",
+    "Measured",
+    "MemoryReport",
+    "Workload",
+    "measure",
+    "trace",
+    "trace_trl",
+]

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from tralign_fast.memory import as_on_gpu as gpu
 from tralign_fast.memory.live import HOST, LiveTensors, MemoryReport
-from tralign_fast.memory.workload import Workload, one_word_tokenizer
+from tralign_fast.memory.workload import Workload, make_trainer, make_trl_trainer
 
 
 def trace(work: Workload, *, as_on_gpu: bool = True, fake: bool = True) -> MemoryReport:
@@ -36,27 +36,16 @@ def trace(work: Workload, *, as_on_gpu: bool = True, fake: bool = True) -> Memor
     Raises:
         ValueError: as `TRConfig` and `TRTrainer` do.
     """
-    from datasets import Dataset
-
-    from tralign_fast.config import TRConfig
-    from tralign_fast.trainer import TRTrainer
-
-    with tempfile.TemporaryDirectory() as folder, _quietly():
-        config = TRConfig(**work.arguments(folder))
-        rows = Dataset.from_list(work.rows())
-        with (
-            gpu.as_on_gpu() if as_on_gpu else contextlib.nullcontext(),
-            gpu.fake_tensors() if fake else contextlib.nullcontext(),
-            LiveTensors(fake=fake) as live,
-        ):
-            trainer = TRTrainer(
-                work.build(),
-                args=config,
-                train_dataset=rows,
-                processing_class=one_word_tokenizer(),
-            )
-            trainer.add_callback(_TagReference(trainer.reference, live))
-            return _count_training(live, trainer)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        quietly(),
+        gpu.as_on_gpu() if as_on_gpu else contextlib.nullcontext(),
+        gpu.fake_tensors() if fake else contextlib.nullcontext(),
+        LiveTensors(fake=fake) as live,
+    ):
+        trainer = make_trainer(work, folder)
+        trainer.add_callback(_TagReference(trainer.reference, live))
+        return _count_training(live, trainer)
 
 
 def trace_trl(work: Workload) -> MemoryReport:
@@ -65,40 +54,18 @@ def trace_trl(work: Workload) -> MemoryReport:
     Raises:
         ImportError: TRL is not installed.
     """
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-
-    config_class: Any = DPOConfig if work.paired else KTOConfig
-    base: Any = DPOTrainer if work.paired else KTOTrainer
-
-    class Traced(base):
-        def _prepare_dataset(self, dataset, *args, **kwargs):
-            return dataset
-
-    with tempfile.TemporaryDirectory() as folder, _quietly():
-        ours = ("reference", "gradient_release", "logits_budget_mb", "adapter_tolerance")
-        options = {k: v for k, v in work.arguments(folder).items() if k not in ours}
-        # TRL refuses a moving reference with PEFT: its reference is the base then
-        options["sync_ref_model"] = work.lora_rank is None
-        loss = options.get("loss_type", "dpo")
-        options["loss_type"] = {"dpo": "sigmoid"}.get(loss, loss)
-        rows = Dataset.from_list(work.rows())
-        with (
-            gpu.as_on_gpu(),
-            gpu.trl_as_on_gpu(),
-            gpu.fake_tensors(),
-            LiveTensors(fake=True) as live,
-        ):
-            trainer = Traced(
-                work.build(),
-                ref_model=work.build() if work.lora_rank is None else None,
-                args=config_class(**options),
-                train_dataset=rows,
-                processing_class=one_word_tokenizer(),
-            )
-            held = [p for name, p in trainer.model.named_parameters() if ".ref." in name]  # PEFT
-            held += [] if trainer.ref_model is None else trainer.ref_model.parameters()
-            return _count_training(live, trainer, held)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        quietly(),
+        gpu.as_on_gpu(),
+        gpu.trl_as_on_gpu(),
+        gpu.fake_tensors(),
+        LiveTensors(fake=True) as live,
+    ):
+        trainer = make_trl_trainer(work, folder)
+        held = [p for name, p in trainer.model.named_parameters() if ".ref." in name]  # PEFT
+        held += [] if trainer.ref_model is None else trainer.ref_model.parameters()
+        return _count_training(live, trainer, held)
 
 
 def _count_training(
@@ -171,8 +138,8 @@ def _tensors_of(owner: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """No lines of the trainers that are only traced."""
+def quietly() -> Iterator[None]:
+    """No lines of the trainers that are only traced or measured."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -72,14 +73,15 @@ class Workload:
             rows.append({"row": row, "prompt_ids": prompt, **own})
         return rows
 
-    def build(self) -> Any:
-        """The policy, on fake tensors inside `FakeTensorMode`."""
+    def build(self, on_gpu: bool = False) -> Any:
+        """The policy with random weights, on fake tensors inside `FakeTensorMode`."""
         from transformers import AutoModelForCausalLM
 
         dtype = getattr(torch, self.dtype)
-        model = AutoModelForCausalLM.from_config(
-            self.model, dtype=dtype, attn_implementation="sdpa"
-        )
+        with torch.device("cuda") if on_gpu else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_config(
+                self.model, dtype=dtype, attn_implementation="sdpa"
+            )
         if self.base_bits == 4:
             _quantise(model)
         if self.lora_rank is not None:
@@ -95,14 +97,14 @@ class Workload:
                     parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))
         return model
 
-    def arguments(self, folder: str) -> dict[str, Any]:
+    def arguments(self, folder: str, on_gpu: bool = False) -> dict[str, Any]:
         """Options that `TRConfig` and TRL's configs share: two steps, and nothing written."""
         return {
             "output_dir": folder,
             "max_steps": 2,
             "per_device_train_batch_size": self.pairs,
             "gradient_checkpointing": True,
-            "use_cpu": True,
+            "use_cpu": not on_gpu,
             "bf16": self.dtype == "float32",
             "max_length": None,
             "train_sampling_strategy": "sequential",
@@ -113,6 +115,56 @@ class Workload:
             "disable_tqdm": True,
             **self.options,
         }
+
+
+def make_trainer(work: Workload, folder: str, *, on_gpu: bool = False) -> Any:
+    """A `TRTrainer` of that work, at the start.
+
+    Raises:
+        ValueError: as `TRConfig` and `TRTrainer` do.
+    """
+    from datasets import Dataset
+
+    from tralign_fast.config import TRConfig
+    from tralign_fast.trainer import TRTrainer
+
+    return TRTrainer(
+        work.build(on_gpu),
+        args=TRConfig(**work.arguments(folder, on_gpu)),
+        train_dataset=Dataset.from_list(work.rows()),
+        processing_class=one_word_tokenizer(),
+    )
+
+
+def make_trl_trainer(work: Workload, folder: str, *, on_gpu: bool = False) -> Any:
+    """TRL's trainer of the same rows: padded, the reference resident, its own head.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+    config_class: Any = DPOConfig if work.paired else KTOConfig
+    base: Any = DPOTrainer if work.paired else KTOTrainer
+
+    class Tokenised(base):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    ours = ("reference", "gradient_release", "logits_budget_mb", "adapter_tolerance")
+    options = {k: v for k, v in work.arguments(folder, on_gpu).items() if k not in ours}
+    # TRL refuses a moving reference with PEFT: its reference is the base then
+    options["sync_ref_model"] = work.lora_rank is None
+    loss = options.get("loss_type", "dpo")
+    options["loss_type"] = {"dpo": "sigmoid"}.get(loss, loss)
+    return Tokenised(
+        work.build(on_gpu),
+        ref_model=work.build(on_gpu) if work.lora_rank is None else None,
+        args=config_class(**options),
+        train_dataset=Dataset.from_list(work.rows()),
+        processing_class=one_word_tokenizer(),
+    )
 
 
 def _quantise(model: Any) -> None:
