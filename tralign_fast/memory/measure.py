@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
-import statistics
 import tempfile
 import time
 from typing import Any, NamedTuple
@@ -16,17 +14,18 @@ from transformers import TrainerCallback
 from tralign_fast.memory.trace import quietly
 from tralign_fast.memory.workload import Workload, make_trainer, make_trl_trainer
 
-_STEPS = 5  # the first two set up: optimizer states, a reference that has moved, memory that stays
+_EVERY = 2  # steps between two moves of the reference
+_STEPS = 3 * _EVERY  # those before the first move set up: optimizer states, memory that stays
 
 
 class Measured(NamedTuple):
     peak: int  # bytes of tensors at once: `torch.cuda.max_memory_allocated`
     reserved: int  # bytes that the allocator took from the GPU for them
-    seconds: float  # median of a step, the move of the reference and the sweep ahead included
+    seconds: float  # of a step, its share of the reference's move and of the sweep included
 
 
 def measure(work: Workload, *, trl: bool = False) -> Measured:
-    """Five steps of training on random weights; the reference moves after every one of them.
+    """Six steps of training on random weights; the reference moves after every second one.
 
     Weights and batches are those of `trace`, made on the GPU. With `trl`, as `trace_trl`.
 
@@ -35,20 +34,20 @@ def measure(work: Workload, *, trl: bool = False) -> Measured:
     """
     if not torch.cuda.is_available():
         raise RuntimeError("measure needs a GPU; trace does not")
-    options = {"ref_model_sync_steps": 1} if trl and work.lora_rank is None else {}
-    work = dataclasses.replace(work, options={**work.options, **options, "max_steps": _STEPS})
+    options = {**work.options, "max_steps": _STEPS, "ref_model_sync_steps": _EVERY}
+    work = dataclasses.replace(work, options=options)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     with tempfile.TemporaryDirectory() as folder, quietly():
         trainer = (make_trl_trainer if trl else make_trainer)(work, folder, on_gpu=True)
-        if not trl and not trainer.reference.schedule.is_frozen:
-            schedule = trainer.reference.schedule
-            trainer.reference.schedule = dataclasses.replace(schedule, every=1)
         trainer.add_callback(clock := _Clock())
         trainer.train()
     return Measured(
-        torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), clock.seconds()
+        torch.cuda.max_memory_allocated() - before,
+        torch.cuda.max_memory_reserved() - reserved,
+        (clock.ends[-1] - clock.ends[_EVERY - 1]) / (_STEPS - _EVERY),
     )
 
 
@@ -61,6 +60,3 @@ class _Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
-
-    def seconds(self) -> float:
-        return statistics.median(b - a for a, b in itertools.pairwise(self.ends[1:]))
