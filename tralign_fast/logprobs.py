@@ -374,8 +374,9 @@ def linear_logprobs(
         tile_bytes = min(budget, _CPU_TILE_BYTES[compute_dtype.itemsize])
     else:
         tile_bytes = max(budget, _SMALLEST_DEVICE_TILE_BYTES)
-    # at least 256 columns: thinner products waste the hardware however small the budget
-    tile = min(vocab, max(256, tile_bytes // row_bytes))
+    # at least 256 columns: thinner products waste the hardware however small the budget; multiples
+    # of that: rows of any other width are aligned to a few bytes, which costs loads and products
+    tile = min(vocab, max(256, tile_bytes // row_bytes // 256 * 256))
     backend = pick_backend(backend, device)
     keep = 0
     if wants_grad and rows > 0:
