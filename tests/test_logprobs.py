@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import tralign_fast.logprobs as module
 from tests.conftest import DEVICE
-from tralign_fast import linear_logprobs, logprobs_from_logits
+from tralign_fast import linear_logprobs, logprobs_from_logits, tiles
 from tralign_fast.logprobs import linear_logprobs_reference
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -136,8 +136,8 @@ def test_frozen_tensors_get_no_gradient_and_cost_no_product(needs, budget, monke
 
         return wrapper
 
-    monkeypatch.setattr(module, "_accumulate_", counting("hidden", module._accumulate_))
-    monkeypatch.setattr(module, "_product_into_", counting("weight", module._product_into_))
+    monkeypatch.setattr(tiles, "accumulate_", counting("hidden", tiles.accumulate_))
+    monkeypatch.setattr(tiles, "product_into_", counting("weight", tiles.product_into_))
     out, grad_given = run(linear_logprobs, (hidden, weight), targets, grad, logits_budget_mb=budget)
     assert (products["hidden"] > 0, products["weight"] > 0) == needs
     exact = run(linear_logprobs_reference, (hidden, weight), targets, grad, dtype=torch.float64)
@@ -214,10 +214,11 @@ def test_what_fits_is_kept_and_the_rest_recomputed(dtype, monkeypatch):
     inputs = (hidden, weight, bias.requires_grad_())
     row_bytes = 61 * dtype.itemsize
     tile = {dtype.itemsize: 256 * row_bytes}
-    monkeypatch.setattr(module, "_CPU_TILE_BYTES", tile)
-    monkeypatch.setattr(module, "_SMALLEST_DEVICE_TILE_BYTES", tile[dtype.itemsize])
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", tile)
+    monkeypatch.setattr(tiles, "SMALLEST_DEVICE_TILE_BYTES", tile[dtype.itemsize])
+    monkeypatch.setattr(tiles, "FEWEST_DEVICE_COLUMNS", 256)
     recomputed = []
-    monkeypatch.setattr(module, "_project", counting_columns(module._project, recomputed))
+    monkeypatch.setattr(tiles, "project", counting_columns(tiles.project, recomputed))
     theirs = run(naive, inputs, targets, grad)
     exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64)
     for columns, keep in ((1500, 1500), (1024, 768), (300, 0)):
@@ -232,7 +233,7 @@ def test_what_fits_is_kept_and_the_rest_recomputed(dtype, monkeypatch):
 
 
 def counting_columns(project, recomputed):
-    """`_project` that notes the columns of every tile that is made in the backward."""
+    """`project` that notes the columns of every tile that is made in the backward."""
 
     def wrapper(x, weight, bias, out, keep):
         if "_linear_logprobs_backward_op" in [f.name for f in traceback.extract_stack()]:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tralign_fast import linear_logprobs
 from tralign_fast.cli import main
-from tralign_fast.memory import LiveTensors, MemoryReport, Workload, trace, trace_trl
+from tralign_fast.memory import LiveTensors, MemoryReport, Workload, measure, trace, trace_trl
 from tralign_fast.plan import GIB, PlanOptions, _as_text, load_config, parse_memory, workload
 
 HARD = {"ref_model_mixup_alpha": 1.0}
@@ -47,6 +47,12 @@ def test_a_trace_has_the_peak_of_the_real_step(work):
     for report in (traced, real):
         parts = dataclasses.asdict(report)
         assert parts.pop("peak") == sum(parts.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_measuring_without_a_gpu_says_what_would_do():
+    with pytest.raises(RuntimeError, match="measure needs a GPU; trace does not"):
+        measure(Workload(tiny()))
 
 
 def test_the_counter_sees_what_the_allocator_gives_out():

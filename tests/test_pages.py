@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.test_logprobs import make, run
-from tralign_fast import linear_logprobs, logprobs, pages
+from tralign_fast import linear_logprobs, logprobs, pages, tiles
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is given back")
 
@@ -56,7 +56,7 @@ def test_small_tensors_views_and_fake_ones_are_left_alone():
 def test_gradients_are_those_of_logits_that_stay(dtype, monkeypatch):
     """Kept logits of 40 MiB in tiles that end inside pages, given back and not."""
     hidden, weight, targets, grad = make(101, 8, (40 << 20) // (101 * dtype.itemsize), dtype)
-    monkeypatch.setattr(logprobs, "_CPU_TILE_BYTES", {2: 6_000_000, 4: 3_000_000})
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", {2: 6_000_000, 4: 3_000_000})
     given = []
 
     def counting(buffer, start, stop):
@@ -76,19 +76,19 @@ def test_gradients_are_those_of_logits_that_stay(dtype, monkeypatch):
 ONE_OF_BOTH = """
 import psutil, torch
 from tests.test_logprobs import make, run
-from tralign_fast import linear_logprobs, logprobs
+from tralign_fast import linear_logprobs, tiles
 
 def resident_mb():
     return psutil.Process().memory_info().rss / 2**20
 
-peak, original = 0.0, logprobs._product_into_
+peak, original = 0.0, tiles.product_into_
 
 def watched(*arguments):
     global peak
     original(*arguments)
     peak = max(peak, resident_mb())
 
-logprobs._product_into_ = watched
+tiles.product_into_ = watched
 inputs = make(8, 256, 128, torch.float32)
 run(linear_logprobs, inputs[:2], *inputs[2:])  # what a first call loads
 inputs = make(256, 256, 65536, torch.float32)  # logits and the weight's gradient: 64 MiB each

@@ -2,8 +2,9 @@
 
 Letters: N scored tokens, H hidden size, V vocabulary, W columns of one vocabulary tile.
 
-The logits are made tile by tile, (N, W) at a time. The matrix products are here; what happens to a
-tile of logits is in `tralign_fast.tile_ops` (PyTorch) and `tralign_kernels.logprob` (Triton). A
+The logits are made tile by tile, (N, W) at a time: how they are cut and multiplied is in
+`tralign_fast.tiles`, what happens to a tile of logits in `tralign_fast.tile_ops` (PyTorch) and
+`tralign_kernels.logprob` (Triton). A
 Triton forward that keeps no logits takes one kernel for product and reduction instead
 (`tralign_kernels.linear_logprob`).
 """
@@ -12,25 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tralign_fast import onednn
+from tralign_fast import tiles
 from tralign_fast._backend import pick_backend
 from tralign_fast.pages import give_back
 from tralign_fast.tile_ops import row_factor, tile_ops, tile_powers_, to_scores_
 from tralign_fast.vocab_filter import VocabFilter
-
-# A CPU tile stays in the last-level cache between the product that makes it and the reduction that
-# reads it, and memory peaks at a tile above the gradient. Products of half precision are so fast
-# that they want larger tiles. A GPU wants its products as large as memory allows.
-_CPU_TILE_BYTES = {2: 16 << 20, 4: 4 << 20, 8: 4 << 20}  # by the size of an element
-# Smaller products leave a GPU's processors without work: at N = 1,024 they are 64 programs' tiles.
-_SMALLEST_DEVICE_TILE_BYTES = 16 << 20
-
 
 # --- hidden states to log-probs, registered with torch.library ------------------------------------
 
@@ -68,10 +60,10 @@ def _linear_logprobs_op(
     fused = _is_fused(backend, compute_dtype)
     scratch = x.new_empty(0 if fused else rows * min(tile, vocab - keep))
     with _autocast_off(hidden.device):
-        for start, stop in _tiles(0, keep if fused else vocab, tile):
-            out = _tile_view(kept, scratch, rows, start, stop, keep)
+        for start, stop in tiles.cut(0, keep if fused else vocab, tile):
+            out = tiles.view(kept, scratch, rows, start, stop, keep)
             part = None if bias is None else bias[start:stop]
-            logits = _project(x, weight[start:stop], part, out, start < keep)
+            logits = tiles.project(x, weight[start:stop], part, out, start < keep)
             tile_forward_(logits, targets, start, logsumexp, target_logit, **transform)
             del logits  # before the next tile is made
         if fused:
@@ -106,7 +98,7 @@ def _fused_forward_(
     x = x if x.stride(1) == 1 else x.contiguous()
     # a weight of another dtype (autocast) is converted tile by tile, never as a whole
     tile = weight.shape[0] if weight.dtype == x.dtype else tile
-    for start, stop in _tiles(first, weight.shape[0], tile):
+    for start, stop in tiles.cut(first, weight.shape[0], tile):
         part = weight[start:stop].to(x.dtype)
         linear_logprob_forward_(
             x, part if part.stride(1) == 1 else part.contiguous(), targets, start, logsumexp,
@@ -152,14 +144,14 @@ def _linear_logprobs_backward_op(
     rows, vocab = hidden.shape[0], weight.shape[0]
     needs_hidden, needs_weight, needs_bias = needs
     keep = kept.numel() // max(1, rows)
-    tiles = list(_tiles(0, vocab, tile))
+    parts = list(tiles.cut(0, vocab, tile))
     new = weight.new_zeros if vocab_filter else weight.new_empty
     grad_weight = new(weight.shape if needs_weight else (0,))
     grad_bias = new(vocab if needs_bias else 0)
     if rows == 0:
         return torch.zeros_like(hidden), grad_weight.zero_(), grad_bias.zero_()
     x = hidden.to(kept.dtype)
-    sum_dtype = x.dtype if len(tiles) == 1 and not vocab_filter else torch.float32
+    sum_dtype = x.dtype if len(parts) == 1 and not vocab_filter else torch.float32
     grad_hidden = x.new_zeros(hidden.shape if needs_hidden else (0,), dtype=sum_dtype)
     tile_forward_, tile_backward_ = tile_ops(backend)
     scores: dict[str, Any] = {
@@ -172,11 +164,11 @@ def _linear_logprobs_backward_op(
     scaled = x if factor is None else (x * factor).to(x.dtype)
 
     def logits_of(start: int, stop: int) -> Tensor:
-        logits = _tile_view(kept, scratch, rows, start, stop, keep)
+        logits = tiles.view(kept, scratch, rows, start, stop, keep)
         if start < keep:
             return logits
         part = None if bias is None else bias[start:stop]
-        return _project(x, weight[start:stop], part, logits, keep=False)
+        return tiles.project(x, weight[start:stop], part, logits, keep=False)
 
     def add_(logits: Tensor, targets: Tensor, start: int, columns: slice | Tensor) -> None:
         """The gradients' part of these columns of the vocabulary; overwrites the logits."""
@@ -185,9 +177,9 @@ def _linear_logprobs_backward_op(
         else:
             tile_powers_(logits, targets, start, logsumexp)
         if needs_hidden:
-            _accumulate_(grad_hidden, logits, weight[columns].to(x.dtype))
+            tiles.accumulate_(grad_hidden, logits, weight[columns].to(x.dtype))
         if needs_weight and isinstance(columns, slice):
-            _product_into_(grad_weight[columns], logits.t(), scaled)
+            tiles.product_into_(grad_weight[columns], logits.t(), scaled)
         elif needs_weight:
             grad_weight[columns] = (logits.t() @ scaled).to(weight.dtype)
         if needs_bias:
@@ -203,7 +195,7 @@ def _linear_logprobs_backward_op(
 
     with _autocast_off(hidden.device):
         if not vocab_filter:
-            for start, stop in tiles:
+            for start, stop in parts:
                 add_(logits_of(start, stop), targets, start, slice(start, stop))
                 if start < keep:
                     give_back(kept, rows * start, rows * stop)
@@ -215,7 +207,7 @@ def _linear_logprobs_backward_op(
             functools.partial(tile_forward_, **scores), functools.partial(to_scores_, **scores),
         )  # fmt: skip
         copies = x.new_empty(rows * min(tile, vocab))
-        for start, stop in tiles:
+        for start, stop in parts:
             logits = logits_of(start, stop)
             chosen.scan(logits, start)
             part, places, columns = chosen.take(logits, start, copies)
@@ -233,7 +225,7 @@ def _linear_logprobs_backward_op(
             if needs_bias:
                 grad_bias.add_(q * share.sum())
         else:
-            for start, stop in tiles:
+            for start, stop in parts:
                 logits = logits_of(start, stop)
                 part, places, columns = chosen.take(logits, start, copies, staying=False)
                 if columns.numel():
@@ -344,7 +336,7 @@ def linear_logprobs(
         temperature: the scores are divided by it, after the cap.
         backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
         logits_budget_mb: MiB of logits that may exist at once; 0 recomputes in the smallest tiles
-            (256 columns, or 16 MiB on a GPU).
+            (256 columns; on a GPU 2,048 and 16 MiB).
         vocab_filter: ε in [0, 1), 3e-5 if in doubt; None and 0 leave no column out.
 
     Returns:
@@ -367,22 +359,12 @@ def linear_logprobs(
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
-    rows, vocab = hidden.shape[0], weight.shape[0]
-    budget = int(logits_budget_mb * 2**20)
-    row_bytes = max(1, rows) * compute_dtype.itemsize
-    if device.type == "cpu":
-        tile_bytes = min(budget, _CPU_TILE_BYTES[compute_dtype.itemsize])
-    else:
-        tile_bytes = max(budget, _SMALLEST_DEVICE_TILE_BYTES)
-    # at least 256 columns: thinner products waste the hardware however small the budget; multiples
-    # of that: rows of any other width are aligned to a few bytes, which costs loads and products
-    tile = min(vocab, max(256, tile_bytes // row_bytes // 256 * 256))
     backend = pick_backend(backend, device)
-    keep = 0
-    if wants_grad and rows > 0:
-        fused = _is_fused(backend, compute_dtype)
-        keep = _columns_to_keep(vocab, tile, budget // row_bytes, fused)
-        keep = 0 if vocab_filter and keep < vocab else keep  # which may want all logits twice
+    tile, keep = tiles.plan(
+        hidden.shape[0], weight.shape[0], compute_dtype, device, int(logits_budget_mb * 2**20),
+        wants_grad=wants_grad, wants_all_or_none=bool(vocab_filter),
+        is_fused=_is_fused(backend, compute_dtype),
+    )  # fmt: skip
     logps, _, _ = _linear_logprobs_op(
         hidden, weight, targets, bias,
         float(logit_scale), None if softcap is None else float(softcap), 1.0 / temperature,
@@ -513,56 +495,6 @@ def logprobs_from_logits(
 
 
 # --- pieces ---------------------------------------------------------------------------------------
-
-
-def _tiles(start: int, stop: int, tile: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + tile, stop)) for first in range(start, stop, tile))
-
-
-def _tile_view(
-    kept: Tensor, scratch: Tensor, rows: int, start: int, stop: int, keep: int
-) -> Tensor:
-    """The (N, W) tile: its own place among the kept logits, or the scratch that the rest shares."""
-    if start < keep:
-        return kept[rows * start : rows * stop].view(rows, stop - start)
-    return scratch[: rows * (stop - start)].view(rows, stop - start)
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, keep: bool) -> Tensor:
-    """The (N, W) logits: in `out`, or in memory of their own, and in `out` too if it is to `keep`
-    them."""
-    weight = weight.to(x.dtype)
-    if onednn.fits(x, weight, bias):  # has no way to write into a given tensor
-        logits = onednn.product(x, weight, bias)
-        if keep:
-            out.copy_(logits)
-        return logits
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
-
-
-def _columns_to_keep(vocab: int, tile: int, fitting: int, fused: bool) -> int:
-    """How many columns' logits may be kept where `fitting` columns' may exist at once."""
-    if fitting >= vocab:
-        return vocab
-    # a forward that makes the other logits needs a tile for them
-    return max(0, fitting // tile - (not fused)) * tile
-
-
-def _accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with an fp32 total of half-precision products."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
-
-
-def _product_into_(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
 
 
 def _autocast_off(device: torch.device) -> contextlib.AbstractContextManager:

@@ -106,6 +106,18 @@ def test_sizes_around_the_blocks(device, shape) -> None:
         check(run(*inputs), *inputs)
 
 
+@pytest.mark.parametrize("rows", [16, 33, 64, 90])  # 1 to 6 blocks of 16, the last one ragged
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_groups_of_rows(device, group, rows, monkeypatch) -> None:
+    """Every item is one group's: nothing is left out, and nothing changes but the order."""
+    inputs = make(rows, V, H, torch.bfloat16, device)[:3]
+    whole = run(*inputs)
+    monkeypatch.setattr(linear_logprob, "_GROUP", group)
+    grouped = run(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(grouped, whole, strict=True))
+    check(grouped, *inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_are_rounded_as_a_linear_layer_rounds_them(device, dtype) -> None:
     """Integers, whose sums are exact in any order: the very logits of F.linear, past 8 bits."""

@@ -18,7 +18,7 @@ import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tralign_fast import attention, ema, logprobs, modeling
+from tralign_fast import attention, ema, logprobs, modeling, tiles
 from tralign_fast.memory.live import LiveTensors
 
 
@@ -41,7 +41,7 @@ def as_on_gpu() -> Iterator[None]:
 
     with (
         mock.patch.object(attention, "_varlen_function", varlen),
-        mock.patch.object(logprobs, "_CPU_TILE_BYTES", dict.fromkeys((2, 4, 8), 1 << 62)),
+        mock.patch.object(tiles, "CPU_TILE_BYTES", dict.fromkeys((2, 4, 8), 1 << 62)),
         mock.patch.object(logprobs, "tile_ops", tile_operations),
         mock.patch.object(logprobs, "_is_fused", return_value=True),
         mock.patch.object(logprobs, "_fused_forward_", nothing),
