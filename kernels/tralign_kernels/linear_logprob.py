@@ -80,6 +80,23 @@ def _load_tile(
     return tile
 
 
+@triton.jit
+def _place_of(item, row_blocks, splits, GROUP_BLOCKS: tl.constexpr):
+    """(block of rows, split): rows vary fastest within a group of blocks, then splits, then groups.
+
+    Programs that run together read the same part of the weight, which thus comes from device memory
+    once a group, and hidden states that the L2 cache holds.
+    """
+    if GROUP_BLOCKS == 0:  # all rows are one group
+        block, split = item % row_blocks, item // row_blocks
+    else:
+        first = item // (GROUP_BLOCKS * splits) * GROUP_BLOCKS
+        blocks = tl.minimum(GROUP_BLOCKS, row_blocks - first)
+        place = item % (GROUP_BLOCKS * splits)
+        block, split = first + place % blocks, place // blocks
+    return block, split
+
+
 @triton.jit(do_not_specialize=["start", "N"])
 def _linear_logprob_kernel(
     hidden,  # (N, H): pointer or, with TMA, descriptor
@@ -108,16 +125,10 @@ def _linear_logprob_kernel(
     DEPTH: tl.constexpr,
 ):
     dtype: tl.constexpr = hidden.dtype if TMA else hidden.dtype.element_ty
-    # rows vary fastest, within a group: programs that run together read the same part of the
-    # weight, which thus comes from device memory once, and hidden states that the L2 cache holds
     row_blocks, splits = tl.cdiv(N, ROWS), tl.cdiv(W, SPLIT)
-    group_blocks = GROUP // ROWS
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        first_block = item // (group_blocks * splits) * group_blocks
-        place = item % (group_blocks * splits)
-        own_blocks = tl.minimum(group_blocks, row_blocks - first_block)
-        split = place // own_blocks
-        first_row = (first_block + place % own_blocks) * ROWS
+        block, split = _place_of(item, row_blocks, splits, GROUP // ROWS)
+        first_row = block * ROWS
         row = first_row + tl.arange(0, ROWS)
         row_inside = row < N
         begin = split * SPLIT
@@ -240,7 +251,7 @@ def linear_logprob_forward_(
             TMA=launch.tma,
             PRECISION=FLOAT_PRECISION[name],
             SPLIT=_SPLIT,
-            GROUP=_GROUP,
+            GROUP=_GROUP if wide else 0,  # small tiles have no registers left for it on sm_80
             ROWS=launch.rows,
             COLUMNS=launch.columns,
             DEPTH=launch.depth,
@@ -338,7 +349,7 @@ def _configuration(
         "TMA": launch.tma,
         "PRECISION": FLOAT_PRECISION[target],
         "SPLIT": _SPLIT,
-        "GROUP": _GROUP,
+        "GROUP": _GROUP if launch in WIDE_LAUNCH[target] else 0,
         "ROWS": launch.rows,
         "COLUMNS": launch.columns,
         "DEPTH": launch.depth,
