@@ -21,6 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import device_name, environment, format_table, write_csv
 from tralign_fast.memory import MemoryReport, Workload, measure, trace, trace_trl
 from tralign_fast.plan import GIB, NOTE, load_config
@@ -136,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="on this machine's GPU")
     options = parser.parse_args(arguments)
     if options.measure:
+        if not torch.cuda.is_available():
+            parser.error("--measure needs a GPU; without it the same is traced")
         about = environment(("torch", "transformers", "trl", "peft"))
         rows = [{**row, **about} for row in run_on_gpu(options.models)]
         write_csv(options.out / "gpu_memory.csv", rows)

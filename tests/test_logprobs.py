@@ -435,10 +435,11 @@ def test_no_bias_over_training(dtype, budget):
 
     What tiles and rounding add to a gradient must point nowhere in particular, or a training adds
     it up. Every step has new data; both see the same (rounded) inputs. The mean of n independent
-    numbers of mean zero is within 4·std/√n of it, but for one time in 16,000. A GPU's exp is an
-    approximation, which shifts a logsumexp in fp32 by a fraction of its last digit.
+    numbers of mean zero is within 4·std/√n of it, but for one time in 16,000. On a GPU fp32
+    log-probs were seen 3.5e-8 off in the mean, a tenth of a unit in their last place (4.8e-7); why
+    (Triton's exp2, perhaps) was not looked into.
     """
-    shift = 2**-23 if DEVICE.type == "cuda" else 0.0
+    shift = 2**-23 if DEVICE.type == "cuda" and dtype == torch.float32 else 0.0
     steps, N, H, V = 50, 48, 24, 700
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(V, H, generator=g) / H**0.5

@@ -172,19 +172,17 @@ def _attend_one(
         mask, causal = None, True
     else:
         mask, causal = layout.mask(queries, keys, window, query.device), False
-    gqa = query.shape[1] != key.shape[1]
+    repeats = query.shape[1] // key.shape[1]
+    # a GPU's fused kernels want all heads where there is a mask, or fp32
+    if repeats > 1 and (softcap is not None or query.is_cuda):
+        key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+        repeats = 1
     if softcap is None:
-        if gqa and query.is_cuda:  # its fused kernels with a mask, or for fp32, want all heads
-            repeats = query.shape[1] // key.shape[1]
-            key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
-            gqa = False
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, dropout_p=options.dropout,
-            scale=options.scaling, enable_gqa=gqa,
+            scale=options.scaling, enable_gqa=repeats > 1,
         )  # fmt: skip
     # SDPA knows no softcap (Gemma-2): scores in full, fp32 softmax, as the eager attention has it
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (options.scaling / softcap))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

@@ -4,9 +4,8 @@ Letters: N scored tokens, H hidden size, V vocabulary, W columns of one vocabula
 
 The logits are made tile by tile, (N, W) at a time: how they are cut and multiplied is in
 `tralign_fast.tiles`, what happens to a tile of logits in `tralign_fast.tile_ops` (PyTorch) and
-`tralign_kernels.logprob` (Triton). A
-Triton forward that keeps no logits takes one kernel for product and reduction instead
-(`tralign_kernels.linear_logprob`).
+`tralign_kernels.logprob` (Triton). Where no logits are kept, a Triton forward of half-precision
+inputs takes one kernel for product and reduction instead (`tralign_kernels.linear_logprob`).
 """
 
 from __future__ import annotations
