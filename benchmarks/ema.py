@@ -35,7 +35,7 @@ from benchmarks.common import (
     write_csv,
 )
 from tralign_fast import ema_update_
-from tralign_fast.ema import ema_reference
+from tralign_fast.ops.ema import ema_reference
 
 ALPHA = 0.6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.common import device_name, environment, format_table, write_csv
 from tralign_fast.memory import MemoryReport, Workload, measure, trace, trace_trl
-from tralign_fast.plan import GIB, NOTE, load_config
+from tralign_fast.memory.plan import GIB, NOTE, load_config
 
 HARD = {"ref_model_mixup_alpha": 1.0}
 RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0, "optim": "adafactor"}

@@ -148,8 +148,8 @@ def load_model(name: str, dtype: Any) -> tuple[Any, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tralign_fast.plan import load_config
-    from tralign_fast.smollm2 import load_smollm2, load_smollm2_tokenizer
+    from tralign_fast.demo.smollm2 import load_smollm2, load_smollm2_tokenizer
+    from tralign_fast.memory.plan import load_config
 
     if name == "smollm2":
         return load_smollm2(dtype)
@@ -332,7 +332,7 @@ def _let_trl_compact() -> None:
 
 def _leave_products_to_mkl() -> None:
     """fp32 products as PyTorch has them; on a CPU that oneDNN is no faster on, nothing changes."""
-    from tralign_fast import onednn
+    from tralign_fast.ops.cpu import onednn
 
     onednn.is_faster = lambda: False
 
@@ -340,7 +340,7 @@ def _leave_products_to_mkl() -> None:
 def _score_with_full_logits() -> None:
     """The head by the book: log_softmax over the logits of every position, padding too."""
     import tralign_fast.reference.resident as resident
-    import tralign_fast.trainer as trainer
+    import tralign_fast.training.trainer as trainer
 
     def sequence_logps(model: Any, batch: Any) -> Any:
         logits = model(

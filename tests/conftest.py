@@ -27,7 +27,7 @@ def frozen_imports():
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct in fp32; copy the model before training it."""
-    from tralign_fast.smollm2 import load_smollm2
+    from tralign_fast.demo.smollm2 import load_smollm2
 
     return load_smollm2()
 

@@ -123,7 +123,7 @@ def test_scaling_changes_one_size():
 
 
 def test_vocab_filter_curve(monkeypatch, tmp_path, smollm2):
-    import tralign_fast.smollm2 as source
+    import tralign_fast.demo.smollm2 as source
 
     monkeypatch.setattr(source, "load_smollm2", lambda: smollm2)
     records = vocab_filter.measure(32, "fp32", "cpu", 1, epsilons=(None, 2e-5, 2e-4))

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 
-import tralign_fast.attention as attention
-from tests.test_attention import build, collate, gradients, run
+import tralign_fast.model.attention as attention
+from tests.model.test_attention import build, collate, gradients, run
 from tralign_fast import linear_logprobs
-from tralign_fast.logprobs import linear_logprobs_reference
-from tralign_fast.modeling import prepare_model, sequence_logps
+from tralign_fast.model.prepare import prepare_model
+from tralign_fast.model.scoring import sequence_logps
+from tralign_fast.ops.logprobs import linear_logprobs_reference
 
 pytestmark = [
     pytest.mark.gpu,

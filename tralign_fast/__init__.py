@@ -6,21 +6,16 @@ compiler, which any custom operator of Python code loads, with `linear_logprobs`
 
 from typing import TYPE_CHECKING
 
-from tralign_fast.ema import ema_update_
-from tralign_fast.losses import (
-    LOSSES,
-    PreferenceLoss,
-    dpo_loss,
-    ipo_loss,
-    kto_loss,
-    preference_loss,
-)
+from tralign_fast.ops.ema import ema_update_
+from tralign_fast.ops.losses import LOSSES, PreferenceLoss, dpo_loss, ipo_loss, kto_loss
+from tralign_fast.ops.preference import preference_loss
 from tralign_fast.reference import TrustRegion
 
 if TYPE_CHECKING:
-    from tralign_fast.config import TRConfig
-    from tralign_fast.logprobs import linear_logprobs, logprobs_from_logits
-    from tralign_fast.trainer import TRTrainer
+    from tralign_fast.ops.from_logits import logprobs_from_logits
+    from tralign_fast.ops.logprobs import linear_logprobs
+    from tralign_fast.training.config import TRConfig
+    from tralign_fast.training.trainer import TRTrainer
 
 __version__ = "0.1.0"
 
@@ -40,10 +35,10 @@ __all__ = [
 ]
 
 _LAZY = {
-    "TRConfig": "tralign_fast.config",
-    "TRTrainer": "tralign_fast.trainer",
-    "linear_logprobs": "tralign_fast.logprobs",
-    "logprobs_from_logits": "tralign_fast.logprobs",
+    "TRConfig": "tralign_fast.training.config",
+    "TRTrainer": "tralign_fast.training.trainer",
+    "linear_logprobs": "tralign_fast.ops.logprobs",
+    "logprobs_from_logits": "tralign_fast.ops.from_logits",
 }
 
 

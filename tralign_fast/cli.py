@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    from tralign_fast.demo import DemoOptions, run_demo
+    from tralign_fast.demo.run import DemoOptions, run_demo
 
     return run_demo(_parse("demo", [DemoOptions], arguments)[0])
 
@@ -60,8 +60,8 @@ class TrainOptions:
 
 def _train(arguments: list[str]) -> int:
     from tralign_fast import TRConfig, TRTrainer
-    from tralign_fast.checkpoints import check_output_dir, newest_checkpoint
     from tralign_fast.data import load_rows
+    from tralign_fast.training.checkpoints import check_output_dir, newest_checkpoint
 
     options, config = _parse("train", [TrainOptions, TRConfig], arguments)
     checkpoint = None
@@ -78,7 +78,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    from tralign_fast.plan import PlanOptions, run_plan
+    from tralign_fast.memory.plan import PlanOptions, run_plan
 
     return run_plan(_parse("plan", [PlanOptions], arguments)[0])
 

@@ -16,7 +16,8 @@ from datasets import Dataset
 from benchmarks.evidence.arms import Settings
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.data.tokenization import tokenize_pairs
-from tralign_fast.modeling import hidden_kl, prepare_model, sequence_logps
+from tralign_fast.model.prepare import prepare_model
+from tralign_fast.model.scoring import hidden_kl, sequence_logps
 
 _BATCH = 16  # rows of two completions
 

@@ -40,9 +40,9 @@ class Material:
 
 
 def load_material() -> Material:
-    from tralign_fast.data.demo import test_rows, train_rows
-    from tralign_fast.demo import gold_reward
-    from tralign_fast.smollm2 import load_smollm2
+    from tralign_fast.demo.rows import test_rows, train_rows
+    from tralign_fast.demo.run import gold_reward
+    from tralign_fast.demo.smollm2 import load_smollm2
 
     return Material(*load_smollm2(), train_rows(), test_rows(), gold_reward())
 
@@ -151,7 +151,7 @@ def _peak_memory_mb() -> float:
     """Of the accelerator where there is one, else of this process; MiB, models included."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    from tralign_fast.demo import peak_memory_gib
+    from tralign_fast.demo.run import peak_memory_gib
 
     return peak_memory_gib() * 2**10
 

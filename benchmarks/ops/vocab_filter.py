@@ -18,7 +18,7 @@ from benchmarks.ops.turns import relative_error
 @torch.no_grad()
 def smollm2_tokens(model: Any, tokenizer: Any, count: int) -> tuple[Tensor, Tensor]:
     """(hidden (count, H), targets (count,)): SmolLM2's completions of the demo, its own samples."""
-    from tralign_fast.data.demo import train_rows
+    from tralign_fast.demo.rows import train_rows
 
     hidden, targets, found = [], [], 0
     for row in train_rows():
@@ -51,8 +51,8 @@ def measure(
     Timed in turn with the three bare products over the whole vocabulary.
     """
     from tralign_fast import linear_logprobs
-    from tralign_fast.smollm2 import load_smollm2
-    from tralign_fast.vocab_filter import last_vocab_filter
+    from tralign_fast.demo.smollm2 import load_smollm2
+    from tralign_fast.ops.vocab_filter import last_vocab_filter
 
     model: Any
     model, tokenizer = load_smollm2()

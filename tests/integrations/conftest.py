@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tests.test_trl_parity import kto_rows, options, pair_rows, trl_classes
+from tests.training.test_trl_parity import kto_rows, options, pair_rows, trl_classes
 
 pytest.importorskip("trl")
 

@@ -19,12 +19,12 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from transformers import TrainingArguments
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
-from tests.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.integrations.test_any_trainer import ROWS, PairTrainer
-from tests.test_trl_parity import options, pair_rows, trl_classes
+from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
+from tests.training.test_trl_parity import options, pair_rows, trl_classes
 from tralign_fast.integrations.callback import TrustRegionCallback
 from tralign_fast.integrations.trl import use_fast_logprobs
-from tralign_fast.modeling import enable_logprobs
+from tralign_fast.model.scoring import enable_logprobs
 
 STEPS, PROCESSES, ROWS_EACH = 6, 2, 1
 CASES = ("plain", "trl")

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from tralign_fast import TrustRegion, dpo_loss, ema_update_
 from tralign_fast.integrations.callback import TrustRegionCallback, matching_parameters
-from tralign_fast.modeling import enable_logprobs
+from tralign_fast.model.scoring import enable_logprobs
 
 ROWS = [
     {"ids": torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(i))}

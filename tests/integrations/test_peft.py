@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.integrations.conftest import logs
 from tests.reference.test_adapter import lora, quantised
-from tests.test_trainer import make
+from tests.training.test_trainer import make
 from tralign_fast.integrations.trl import TrustRegionCallback, use_fast_logprobs
 
 pytest.importorskip("bitsandbytes")

@@ -105,7 +105,7 @@ def test_any_trainer(names, tmp_path):
     from transformers import TrainingArguments
 
     from tests.integrations.test_any_trainer import ROWS, PairTrainer
-    from tralign_fast.modeling import enable_logprobs
+    from tralign_fast.model.scoring import enable_logprobs
 
     enable_logprobs(names["model"])
     reference = copy.deepcopy(names["model"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from tests.test_trl_parity import kto_rows, options, pair_rows
+from tests.training.test_trl_parity import kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
 
 

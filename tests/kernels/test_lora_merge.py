@@ -1,4 +1,4 @@
-"""ref ← (1-α)·ref + α·(W + s·B·A): against fp64, and the same through tralign_fast.ema."""
+"""ref ← (1-α)·ref + α·(W + s·B·A): against fp64, and the same through tralign_fast.ops.ema."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.test_ema import check_mean
-from tralign_fast.ema import lora_merge_ as public_merge_
+from tralign_fast.ops.ema import lora_merge_ as public_merge_
 from tralign_kernels import ema_update_, lora_merge, lora_merge_, lora_merge_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -107,7 +107,7 @@ def test_seed_does_not_depend_on_the_launch(device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_public_function(device, dtype, rounding, monkeypatch):
     """Both backends within one unit of each other; the torch one in chunks of a few rows."""
-    monkeypatch.setattr("tralign_fast.ema._CHUNK", 300)
+    monkeypatch.setattr("tralign_fast.ops.ema._CHUNK", 300)
     ref, *others = make((70, 67), 5, dtype, torch.float32, device)
     results = []
     for backend in ("triton", "torch"):

@@ -5,7 +5,7 @@ import torch
 
 import tralign_kernels
 from tralign_fast import linear_logprobs, logprobs_from_logits
-from tralign_fast.logprobs import linear_logprobs_reference
+from tralign_fast.ops.logprobs import linear_logprobs_reference
 
 
 def run(backend, hidden, weight, targets, grad, **options):

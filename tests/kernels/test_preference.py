@@ -1,4 +1,4 @@
-"""Losses over packed log-probs: against fp64, against tralign_fast.losses, forward and gradient."""
+"""Losses over packed log-probs: against fp64 and tralign_fast.ops.losses, forward and gradient."""
 
 import pytest
 import torch

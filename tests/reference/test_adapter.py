@@ -14,12 +14,13 @@ from transformers import LlamaForCausalLM
 
 from tests.conftest import DEVICE, make_tiny_llama
 from tests.reference.test_windows import STEPS, check_a_killed_run, two_epochs
-from tests.test_trainer import make
-from tests.test_trl_parity import history, options, pair_rows
+from tests.training.test_trainer import make
+from tests.training.test_trl_parity import history, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer, TrustRegion
 from tralign_fast.data.packing import PreferenceCollator
-from tralign_fast.ema import ema_update_
-from tralign_fast.modeling import prepare_model, sequence_logps
+from tralign_fast.model.prepare import prepare_model
+from tralign_fast.model.scoring import sequence_logps
+from tralign_fast.ops.ema import ema_update_
 from tralign_fast.reference import places as reference_places
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import ReferencePolicy

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import make_tiny_llama
-from tests.test_trainer import make
-from tests.test_trl_parity import history, kto_rows, pair_rows
+from tests.training.test_trainer import make
+from tests.training.test_trl_parity import history, kto_rows, pair_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -147,7 +147,7 @@ from tests.conftest import make_small_tokenizer, make_tiny_llama
 from {module} import {policy}
 from tests.reference.test_windows import two_epochs
 from tests.conftest import make_tiny_llama
-from tests.test_trainer import make
+from tests.training.test_trainer import make
 
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -224,7 +224,7 @@ def test_auto_picks_the_cheapest_and_says_why(
 def test_snapshot_refuses_what_it_cannot_do(tiny_llama, small_tokenizer, tmp_path):
     import copy
 
-    from tests.test_trl_parity import options
+    from tests.training.test_trl_parity import options
     from tralign_fast import TRConfig, TRTrainer
 
     with pytest.raises(ValueError, match=r"needs ref_model_mixup_alpha=1 .* got 0.6"):

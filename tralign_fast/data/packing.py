@@ -6,8 +6,8 @@ A group is a prompt with its completions, laid out as `[prompt | completion 0 | 
     KTO     [prompt | completion | completion of another prompt (for the KL term)]
 
 Groups stand one behind the other in a single row of T tokens. Positions restart after the prompt
-for every completion, and the attention (`tralign_fast.attention`) lets a completion see its prompt
-and itself. Which rows of the hidden states are scored is decided here, on the host.
+for every completion, and the attention (`tralign_fast.model.attention`) lets a completion see
+its prompt and itself. Which rows of the hidden states are scored is decided here, on the host.
 
 Letters: T tokens, N scored tokens, S sequences, B examples (pairs, or KTO rows).
 """
@@ -123,7 +123,7 @@ class PrefixLayout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One batch, ready for `modeling.sequence_logps`.
+    """One batch, ready for `model.scoring.sequence_logps`.
 
     Sequences are ordered [chosen 0..B-1, rejected 0..B-1] for pairs and [completion 0..B-1,
     mismatched completion 0..B-1] for KTO; scored tokens follow the order of their sequences.

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from tralign_fast._backend import warn_once
-from tralign_fast.ema import ema_update_, local_shard
+from tralign_fast.ops.backend import warn_once
+from tralign_fast.ops.ema import ema_update_, local_shard
 from tralign_fast.reference import TrustRegion
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import load_generator, save_generator

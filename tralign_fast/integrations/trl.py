@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tralign_fast.integrations.callback import TrustRegionCallback
-from tralign_fast.logprobs import linear_logprobs
+from tralign_fast.ops.logprobs import linear_logprobs
 
 __all__ = ["TrustRegionCallback", "use_fast_logprobs"]
 

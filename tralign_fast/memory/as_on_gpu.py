@@ -18,8 +18,9 @@ import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tralign_fast import attention, ema, logprobs, modeling, tiles
 from tralign_fast.memory.live import LiveTensors
+from tralign_fast.model import attention, scoring
+from tralign_fast.ops import ema, logprobs, tiles
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(logprobs, "_is_fused", return_value=True),
         mock.patch.object(logprobs, "_fused_forward_", nothing),
         mock.patch.object(ema, "_foreach_update_", nothing),
-        mock.patch.object(modeling, "_split_tied_weight", return_value=contextlib.nullcontext()),
+        mock.patch.object(scoring, "split_tied_weight", return_value=contextlib.nullcontext()),
         mock.patch.object(torch_optimizer, "_get_foreach_kernels_supported_devices", devices),
     ):
         yield

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tralign_fast import logprobs
+from tralign_fast.ops import logprobs
 
 CATEGORIES = (
     "parameters", "gradients", "optimizer", "reference", "activations", "logits tile",

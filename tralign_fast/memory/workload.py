@@ -125,8 +125,8 @@ def make_trainer(work: Workload, folder: str, *, on_gpu: bool = False) -> Any:
     """
     from datasets import Dataset
 
-    from tralign_fast.config import TRConfig
-    from tralign_fast.trainer import TRTrainer
+    from tralign_fast.training.config import TRConfig
+    from tralign_fast.training.trainer import TRTrainer
 
     return TRTrainer(
         work.build(on_gpu),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
-from tralign_fast.ema import local_shard
+from tralign_fast.ops.ema import local_shard
 from tralign_fast.reference.sharding import is_sharded, own_file, process_count, process_index
 from tralign_fast.reference.trust_region import TrustRegion
 

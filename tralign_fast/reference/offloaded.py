@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tralign_fast.ema import ema_update_, local_shard
+from tralign_fast.ops.ema import ema_update_, local_shard
 from tralign_fast.reference.base import ReferencePolicy, load_generator, save_generator
 from tralign_fast.reference.lora import mixed_parameters
 from tralign_fast.reference.sharding import named_parameters, shard_like

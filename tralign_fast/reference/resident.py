@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
-from tralign_fast.ema import ema_update_, local_shard
-from tralign_fast.modeling import sequence_logps
+from tralign_fast.model.scoring import sequence_logps
+from tralign_fast.ops.ema import ema_update_, local_shard
 from tralign_fast.reference.base import ReferencePolicy, load_generator, save_generator
 from tralign_fast.reference.lora import mixed_parameters
 from tralign_fast.reference.sharding import named_parameters
@@ -21,7 +21,7 @@ class ResidentReference(ReferencePolicy):
     """Weights: a second model beside the policy. Exact for every schedule.
 
     Args:
-        model: the reference, prepared like the policy (`modeling.prepare_model`); frozen here.
+        model: the reference, prepared like the policy (`model.prepare.prepare_model`); frozen here.
         rounding: how weights in bf16 or fp16 are rounded at a sync (`ema_update_`).
         seed: of the random bits of stochastic rounding.
 

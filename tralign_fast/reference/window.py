@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tralign_fast.data.packing import PackedBatch, merge_packed
-from tralign_fast.modeling import sequence_logps
+from tralign_fast.model.scoring import sequence_logps
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import own_file, process_count, reshard
 from tralign_fast.reference.trust_region import TrustRegion

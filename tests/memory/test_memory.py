@@ -1,0 +1,212 @@
+"""The memory tracer against real tensors, the profiler and arithmetic; `tralign-fast plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch._library import simple_registry
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tralign_fast import linear_logprobs
+from tralign_fast.cli import main
+from tralign_fast.memory import LiveTensors, MemoryReport, Workload, measure, trace, trace_trl
+from tralign_fast.memory.plan import GIB, PlanOptions, _as_text, load_config, parse_memory, workload
+
+HARD = {"ref_model_mixup_alpha": 1.0}
+RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0, "optim": "adafactor"}
+
+
+def tiny(**extra: Any) -> LlamaConfig:
+    return LlamaConfig(**{
+        "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, **extra,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Workload(tiny(), tokens=512, dtype="float32", options={**HARD, "bf16": False}),
+        Workload(tiny(tie_word_embeddings=True), tokens=512, options=RELEASE),
+        Workload(tiny(), tokens=256, options={"loss_type": "kto", "ref_model_sync_steps": 1}),
+        Workload(tiny(), tokens=256, lora_rank=4, options={"gradient_checkpointing": False}),
+    ],
+    ids=["adamw", "release", "kto-resident", "lora"],
+)
+def test_a_trace_has_the_peak_of_the_real_step(work):
+    traced = trace(work, as_on_gpu=False)
+    real = trace(work, as_on_gpu=False, fake=False)
+    assert traced.peak == pytest.approx(real.peak, rel=0.05)
+    assert traced.parameters == real.parameters > 0
+    for report in (traced, real):
+        parts = dataclasses.asdict(report)
+        assert parts.pop("peak") == sum(parts.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_measuring_without_a_gpu_says_what_would_do():
+    with pytest.raises(RuntimeError, match="measure needs a GPU; trace does not"):
+        measure(Workload(tiny()))
+
+
+def test_the_counter_sees_what_the_allocator_gives_out():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny(hidden_size=256, intermediate_size=512))
+    ids = torch.randint(0, 1000, (2, 128))
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    step()  # one-time buffers
+    model.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    model.zero_grad()
+    events: Any = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    sizes = [
+        e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"
+    ]
+    held = allocated = 0
+    for size in sizes:
+        held += size
+        allocated = max(allocated, held)
+    with LiveTensors() as live:
+        live.tag(list(model.parameters()), "parameters")
+        step()
+    report = live.report()
+    assert report.peak - report.parameters == pytest.approx(allocated, rel=0.05)
+
+
+def test_fake_operators_allocate_the_logits_tile_forward_and_backward():
+    rows, vocab, width = 64, 4096, 16
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocab, width)
+    targets = torch.randint(0, vocab, (rows,))
+    tile = 256
+    options = (1.0, None, 1.0, "torch", torch.float32, tile, False, 0.0)
+
+    def peak(name: str, *arguments: Any) -> int:
+        kernel: Any = simple_registry.singleton.find(f"tralign_fast::{name}").fake_impl.kernel
+        with LiveTensors() as live, torch.no_grad():
+            kernel.func(*arguments)
+        return live.report().peak
+
+    scratch = rows * tile * 4
+    assert peak("linear_logprobs", hidden, weight, targets, None, *options) >= scratch
+    grads = torch.ones(rows), hidden, weight, targets, None, torch.ones(rows), hidden.new_empty(0)
+    needs = [True, False, False]
+    backward = peak(
+        "linear_logprobs_backward", *grads, 1.0, None, 1.0, "torch", tile, needs, 0.0
+    )  # fmt: skip
+    assert backward >= scratch
+    # and a trace, which runs the operator's own code, counts it as what it is
+    with LiveTensors() as live:
+        linear_logprobs(hidden, weight, targets, logits_budget_mb=0.0625).sum().backward()
+    assert live.report().logits_tile >= scratch
+
+
+def test_where_bytes_are_counted():
+    base = Workload(tiny(), tokens=256, options=HARD)
+    size = 2 * sum(p.numel() for p in LlamaForCausalLM(tiny()).parameters())
+    snapshot = trace(base)
+    resident = trace(dataclasses.replace(base, options={**HARD, "reference": "resident"}))
+    offloaded = trace(dataclasses.replace(base, options={"reference": "offloaded"}))
+    released = trace(dataclasses.replace(base, options={**RELEASE, "optim": "adamw_torch_fused"}))
+    for report in (snapshot, resident, offloaded):
+        assert size <= report.parameters <= 1.001 * size  # and rotary buffers
+        assert 2 * size <= report.optimizer <= 2.1 * size
+    assert resident.reference >= size
+    assert snapshot.reference == offloaded.reference == 0
+    assert resident.peak - snapshot.peak == pytest.approx(size, rel=0.01)
+    assert released.gradients <= 2 * 2 * 1000 * 64 < size
+    assert released.peak < snapshot.peak
+
+
+def test_llama_1b_with_gradient_release_needs_little_more_than_its_weights():
+    config = load_config("llama-3.2-1b")
+    report = trace(Workload(config, options=RELEASE))
+    weights, head = 1_235_814_400 * 2, 128_256 * 2048 * 2
+    assert report.parameters == pytest.approx(weights, rel=1e-4)
+    assert report.gradients <= 2 * head  # a tied weight's two
+    assert report.peak < weights + 2 * head + 0.6 * GIB
+
+
+def test_trl_holds_a_second_model_and_an_fp32_gradient_of_its_head():
+    pytest.importorskip("trl")
+    # a large vocabulary, so that the head's gradient is what the peak is made of
+    work = Workload(tiny(vocab_size=60_000), tokens=256, options={**HARD, "max_grad_norm": 0.0})
+    ours, theirs = trace(work), trace_trl(work)
+    head = 60_000 * 64
+    assert theirs.reference == pytest.approx(ours.parameters, rel=0.01)
+    assert theirs.parameters == ours.parameters
+    assert theirs.gradients >= 4 * head
+    assert theirs.peak > ours.peak + theirs.reference
+
+
+@pytest.mark.skipif(not find_spec("bitsandbytes") or not find_spec("peft"), reason="bitsandbytes")
+def test_a_4_bit_base_holds_half_a_byte_a_weight():
+    config = tiny(hidden_size=256, intermediate_size=1024)
+    report = trace(Workload(config, tokens=256, lora_rank=4, base_bits=4))
+    linear = 2 * (256 * (256 + 256 // 2) * 2 + 3 * 256 * 1024)
+    adapters = 2 * 4 * (2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 1024))
+    embeddings = 2 * 1000 * 256
+    expected = linear * 4.13 / 8 + 2 * (embeddings + adapters)
+    assert report.parameters == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("text", "gib"), [("24GiB", 24), ("80gb", 80), ("7.5", 7.5)])
+def test_sizes_of_gpus(text, gib):
+    assert parse_memory(text) == gib * GIB
+
+
+def test_plan_prints_json_and_a_change_that_fits(tmp_path, capsys):
+    tiny(vocab_size=50_000).save_pretrained(tmp_path)
+    memory = 1 + 35 / 1024  # GiB, of which 1 is left for what a trace does not see
+    arguments = ["--model", str(tmp_path / "config.json"), "--alpha", "1.0", "--tokens", "256"]
+    code = main(["plan", *arguments, "--trl", "false", "--json", "--gpu-memory", str(memory)])
+    plan = json.loads(capsys.readouterr().out)
+    ours, remedy = plan["tralign_fast"], plan["remedy"]
+    assert code == 0
+    assert ours["peak"] == sum(v for k, v in ours.items() if k != "peak")
+    assert not plan["fits"]
+    assert ours["peak"] > memory * GIB - GIB >= remedy["tralign_fast"]["peak"]
+    # Adafactor's blocks are larger than this model: the first change that fits is LoRA
+    assert remedy["change"] == "--lora_rank 16"
+    options, report = PlanOptions("tiny", trl=False), MemoryReport(**ours)
+    text = _as_text(options, GIB, report, None, None, (remedy["change"], report))
+    assert f"4096 packed tokens; it fits with {remedy['change']}" in text
+    assert "Traced tensors only" in text
+    assert all(row in text for row in ("parameters", "logits tile", "peak"))
+    assert "fits 24 GiB" in _as_text(options, 24 * GIB, report, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "no/such"], "--model no/such: expected llama-3.2-1b"),
+        (["--model", "llama-3.2-1b", "--gpu-memory", "much"], "--gpu-memory 'much'"),
+        (["--model", "llama-3.2-1b", "--method", "ppo"], "loss_type: expected one of"),
+        (["--model", "llama-3.2-1b", "--tokens", "3"], "at least 4 tokens a pair"),
+        (["--model", "llama-3.2-1b", "--base-bits", "4"], "set lora_rank"),
+        (["--model", "llama-3.2-1b", "--alpha", "1.5"], "ref_model_mixup_alpha must lie"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, expected, capsys):
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("tralign-fast: error: ")
+    assert expected in error
+
+
+def test_options_have_the_names_of_the_trainer_too():
+    options = PlanOptions("llama-3.1-8b", method="ipo", alpha=0.3, sync=0, gradient_release=True)
+    training = workload(options).options
+    assert training["sync_ref_model"] is False
+    assert training["loss_type"] == "ipo"
+    assert training["max_grad_norm"] == 0.0

@@ -1,0 +1,134 @@
+"""What each of two processes runs for `tests/training/test_distributed.py`.
+
+    torchrun --nproc_per_node 2 -m tests.training.distributed_run FOLDER ddp|fsdp2|zero3
+
+Writes FOLDER/losses.json: case -> losses of every step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from datasets import Dataset
+
+from tests.conftest import make_small_tokenizer, make_tiny_llama
+from tests.training.test_trainer import make
+from tests.training.test_trl_parity import kto_rows, pair_rows
+
+STEPS = 6
+PROCESSES = 2
+ROWS = 2  # of a batch on a process
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
+}
+ZERO3 = {
+    "deepspeed": {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        # a bound under the size of the matrices: both those that stay whole and those that do not
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+    }
+}
+KINDS = {"ddp": {}, "fsdp2": FSDP, "zero3": ZERO3}
+HARD = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
+SOFT = {"ref_model_mixup_alpha": 0.4, "ref_model_sync_steps": 2}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+CASES = {
+    "dpo-resident": ("dpo", {"reference": "resident", **SOFT}),
+    "dpo-snapshot": ("dpo", {"reference": "snapshot", **HARD}),
+    "dpo-offloaded": ("dpo", {"reference": "offloaded", **SOFT}),
+    "kto-resident": ("kto", {"reference": "resident", **SOFT}),
+    "kto-snapshot": ("kto", {"reference": "snapshot", **HARD}),
+    "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 40, **HARD}),
+    "dpo-compiled": ("dpo", {"reference": "resident", **COMPILED, **SOFT}),
+    "kto-split": ("kto", {"reference": "resident", "token_budget": 60, **SOFT}),
+}
+REFUSED = {  # cases that a kind cannot run, and what it says
+    "zero3": {"dpo-offloaded": "cannot hold weights", "dpo-compiled": "cannot compile layers"}
+}
+RESUMED = ("dpo-resident", "dpo-snapshot", "dpo-offloaded", "kto-snapshot")
+
+
+def rows_of(method):
+    if method != "kto":
+        return pair_rows(STEPS * PROCESSES * ROWS)
+    rows = kto_rows(STEPS * PROCESSES * ROWS).to_list()
+    # KTO borrows the completion of the row before, within a process's batch: rows 1 and 3 of four
+    # have the same one, so that two batches of two borrow what one batch of four does
+    for i in range(0, len(rows), 4):
+        rows[i + 3]["completion"] = rows[i + 1]["completion"]
+    return Dataset.from_list(rows)
+
+
+def train(case, folder, *, batch, resume_from=None, **extra):
+    """[loss of every step], and what an evaluation afterwards found."""
+    tokenizer = make_small_tokenizer()
+    method, options = CASES[case]
+    trainer = make(
+        make_tiny_llama(tokenizer), tokenizer, folder, method, rows_of(method),
+        held_out=rows_of(method).select(range(8)), max_steps=STEPS, learning_rate=2e-3,
+        per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
+        train_sampling_strategy="sequential", eval_strategy="steps", eval_steps=3,
+        **options, **extra,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume_from)
+    logs = trainer.state.log_history
+    losses = [log["loss"] for log in logs if "loss" in log]
+    evaluated = [log["eval_rewards/chosen"] for log in logs if "eval_rewards/chosen" in log]
+    return {
+        "losses": losses,
+        "evaluated": evaluated,
+        "kl": [log.get("kl") for log in logs if "loss" in log],
+    }
+
+
+def _let_accelerate_shard_on_cpus() -> None:
+    """accelerate closes its FSDP branch to CPUs, and names them "cpu:0", a device that torch.load
+    does not know. All that comes after is what runs on GPUs."""
+    set_device, init = PartialState.set_device, AcceleratorState.__init__
+
+    def set_plain_device(self):
+        set_device(self)
+        self.device = torch.device(self.device.type)
+
+    def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    PartialState.set_device = set_plain_device
+    AcceleratorState.__init__ = init_with_fsdp
+
+
+def main(folder: Path, kind: str) -> None:
+    _let_accelerate_shard_on_cpus()
+    extra = KINDS[kind]
+    found = {}
+    for case in CASES:
+        if message := REFUSED.get(kind, {}).get(case):
+            with pytest.raises(ValueError, match=message):
+                train(case, folder / case, batch=ROWS, **extra)
+            continue
+        saving = {"save_strategy": "steps", "save_steps": 3} if case in RESUMED else {}
+        found[case] = train(case, folder / case, batch=ROWS, **saving, **extra)
+        if case in RESUMED:
+            checkpoint = str(folder / case / "checkpoint-3")  # in mid-window
+            found[f"{case}-resumed"] = train(
+                case, folder / case, batch=ROWS, resume_from=checkpoint, **saving, **extra
+            )
+    if int(os.environ["RANK"]) == 0:
+        (folder / "losses.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

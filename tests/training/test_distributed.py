@@ -1,0 +1,73 @@
+"""Two real processes (gloo) against one on the same global batches: DDP, FSDP2, ZeRO-3."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.distributed_run import (
+    CASES,
+    KINDS,
+    PROCESSES,
+    REFUSED,
+    RESUMED,
+    ROWS,
+    STEPS,
+    train,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return {case: train(case, folder / case, batch=PROCESSES * ROWS) for case in CASES}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def together(request, tmp_path_factory):
+    if request.param == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    folder = tmp_path_factory.mktemp(request.param)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc_per_node", str(PROCESSES), "-m", "tests.training.distributed_run", str(folder),
+        request.param,
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"
+    }  # fmt: skip
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads((folder / "losses.json").read_text())
+    assert set(CASES) - set(found) == set(REFUSED.get(request.param, ()))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one_does(case, alone, together):
+    if case not in together:
+        pytest.skip("refused there, in one line")
+    assert len(together[case]["losses"]) == STEPS
+    assert together[case]["losses"] == pytest.approx(alone[case]["losses"], rel=1e-5)
+    assert len(set(together[case]["losses"])) > STEPS // 2
+    assert together[case]["evaluated"] == pytest.approx(alone[case]["evaluated"], rel=1e-3)
+    if case.startswith("kto"):
+        assert together[case]["kl"] == pytest.approx(alone[case]["kl"], rel=1e-3, abs=1e-6)
+        assert max(together[case]["kl"]) > 0
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_two_processes_resume_in_mid_window(case, together):
+    if case not in together:
+        pytest.skip("refused there, in one line")
+    assert together[f"{case}-resumed"]["losses"] == together[case]["losses"]

@@ -1,0 +1,1 @@
+"""A causal language model whose forward returns log-probs, on rows that share their prompts."""

@@ -1,0 +1,294 @@
+"""Prefix-shared attention: completions see their prompt and themselves, in one packed row.
+
+Registered with transformers' `AttentionInterface` under one name for each implementation that it
+wraps: "tralign_sdpa" runs a packed batch by its `PrefixLayout` and everything else (generation, a
+padded batch) through "sdpa". The layout comes as the keyword `prefix_layout` of the model's
+forward, which transformers hands down to every attention layer, also when gradient checkpointing
+runs it again.
+
+No mask of (T, T) exists. With a variable-length kernel (flash-attn, `torch.nn.attention.varlen`)
+all sequences of all groups are one call; without, there is one SDPA call for each.
+
+Letters: T tokens of the packed row, A attention heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tralign_fast.data.packing import PrefixLayout, VarlenArguments
+from tralign_fast.ops.backend import warn_once
+
+PREFIX = "tralign_"
+# Keywords of an attention layer that change nothing here, or that are honoured below. Any other one
+# that is set (attention sinks, position biases, …) changes the result: such a model is refused.
+_KNOWN = {
+    "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions",
+    "output_hidden_states", "return_dict", "position_embeddings", "past_key_values",
+    "attention_mask",
+}  # fmt: skip
+
+
+def enable_prefix_attention(model: Any) -> Callable[[], None]:
+    """Lets `model(..., prefix_layout=...)` run packed rows; returns the function that undoes it.
+
+    Everything without a layout runs through the model's own attention implementation as before.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    before = original = model.config._attn_implementation
+    if original.startswith(PREFIX):
+        return lambda: None
+    if original == "sdpa" and getattr(model.config, "attn_logit_softcapping", None) is not None:
+        # transformers' SDPA attention drops the softcap that the model was trained with
+        warn_once(
+            "attention logits are soft-capped: eager attention instead of sdpa for generation"
+        )
+        original = "eager"
+    name = PREFIX + original
+    AttentionInterface.register(name, functools.partial(prefix_shared_attention, original))
+    if original in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    _set_implementation(model, name)
+    return lambda: _set_implementation(model, before)
+
+
+def _set_implementation(model: Any, name: str) -> None:
+    # `set_attn_implementation` would look the name up on the hub; the setting itself is one field
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            config._attn_implementation = name
+
+
+@torch.compiler.disable  # of a compiled layer: segments of every batch have lengths of their own
+def prefix_shared_attention(
+    original: str,
+    module: torch.nn.Module,
+    query: Tensor,  # (1, A, T, D)
+    key: Tensor,  # (1, K, T, D)
+    value: Tensor,  # (1, K, T, D)
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    prefix_layout: PrefixLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(1, T, A, D) attention output in transformers' convention, and no attention weights.
+
+    Raises:
+        NotImplementedError: the layer passes a keyword that this attention does not know.
+    """
+    if prefix_layout is None:
+        return _original_attention(original, module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+            sliding_window=sliding_window, softcap=softcap, **kwargs,
+        )  # fmt: skip
+    unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
+    if unknown or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"attention with {', '.join(unknown) or 'is_causal=False'}")
+    scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = _Options(scale, dropout, sliding_window, softcap)
+    varlen = _varlen_function(query, options)
+    if varlen is not None:
+        return _attend_varlen(varlen, query, key, value, prefix_layout, options), None
+    if not query.is_cuda:
+        return _attend_segments(query, key, value, prefix_layout, options), None
+    # cuDNN plans every new pair of lengths anew, which takes longer than a whole step
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return _attend_segments(query, key, value, prefix_layout, options), None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a layer asks of its attention, beside causality."""
+
+    scaling: float  # of the scores
+    dropout: float
+    window: int | None  # keys that a query sees, itself included
+    softcap: float | None  # of the scores, by tanh
+
+
+# --- one call for each sequence: any device -------------------------------------------------------
+
+
+def _attend_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    options: _Options,
+) -> Tensor:
+    # `split`: its backward is one concatenation, where a slice's fills a whole tensor of zeros
+    query_lengths, key_lengths = [], []
+    for _, prompt, completions in layout.groups:
+        query_lengths += [prompt + completions[0], *completions[1:]]
+        key_lengths += [prompt, *completions]
+    queries = iter(query.split(query_lengths, 2))
+    keys, values = iter(key.split(key_lengths, 2)), iter(value.split(key_lengths, 2))
+    outputs = []
+    for _, _, completions in layout.groups:
+        shared_key, shared_value = next(keys), next(values)
+        for _ in completions:
+            outputs.append(
+                _attend_one(
+                    next(queries),
+                    torch.cat([shared_key, next(keys)], 2),
+                    torch.cat([shared_value, next(values)], 2),
+                    layout,
+                    options,
+                )
+            )
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _attend_one(
+    query: Tensor,  # (1, A, Q, D)
+    key: Tensor,  # (1, K, P, D) with P ≥ Q
+    value: Tensor,
+    layout: PrefixLayout,
+    options: _Options,
+) -> Tensor:
+    """(1, A, Q, D): causal attention aligned at the bottom right."""
+    queries, keys, softcap = query.shape[2], key.shape[2], options.softcap
+    window = None if options.window is None or keys <= options.window else options.window
+    if queries == 1 and window is None:
+        mask, causal = None, False
+    elif queries == keys and window is None and softcap is None:
+        mask, causal = None, True
+    else:
+        mask, causal = layout.mask(queries, keys, window, query.device), False
+    repeats = query.shape[1] // key.shape[1]
+    # a GPU's fused kernels want all heads where there is a mask, or fp32
+    if repeats > 1 and (softcap is not None or query.is_cuda):
+        key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+        repeats = 1
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, dropout_p=options.dropout,
+            scale=options.scaling, enable_gqa=repeats > 1,
+        )  # fmt: skip
+    # SDPA knows no softcap (Gemma-2): scores in full, fp32 softmax, as the eager attention has it
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (options.scaling / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, options.dropout) @ value
+
+
+# --- one call for all sequences: a variable-length kernel -----------------------------------------
+
+
+def _attend_varlen(
+    function: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    options: _Options,
+) -> Tensor:
+    """Queries stay in place; keys are gathered so that every sequence has its prompt before it."""
+    arguments = layout.varlen(query.device)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    window = (-1 if options.window is None else options.window - 1, 0)
+    if arguments.again:  # else the keys are the row's tokens as they stand
+        k, v = _GatherKeys.apply(k, arguments), _GatherKeys.apply(v, arguments)
+    return function(q, k, v, arguments, window, options)[None]
+
+
+class _GatherKeys(torch.autograd.Function):
+    """`tokens[key_index]`, whose backward would sort the index to sum the same way in every run.
+
+    Here a token's gradients are summed in the order of its completions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, arguments: VarlenArguments) -> Tensor:
+        ctx.arguments = arguments
+        return tokens.index_select(0, arguments.key_index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.index_select(0, ctx.arguments.first)
+        for tokens, keys in ctx.arguments.again:  # no token twice
+            total.index_add_(0, tokens, grad.index_select(0, keys))
+        return total, None
+
+
+def _flash_attn(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func(
+        q, k, v, arguments.cu_seqlens_q, arguments.cu_seqlens_k,
+        arguments.max_seqlen_q, arguments.max_seqlen_k,
+        dropout_p=options.dropout, softmax_scale=options.scaling, causal=True, window_size=window,
+        softcap=options.softcap or 0.0,
+    )  # fmt: skip
+
+
+def _torch_varlen(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # before the flag came, fewer key-value heads were handed on to the kernel as they are
+    has_flag = "enable_gqa" in _torch_varlen_parameters()
+    gqa = {"enable_gqa": q.shape[1] != k.shape[1]} if has_flag else {}
+    return varlen_attn(  # pyright: ignore[reportReturnType]
+        q, k, v, arguments.cu_seqlens_q, arguments.cu_seqlens_k,
+        arguments.max_seqlen_q, arguments.max_seqlen_k, scale=options.scaling, window_size=window,
+        **gqa,
+    )  # fmt: skip
+
+
+def _varlen_function(query: Tensor, options: _Options) -> Callable[..., Tensor] | None:
+    """The variable-length kernel for these tensors, or None where there is none."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if importlib.util.find_spec("flash_attn") is not None:
+        return _flash_attn
+    if options.softcap is not None or options.dropout > 0:
+        warn_once(
+            "torch's varlen attention knows no softcap and no dropout: one attention call per "
+            "sequence instead (flash-attn does both)"
+        )
+        return None
+    if {"window_size", "scale"} <= _torch_varlen_parameters():
+        return _torch_varlen
+    warn_once(
+        "no variable-length attention (install flash-attn): one SDPA call per sequence instead"
+    )
+    return None
+
+
+@functools.cache
+def _torch_varlen_parameters() -> frozenset[str]:
+    """Of `varlen_attn`, which has grown with every version of torch; empty before the first."""
+    import inspect
+
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _original_attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # the eager attention is no entry of the interface: every model file has its own
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # pyright: ignore[reportArgumentType]

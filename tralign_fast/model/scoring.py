@@ -1,0 +1,198 @@
+"""A causal language model whose forward returns log-probabilities of tokens instead of logits.
+
+The change lives inside `forward`, so that whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT,
+autocast) wraps the LM head's work too. Without the keyword `score_index` the forward is unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from tralign_fast.data.packing import PackedBatch
+from tralign_fast.model.cpu import split_tied_weight
+from tralign_fast.model.patching import causal_lm_of, lm_head_of, replace_forward, unwrapped
+from tralign_fast.ops.logprobs import linear_logprobs
+
+
+@dataclass
+class ScoreOutput(ModelOutput):
+    """What a model returns when it was given `score_index`."""
+
+    scores: Tensor | None = None  # (N,) float32 log-probs, or what the given `score` returned
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What stands between the LM head's product and the softmax, read from a model's config."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> HeadOptions:
+        config = config.get_text_config()
+        scale = getattr(config, "logit_scale", None)  # Cohere
+        scaling = getattr(config, "logits_scaling", None)  # Granite divides
+        if scale is None and scaling is not None:
+            scale = 1.0 / scaling
+        return cls(
+            softcap=getattr(config, "final_logit_softcapping", None),  # Gemma-2, Gemma-3
+            logit_scale=1.0 if scale is None else float(scale),
+        )
+
+
+def enable_logprobs(
+    model: PreTrainedModel,
+    *,
+    logits_budget_mb: float = 1024,
+    vocab_filter: float | None = None,
+    backend: str = "auto",
+) -> Callable[[], None]:
+    """Lets `model(**batch_inputs)` return a `ScoreOutput`; returns the function that undoes it.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one.
+        logits_budget_mb, vocab_filter, backend: as in `linear_logprobs`.
+
+    Raises:
+        ValueError: the model has no linear output embedding.
+    """
+    causal_lm = causal_lm_of(model)
+    head = lm_head_of(causal_lm)
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{type(causal_lm).__name__}: lm_head carries a PEFT adapter, but its log-probs are "
+            "computed from one weight; leave lm_head out of target_modules, or train it whole with "
+            'modules_to_save=["lm_head"]'
+        )
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(causal_lm).__name__}: expected a linear output embedding (lm_head), got "
+            f"{type(head).__name__}"
+        )
+    disable_logprobs(causal_lm)
+    options = {
+        **asdict(HeadOptions.of(causal_lm.config)),
+        "logits_budget_mb": logits_budget_mb,
+        "vocab_filter": vocab_filter,
+        "backend": backend,
+    }
+
+    def forward(
+        own_forward, self, *args,
+        score_index=None, score_targets=None, grad_tokens=None, score=None, **kwargs,
+    ):  # fmt: skip
+        if score_index is None:
+            return own_forward(self, *args, **kwargs)
+        with split_tied_weight(self) as weight:
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
+        score = score or functools.partial(
+            _token_logps, targets=score_targets, grad_tokens=grad_tokens, options=options
+        )
+        return ScoreOutput(scores=lm_head_of(self)(hidden, score=score, weight=weight))
+
+    def head_forward(own_forward, self, hidden, score=None, weight=None):
+        if score is None:
+            return own_forward(self, hidden)
+        # within a call of the module the weight is there: hooks of FSDP and ZeRO-3 have gathered it
+        return score(hidden, self.weight if weight is None else weight, self.bias)
+
+    replace_forward(causal_lm, forward)
+    replace_forward(head, head_forward)
+    return lambda: disable_logprobs(causal_lm)
+
+
+def disable_logprobs(model: Any) -> None:
+    """Gives a model its own forward back; does nothing to a model that has it."""
+    causal_lm = causal_lm_of(model)
+    for module in (causal_lm, lm_head_of(causal_lm)):
+        bound = module.__dict__.get("forward")
+        if not hasattr(bound, "tralign_before"):
+            continue
+        del module.forward
+        if bound.tralign_before is not None:
+            module.forward = bound.tralign_before
+
+
+def _token_logps(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    targets: Any,  # (N,) Tensor
+    grad_tokens: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """(N,) log-probs of the targets; a gradient for the first `grad_tokens` (None: all)."""
+    grad = len(targets) if grad_tokens is None else grad_tokens
+    logps = linear_logprobs(hidden[:grad], weight, targets[:grad], bias=bias, **options)
+    if grad == len(targets):
+        return logps
+    with torch.no_grad():  # KTO's KL term: no gradient, so no backward of its logits either
+        rest = linear_logprobs(hidden[grad:], weight, targets[grad:], bias=bias, **options)
+    return torch.cat([logps, rest])
+
+
+def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """(S,) float32 summed log-probabilities of the batch's sequences, under a model that went
+    through `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not.
+    """
+    output = model(**_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens)
+    return batch.sum_per_sequence(output.scores)
+
+
+@torch.no_grad()
+def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Scalar: the KL from one model to the other, summed over the batch's own scored tokens.
+
+    `KL(π_model(·|x, y<t) || π_other(·|x, y<t))`, exact over the vocabulary, at the contexts of the
+    batch; in blocks of 64 MB of logits. Both models went through `prepare_model`.
+    """
+    index = batch.score_index[: batch.grad_tokens]
+    inputs = {**_inputs(batch), "score_index": index}
+
+    def keep(hidden: Tensor, *head: Any) -> Tensor:
+        others.append((hidden, *head))
+        return hidden
+
+    def compare(hidden: Tensor, *head: Any) -> Tensor:
+        (other_hidden, *other_head), total = others[0], hidden.new_zeros((), dtype=torch.float32)
+        step = max(1, (64 << 20) // (4 * head[0].shape[0]))
+        for start in range(0, len(hidden), step):
+            p = log_softmax(hidden[start : start + step], *head)
+            q = log_softmax(other_hidden[start : start + step], *other_head)
+            total += (p.exp() * (p - q)).sum()
+        return total
+
+    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = nn.functional.linear(hidden, weight, bias).float() * options.logit_scale
+        if options.softcap is not None:
+            z = options.softcap * torch.tanh(z / options.softcap)
+        return z.log_softmax(-1)
+
+    others: list[tuple[Any, ...]] = []
+    options = HeadOptions.of(causal_lm_of(unwrapped(model)).config)
+    other(**inputs, score=keep)
+    return model(**inputs, score=compare).scores
+
+
+def _inputs(batch: PackedBatch) -> dict[str, Any]:
+    """The keywords of the model's forward, but for what is scored how."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if batch.layout is None:
+        inputs["attention_mask"] = batch.attention_mask
+    else:
+        # transformers passes a 4-D mask on as it is: none of (T, T) is built, and ours is not read
+        inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+        inputs["prefix_layout"] = batch.layout
+    inputs["score_index"] = batch.score_index
+    return inputs

@@ -1,0 +1,64 @@
+"""What the log-prob ops check of their arguments."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, enabled=False)
+
+
+def check_targets(targets: Tensor, vocab: int) -> None:
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= vocab:
+        bad = low if low < 0 else high
+        row = int((targets == bad).nonzero()[0, 0])
+        raise ValueError(f"target {bad} of row {row} is outside the vocabulary [0, {vocab})")
+
+
+def check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    vocab_filter: float | None,
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "linear_logprobs: expected hidden (N, H) and weight (V, H), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"linear_logprobs: expected int64 targets ({hidden.shape[0]},), got {targets.dtype} "
+            f"{tuple(targets.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_logprobs: expected bias ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
+    devices = {t.device for t in (hidden, weight, targets, bias) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"linear_logprobs: tensors on several devices: {sorted(map(str, devices))}"
+        )
+    if not hidden.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(
+            f"linear_logprobs: expected floating point, got hidden {hidden.dtype}, weight "
+            f"{weight.dtype}"
+        )
+    if (softcap is not None and softcap <= 0) or temperature <= 0:
+        raise ValueError(
+            f"linear_logprobs: softcap and temperature must be positive, got {softcap}, "
+            f"{temperature}"
+        )
+    if vocab_filter is not None and not 0.0 <= vocab_filter < 1.0:
+        raise ValueError(f"linear_logprobs: vocab_filter must lie in [0, 1), got {vocab_filter}")

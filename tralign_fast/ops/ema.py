@@ -1,0 +1,278 @@
+"""In-place update of reference weights: `ref ← (1-α)·ref + α·θ`, θ with or without an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tralign_fast.ops.backend import pick_backend, warn_once
+
+# 512 K elements in fp32 are 2 MB: the buffers of a chunk stay in a CPU's cache, and the operators'
+# own time (an eighth of that: 1.9 times as long in all) does not count.
+_CHUNK = 1 << 19
+# Dtypes of the Triton kernel; fp64 weights take the torch backend.
+_FUSED = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)  # where rounding="stochastic" has something to round
+
+
+@torch.no_grad()
+def ema_update_(
+    ref_tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    alpha: float,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    generator: torch.Generator | None = None,
+) -> None:
+    """Moves `ref_tensors` towards `tensors` in place.
+
+    It is `torch._foreach_lerp_(ref_tensors, tensors, alpha)`, but the arithmetic is fp32 whatever
+    the dtypes (fp32, bf16, fp16; a pair may differ), with one rounding at the end. A bf16 weight
+    has 8 bits: a movement under 1/512 of the weight rounds to nothing, so with small α a reference
+    in bf16 hardly moves (with α = 0.01 it makes about a tenth of its way). `rounding="stochastic"`
+    rounds up with probability equal to the part that is cut off, so that the expected update is
+    exact; α = 1 copies, with no rounding noise.
+
+    Memory: 6 MB of buffers beside the tensors, and a copy of a strided reference; none on a GPU
+    with Triton.
+
+    Args:
+        ref_tensors: reference weights, written in place.
+        tensors: policy weights, the same shapes in the same order.
+        alpha: α in [0, 1]; 1 copies bits, 0 does nothing.
+        rounding: how a bf16 or fp16 reference is rounded.
+        generator: source of the random bits (one draw seeds the whole call: from the same state
+            come the same bits); None: torch's default.
+
+    Raises:
+        ValueError: α out of range, unknown rounding, or lists that do not match.
+
+    Source: Gorbatovski et al. 2024, arXiv 2404.09656, eq. 2 (soft update) and 3 (hard update).
+    """
+    _check_options("ema_update_", alpha, rounding)
+    refs, thetas = [local_shard(t) for t in ref_tensors], [local_shard(t) for t in tensors]
+    _check_match(refs, thetas)
+    if alpha == 0.0 or not refs:
+        return
+    on_gpu = all(r.is_cuda and t.device == r.device for r, t in zip(refs, thetas, strict=True))
+    if (
+        on_gpu
+        and pick_backend("auto", refs[0].device) == "triton"
+        and all(t.is_contiguous() and t.dtype in _FUSED for t in (*refs, *thetas))
+    ):
+        from tralign_kernels import ema_update_ as fused_update_
+
+        seed = 0 if alpha == 1.0 else _draw_seed(generator)
+        fused_update_(refs, thetas, alpha, rounding=rounding, seed=seed)
+        return
+    if alpha == 1.0:
+        torch._foreach_copy_(refs, thetas)
+        return
+    _foreach_update_(refs, thetas, alpha, rounding, generator)
+
+
+def _foreach_update_(
+    refs: list[Tensor],
+    thetas: list[Tensor],
+    alpha: float,
+    rounding: str,
+    generator: torch.Generator | None,
+) -> None:
+    """The torch backend: foreach for pairs of one dtype, which lerps in fp32 and rounds once;
+    chunks in fp32 for the others and for stochastic rounding."""
+    foreach = _FUSED if rounding == "nearest" else (torch.float32,)
+    pairs = list(zip(refs, thetas, strict=True))
+    exact = [(r, t) for r, t in pairs if r.dtype == t.dtype in foreach]
+    others = [(r, t) for r, t in pairs if not r.dtype == t.dtype in foreach]
+    if exact:
+        torch._foreach_lerp_([r for r, _ in exact], [t for _, t in exact], alpha)
+    if others:
+        move_ = _Mover(others[0][0].device, alpha, rounding, generator)
+        for ref, theta in others:
+            move_(ref, theta)
+
+
+class _Mover:
+    """ref ← lerp(ref, θ, α) in fp32, rounded once, chunk by chunk in buffers of its own."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        alpha: float,
+        rounding: str,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.alpha = alpha
+        self.noise = _Noise(device, _draw_seed(generator)) if rounding == "stochastic" else None
+        self.moved, self.theta = torch.empty(2, _CHUNK, device=device)
+
+    def __call__(self, ref: Tensor, theta: Tensor) -> None:
+        # a strided reference has no flat view to write through
+        flat = ref.view(-1) if ref.is_contiguous() else ref.flatten()
+        parts = zip(flat.split(_CHUNK), theta.reshape(-1).split(_CHUNK), strict=True)
+        for ref_part, theta_part in parts:
+            moved = self.moved[: len(ref_part)].copy_(ref_part)
+            moved.lerp_(self.theta[: len(ref_part)].copy_(theta_part), self.alpha)
+            if self.noise is not None and ref.dtype in _HALVES:
+                round_stochastically_(moved, ref.dtype, self.noise.draw(len(moved)))
+            ref_part.copy_(moved)
+        if not ref.is_contiguous():
+            ref.copy_(flat.view_as(ref))
+
+
+@torch.no_grad()
+def lora_merge_(
+    ref: Tensor,  # (R, C)
+    weight: Tensor,  # (R, C)
+    lora_a: Tensor,  # (r, C)
+    lora_b: Tensor,  # (R, r)
+    scale: float,
+    alpha: float,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> None:
+    """Moves a reference towards a weight with its adapter: `ref ← (1-α)·ref + α·(W + s·B·A)`.
+
+    Equals `ref.lerp_(weight + scale * lora_b @ lora_a, alpha)` in fp32, with one rounding at the
+    end as in `ema_update_`; α = 1 gives the merged weight. For a reference with weights of its own
+    whose policy trains an adapter.
+
+    Memory: none with Triton; else fp32 rows of the product, 2 MB at a time (a row at least), and
+    the buffers of `ema_update_`.
+
+    Args:
+        ref: reference weight, written in place; fp32, bf16 or fp16.
+        weight: the weight that the adapter belongs to.
+        lora_a, lora_b: the factors, of one dtype.
+        scale: s, lora_alpha / r.
+        alpha: α in [0, 1]; 0 does nothing.
+        rounding, generator: as `ema_update_`.
+        backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
+
+    Raises:
+        ValueError: α out of range, unknown rounding, or shapes and dtypes that do not match.
+    """
+    _check_options("lora_merge_", alpha, rounding)
+    rank = lora_a.shape[0]
+    shapes = [tuple(t.shape) for t in (ref, weight, lora_a, lora_b)]
+    R, C = shapes[0] if ref.dim() == 2 else (-1, -1)
+    if shapes != [(R, C), (R, C), (rank, C), (R, rank)] or lora_a.dtype != lora_b.dtype:
+        raise ValueError(
+            "lora_merge_: expected ref and weight (R, C), A (r, C) and B (R, r) of one dtype, got "
+            f"{shapes}, {lora_a.dtype} and {lora_b.dtype}"
+        )
+    if alpha == 0.0 or ref.numel() == 0:
+        return
+    tensors = (ref, weight, lora_a, lora_b)
+    if pick_backend(backend, ref.device) == "triton":
+        if all(t.dtype in _FUSED and (t.shape[1] <= 1 or t.stride(1) == 1) for t in tensors):
+            from tralign_kernels import lora_merge_ as fused_merge_
+
+            fused_merge_(*tensors, scale, alpha, rounding=rounding, seed=_draw_seed(generator))
+            return
+        warn_once("lora_merge_: strided columns or fp64 have no kernel and take the torch backend")
+    move_ = _Mover(ref.device, alpha, rounding, generator)
+    step = max(1, _CHUNK // C)
+    for start in range(0, R, step):
+        rows = slice(start, start + step)
+        product = lora_b[rows].float() @ lora_a.float()
+        move_(ref[rows], product.mul_(scale).add_(weight[rows]))
+
+
+def round_stochastically_(
+    x: Tensor,  # float32
+    dtype: torch.dtype,  # bfloat16 or float16
+    noise: Tensor,  # like x, int32, uniform in [0, 2^16); used up
+) -> None:
+    """Moves `x` in place to one of its two neighbours in `dtype`, unbiased.
+
+    bf16 is the upper half of fp32: random bits are added to those that it lacks, and these are cut.
+    So it is with the 13 bits that fp16 lacks once x is scaled by 2^-112, where the smallest normal
+    numbers of both, 2^-14 and 2^-126, meet, and with them what is subnormal.
+    """
+    # noise on the lowest bits of some NaN would carry into its sign; those of infinity are zeros
+    x.nan_to_num_(float("nan"), float("inf"), float("-inf"))
+    bits = x.view(torch.int32)
+    if dtype == torch.bfloat16:
+        bits.add_(noise).bitwise_and_(-(1 << 16))
+        return
+    assert dtype == torch.float16, dtype
+    x.mul_(2.0**-112)
+    bits.add_(noise.bitwise_right_shift_(3)).bitwise_and_(-(1 << 13))
+    x.mul_(2.0**112)
+
+
+class _Noise:
+    """Random bits for the chunks of one update, the same for the same seed.
+
+    torch's generator takes a CPU 1.5 times as long as all the rest of an update. So 65,536 numbers
+    are drawn, and every 65,536 elements have them XORed with one new number: what any three
+    elements get is independent, which is all that the mean and the variance of a sum ask.
+    """
+
+    _DRAWN = 1 << 16
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._drawn = self._fresh(1, self._DRAWN)
+        self._buffer = self._drawn.repeat(-(-_CHUNK // self._DRAWN), 1)
+
+    def draw(self, count: int) -> Tensor:
+        """(count,) int32, uniform in [0, 2^16), count ≤ `_CHUNK`; valid until the next draw."""
+        out = self._buffer[: -(-count // self._DRAWN)]
+        torch.bitwise_xor(self._drawn, self._fresh(len(out), 1), out=out)
+        return out.view(-1)[:count]
+
+    def _fresh(self, *shape: int) -> Tensor:
+        device = self._generator.device
+        return torch.randint(
+            1 << 16, shape, dtype=torch.int32, device=device, generator=self._generator
+        )
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    device = generator.device if generator is not None else "cpu"
+    return int(torch.randint(0, 2**31 - 1, (), generator=generator, device=device).item())
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """A tensor, or this process's shard of a DTensor (FSDP2) or of a flat ZeRO-3 parameter: its
+    storage, not a copy."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor.detach()  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.detach()
+
+
+def _check_options(name: str, alpha: float, rounding: str) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"{name}: alpha must lie in [0, 1], got {alpha}")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{name}: rounding must be nearest or stochastic, got {rounding!r}")
+
+
+def _check_match(refs: list[Tensor], thetas: list[Tensor]) -> None:
+    if len(refs) != len(thetas):
+        raise ValueError(f"ema_update_: {len(refs)} reference tensors for {len(thetas)} tensors")
+    for index, (ref, theta) in enumerate(zip(refs, thetas, strict=True)):
+        if ref.shape != theta.shape:
+            raise ValueError(
+                f"ema_update_: tensor {index} has shape {tuple(theta.shape)}, its reference "
+                f"{tuple(ref.shape)}; with sharded weights both must be sharded alike"
+            )
+        if not (ref.is_floating_point() and theta.is_floating_point()):
+            raise ValueError(
+                f"ema_update_: tensor {index} is {theta.dtype}, reference {ref.dtype}; expected "
+                "floating point (quantised weights cannot move)"
+            )
+
+
+def ema_reference(ref: Tensor, tensor: Tensor, alpha: float) -> Tensor:
+    """The update in fp64, for tests."""
+    return ref.double() * (1 - alpha) + tensor.double() * alpha

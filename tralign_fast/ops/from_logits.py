@@ -1,0 +1,130 @@
+"""Log-probabilities of target tokens from logits that are there already.
+
+Letters: N scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tralign_fast.ops.backend import pick_backend
+from tralign_fast.ops.checks import check_targets
+from tralign_fast.ops.tile_ops import tile_ops
+
+
+@torch.library.custom_op("tralign_fast::logprobs_from_logits", mutates_args=())
+def _from_logits_op(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N,)
+    inverse_temperature: float,
+    backend: str,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    check_targets(targets, logits.shape[1])
+    logsumexp = torch.full(targets.shape, float("-inf"), device=logits.device)
+    target_logit = torch.full(targets.shape, float("nan"), device=logits.device)
+    if targets.numel():
+        tile_ops(backend)[0](
+            logits, targets, 0, logsumexp, target_logit,
+            logit_scale=1.0, softcap=None, inverse_temperature=inverse_temperature,
+        )  # fmt: skip
+    return target_logit - logsumexp, logsumexp
+
+
+@_from_logits_op.register_fake
+def _(logits, targets, inverse_temperature, backend, inplace):
+    per_row = logits.new_empty(targets.shape, dtype=torch.float32)
+    return per_row, torch.empty_like(per_row)
+
+
+@torch.library.custom_op("tralign_fast::logprobs_from_logits_backward_", mutates_args=("logits",))
+def _from_logits_backward_op(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    inverse_temperature: float,
+    backend: str,
+) -> None:
+    if targets.numel():
+        tile_ops(backend)[1](
+            logits, targets, 0, logsumexp, grad,
+            logit_scale=1.0, softcap=None, inverse_temperature=inverse_temperature,
+        )  # fmt: skip
+
+
+@_from_logits_backward_op.register_fake
+def _(grad, logits, targets, logsumexp, inverse_temperature, backend):
+    return None
+
+
+def _from_logits_setup(ctx, inputs, output) -> None:
+    logits, targets, ctx.inverse_temperature, ctx.backend, ctx.inplace = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def _from_logits_backward(ctx, grad, _):
+    try:
+        logits, targets, logsumexp = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "logprobs_from_logits: the logits were overwritten before this backward, by an earlier "
+            "backward or another operation; pass inplace=False to keep them"
+        ) from error
+    if grad is None:
+        return (None,) * 5
+    buffer = logits.detach() if ctx.inplace else logits.detach().clone()
+    _from_logits_backward_op(
+        grad.float(), buffer, targets, logsumexp, ctx.inverse_temperature, ctx.backend
+    )
+    return (buffer, None, None, None, None)
+
+
+_from_logits_op.register_autograd(_from_logits_backward, setup_context=_from_logits_setup)
+
+
+def logprobs_from_logits(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...)
+    *,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    inplace: bool = True,
+) -> Tensor:
+    """`log_softmax(logits.float() / temperature, -1).gather(-1, targets[..., None])[..., 0]`.
+
+    Memory: nothing of the size of the logits. The backward overwrites the logits with their
+    gradient (not those of a leaf tensor, the caller's own); `inplace=False` takes a copy instead.
+
+    Args:
+        logits: (..., V) fp32, bf16 or fp16.
+        targets: (...) int64 in [0, V).
+
+    Returns:
+        (...) float32.
+
+    Raises:
+        ValueError: shapes do not fit, or a target lies outside the vocabulary (NaN on a GPU).
+        RuntimeError: backward after the logits were overwritten.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logprobs_from_logits: logits {tuple(logits.shape)} need targets of shape "
+            f"{tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    if temperature <= 0:
+        raise ValueError(f"logprobs_from_logits: temperature must be positive, got {temperature}")
+    flat = logits.reshape(-1, logits.shape[-1])
+    logps, _ = _from_logits_op(
+        flat,
+        targets.reshape(-1),
+        1.0 / temperature,
+        pick_backend(backend, logits.device),
+        inplace and not (logits.is_leaf and logits.requires_grad),
+    )
+    return logps.view(targets.shape)

@@ -1,0 +1,1 @@
+"""`TRTrainer`, its config, and what a run holds besides the loop of transformers."""

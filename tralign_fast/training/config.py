@@ -1,0 +1,201 @@
+"""Options of a training run: TRL's names where TRL has the concept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from tralign_fast.ops.losses import LOSSES, LossSpec
+from tralign_fast.reference import REFERENCES, TrustRegion
+from tralign_fast.training.gradient_release import check_releasable
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TRConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the options of trust-region alignment.
+
+    Names, meanings and defaults are those of TRL 1.16's `DPOConfig` and `KTOConfig` where they have
+    the option, with two exceptions: `sync_ref_model` is True, and `bf16` is False on a CPU unless
+    asked for. Beside those of `TrainingArguments`, the defaults that differ are `learning_rate`
+    1e-6, `logging_steps` 10 and `gradient_checkpointing` True, as in TRL.
+
+    Raises:
+        ValueError: an option out of range; the message names it and what was expected.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
+
+    learning_rate: float = _option(1e-6, "Initial learning rate of the optimizer.")
+    logging_steps: float = _option(10, "Optimizer steps between two logs.")
+    gradient_checkpointing: bool = _option(
+        True, "Compute activations again in the backward instead of keeping them."
+    )
+    bf16: bool | None = _option(
+        None, "bf16 mixed precision. None: on an accelerator, unless fp16 is set."
+    )
+
+    # the loss
+    loss_type: str = _option("dpo", "dpo (= sigmoid), ipo or kto.")
+    beta: float = _option(0.1, "β, the pull towards the reference (IPO's τ).")
+    label_smoothing: float = _option(0.0, "DPO: share of labels that are flipped, in [0, 0.5).")
+    desirable_weight: float = _option(1.0, "KTO: weight of desirable completions.")
+    undesirable_weight: float = _option(1.0, "KTO: weight of undesirable completions.")
+    length_normalized: bool | None = _option(
+        None, "Divide log-probs by the completion's length. None: for IPO, as TRL does."
+    )
+
+    # the reference
+    sync_ref_model: bool = _option(True, "Move the reference; False is the classical frozen one.")
+    ref_model_mixup_alpha: float = _option(
+        0.6, "α in [0, 1], the policy's weight in the new reference (1: hard update)."
+    )
+    ref_model_sync_steps: int = _option(512, "τ ≥ 1, optimizer steps between two updates.")
+    reference: str = _option(
+        "auto",
+        "Where the reference lives: auto (the cheapest exact one), resident, snapshot, offloaded, "
+        "adapter (PEFT LoRA).",
+    )
+    adapter_tolerance: float = _option(
+        1e-6, 'reference="adapter": weight in [0, 1) under which a past adapter is dropped.'
+    )
+    precompute_ref_batch_size: int | None = _option(
+        None,
+        "Examples of a no-grad batch when a window is scored. None: two training batches' on an "
+        "accelerator, one on a CPU and with a token_budget.",
+    )
+    ema_rounding: str = _option(
+        "stochastic", "How bf16 and fp16 reference weights are rounded: stochastic or nearest."
+    )
+
+    # the data
+    max_length: int | None = _option(
+        1024, "Tokens of a prompt with its completion; completions are cut to it."
+    )
+    on_bad_rows: str = _option("raise", "raise, or drop unusable rows with one warning.")
+    dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
+    prefix_sharing: bool = _option(True, "Compute a prompt once for all its completions.")
+    packing: bool = _option(True, "One row without padding; False: padded rows as TRL has them.")
+
+    token_budget: int | None = _option(
+        None,
+        "Tokens of a packed row; a batch that needs more runs in several, one after the other, to "
+        "the same loss. None: one row.",
+    )
+
+    # the model
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Keywords of from_pretrained, for a model given by its name."
+    )
+    disable_dropout: bool = _option(True, "Switch dropout off in the policy and the reference.")
+    gradient_release: bool = _option(
+        False,
+        "Use up and free every gradient inside the backward: no memory for gradients. Needs "
+        "max_grad_norm=0, one backward a step, and AdamW, adamw_bnb_8bit or adafactor.",
+    )
+    logits_budget_mb: float = _option(1024, "MiB of logits that may exist at a time.")
+    vocab_filter: float | None = _option(
+        None, "ε: the head's backward skips tokens less likely than ε everywhere; 3e-5 if in doubt."
+    )
+    log_kl_initial: bool = _option(
+        False, "Evaluation: KL to the initial model (kl/initial); keeps a copy of its weights."
+    )
+
+    overwrite_output_dir: bool = _option(False, "Write into an output_dir that holds another run.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, (list, tuple)):  # TRL takes a list
+            if len(self.loss_type) != 1:
+                raise ValueError(f"loss_type: expected one loss, got {self.loss_type}")
+            self.loss_type = self.loss_type[0]
+        _check_choice("loss_type", self.loss_type, LOSSES)
+        _check_choice("reference", self.reference, ["auto", *REFERENCES])
+        _check_choice("ema_rounding", self.ema_rounding, ["nearest", "stochastic"])
+        _check_choice("on_bad_rows", self.on_bad_rows, ["raise", "drop"])
+        if not (self.beta > 0 and math.isfinite(self.beta)):
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not 0.0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+        if not 0.0 <= self.ref_model_mixup_alpha <= 1.0:
+            raise ValueError(
+                f"ref_model_mixup_alpha must lie in [0, 1], got {self.ref_model_mixup_alpha}"
+            )
+        if self.ref_model_sync_steps < 1 or self.ref_model_sync_steps != int(
+            self.ref_model_sync_steps
+        ):
+            raise ValueError(
+                "ref_model_sync_steps must be a whole number of optimizer steps ≥ 1, got "
+                f"{self.ref_model_sync_steps}; sync_ref_model=False freezes the reference"
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget must be positive, got {self.token_budget}")
+        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
+            raise ValueError(
+                f"precompute_ref_batch_size must be positive, got {self.precompute_ref_batch_size}"
+            )
+        if self.logits_budget_mb < 0:
+            raise ValueError(f"logits_budget_mb must not be negative, got {self.logits_budget_mb}")
+        if self.vocab_filter is not None and not 0.0 <= self.vocab_filter < 1.0:
+            raise ValueError(f"vocab_filter must lie in [0, 1), got {self.vocab_filter}")
+        if self.use_liger_kernel:
+            self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
+        # batches are PackedBatch, made from columns that no model's forward names
+        self.remove_unused_columns = False
+        wants_bf16, self.bf16 = self.bf16, bool(self.bf16)
+        super().__post_init__()
+        if wants_bf16 is None:
+            self.bf16 = not self.fp16 and self.device.type != "cpu"
+        if self.gradient_release:
+            check_releasable(self)
+
+    @property
+    def trust_region(self) -> TrustRegion:
+        """The schedule of the reference."""
+        if not self.sync_ref_model:
+            return TrustRegion(alpha=0.0, every=0)
+        return TrustRegion(self.ref_model_mixup_alpha, int(self.ref_model_sync_steps))
+
+    @property
+    def merged_batches(self) -> int:
+        """Training batches that are scored as one: without a gradient nothing is kept of them."""
+        if self.token_budget is not None:
+            return 1
+        size = self.per_device_train_batch_size
+        # a CPU's cores are busy with one batch, and its cache holds the activations of no more
+        default = size if self.device.type == "cpu" else 2 * size
+        return max(1, (self.precompute_ref_batch_size or default) // size)
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        return LOSSES[self.loss_type]
+
+    @property
+    def normalizes_length(self) -> bool:
+        default = self.loss_spec.length_normalized
+        return default if self.length_normalized is None else self.length_normalized
+
+
+def _layer_kernels(liger: dict[str, Any] | None) -> dict[str, Any]:
+    """Liger's kernels of the layers; its head would replace the forward that scores tokens."""
+    if liger and liger.get("fused_linear_cross_entropy"):
+        raise ValueError(
+            "liger_kernel_config: fused_linear_cross_entropy=True would replace the LM head of "
+            "tralign-fast; leave it out"
+        )
+    return {**(liger or {}), "fused_linear_cross_entropy": False}
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,77 @@
+"""The model and the tokenizer that a trainer is given, by name or as they are."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tralign_fast.training.config import TRConfig
+
+
+def load_model(model: str | PreTrainedModel, args: TRConfig) -> PreTrainedModel:
+    """The model itself, or the one of that name, with `model_init_kwargs`, in fp32 as TRL does.
+
+    Raises:
+        ValueError: no such model, or an option of it needs a package that is not there.
+    """
+    if not isinstance(model, str):
+        return model
+    # JSON of the command line is a dict by now: TrainingArguments has parsed it
+    options = cast("dict[str, Any]", args.model_init_kwargs or {})
+    return _load(AutoModelForCausalLM, model, **{"dtype": torch.float32, **options})
+
+
+def load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, model: str | PreTrainedModel
+) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the model's; one without a padding token pads with its EOS.
+
+    Raises:
+        ValueError: no tokenizer where the model comes from.
+    """
+    name = model if isinstance(model, str) else model.config._name_or_path
+    found: PreTrainedTokenizerBase = (
+        tokenizer if tokenizer is not None else _load(AutoTokenizer, name)
+    )
+    if found.pad_token_id is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def _load(factory: Any, name: str, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(name, **options)
+    except ImportError as error:  # an attn_implementation or a quantisation without its package
+        asked = ", ".join(f"{key}={value!r}" for key, value in options.items() if key != "dtype")
+        raise ValueError(
+            f"cannot load {name!r} with {asked}: {str(error).splitlines()[0]}"
+        ) from error
+    except (OSError, ValueError) as error:
+        what = "tokenizer" if factory is AutoTokenizer else "model"
+        raise ValueError(
+            f"cannot load {what} {name!r}: expected a hub id or a folder made by save_pretrained "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding, also inside what PEFT wraps it in."""
+    embeddings: Any = model.get_input_embeddings()
+    embeddings = getattr(embeddings, "original_module", embeddings)
+    return getattr(embeddings, "base_layer", embeddings).num_embeddings
+
+
+def disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
+            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
