@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import tralign_fast.ops.logprobs as module
 from tests.conftest import DEVICE
 from tralign_fast import linear_logprobs, logprobs_from_logits
-from tralign_fast.ops import tiles
+from tralign_fast.ops import from_logits, tiles
 from tralign_fast.ops.logprobs import linear_logprobs_reference
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -354,7 +354,7 @@ def test_registered_with_torch_library(op):
             torch.library.opcheck(module._linear_logprobs_op, (*args, keep, 0.0), test_utils=checks)
     else:
         args = (torch.randn(6, 20, requires_grad=True), targets, 1.0, "torch", True)
-        torch.library.opcheck(module._from_logits_op, args, test_utils=checks)
+        torch.library.opcheck(from_logits._from_logits_op, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
