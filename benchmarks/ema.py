@@ -35,7 +35,7 @@ from benchmarks.common import (
     write_csv,
 )
 from tralign_fast import ema_update_
-from tralign_fast.ops.ema import ema_reference
+from tralign_fast.ops.ema import ema_naive
 
 ALPHA = 0.6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,7 +119,7 @@ def worst_error(update: Update, dtype: str, device: str, numel: int = 20_000) ->
     """The largest error of one update in units of the dtype's rounding of |ref| + |θ|."""
     reference, policy = (Weights(numel, DTYPES[dtype], device, seed) for seed in (0, 1))
     expected = [
-        (ema_reference(r.data, t.data, ALPHA), r.data.abs() + t.data.abs())
+        (ema_naive(r.data, t.data, ALPHA), r.data.abs() + t.data.abs())
         for r, t in zip(reference.parameters(), policy.parameters(), strict=True)
     ]
     update(reference, policy, ALPHA)

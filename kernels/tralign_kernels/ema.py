@@ -321,7 +321,7 @@ def traffic(size: int, ref_bits: int, theta_bits: int) -> dict[str, int]:
     return {"moved": weights + triton.cdiv(size, _CHUNK) * (4 + 5 * 8), "minimum": weights}
 
 
-def ema_reference(
+def ema_naive(
     ref_tensors: Sequence[Tensor],
     tensors: Sequence[Tensor],
     alpha: float,

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .ema import round_nearest
 from .launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot, pick
-from .logprob import DTYPES, check_vector, fold, logprob_reference, score
+from .logprob import DTYPES, check_vector, fold, logprob_naive, score
 
 # Halves whose rows are multiples of 16 elements. The first of a row is the default, the others are
 # tried with TRALIGN_AUTOTUNE=1. sm_90 was timed; the others are what fits without a spill.
@@ -424,7 +424,7 @@ def _combine_configuration() -> dict[str, Any]:
     }
 
 
-def linear_logprob_reference(
+def linear_logprob_naive(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (N,) int64; outside [0, V): no target
@@ -438,4 +438,4 @@ def linear_logprob_reference(
     if bias is not None:
         logits = logits + bias.to(dtype)
     no_grad = torch.zeros(len(targets), device=hidden.device)
-    return logprob_reference(logits, targets, no_grad, dtype=dtype, **options)[:2]
+    return logprob_naive(logits, targets, no_grad, dtype=dtype, **options)[:2]

@@ -327,7 +327,7 @@ def traffic(backward: bool, N: int, W: int, size: int, block: int) -> dict[str, 
     return {"moved": tile + N * size + vectors, "minimum": tile + vectors}  # the target: twice
 
 
-def logprob_reference(
+def logprob_naive(
     logits: Tensor,  # (N, V)
     targets: Tensor,  # (N,) int64; outside [0, V): no target
     grad: Tensor,  # (N,)

@@ -229,7 +229,7 @@ def traffic(
     }
 
 
-def lora_merge_reference(
+def lora_merge_naive(
     ref: Tensor,
     weight: Tensor,
     a: Tensor,

@@ -305,7 +305,7 @@ def traffic(N: int, S: int, kto: bool, launch: PreferenceLaunch) -> dict[str, in
     return {"moved": vectors + bounds + kl, "minimum": vectors + 8 * (S + 1) + 4 * kto}
 
 
-def preference_reference(
+def preference_naive(
     logps: Tensor,
     ref_logps: Tensor,
     offsets: Tensor,

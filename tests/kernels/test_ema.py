@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.kernels.conftest import ROUNDS_TWICE
-from tralign_kernels import ema, ema_reference, ema_update_
+from tralign_kernels import ema, ema_naive, ema_update_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -99,7 +99,7 @@ def test_nearest_equals_lerp_bit_for_bit(device, single_rounding, ref_dtype, dty
     """torch.lerp on the CPU, whose vectorised code multiplies and adds in one rounding as well."""
     refs = [randn(size, ref_dtype, device, seed) for seed, size in enumerate(SIZES)]
     thetas = [randn(size, dtype, device, 100 + seed) for seed, size in enumerate(SIZES)]
-    expected = ema_reference([r.cpu() for r in refs], [t.cpu() for t in thetas], alpha)
+    expected = ema_naive([r.cpu() for r in refs], [t.cpu() for t in thetas], alpha)
     ema_update_(refs, thetas, alpha, rounding="nearest")
     for ref, want in zip(refs, expected, strict=True):
         assert bits(ref).equal(bits(want))
@@ -110,7 +110,7 @@ def test_nearest_against_fp64(device, ref_dtype, dtype) -> None:
     """Error at most twice that of torch's own update in the dtype of ref, plus half a unit."""
     ref, theta = randn(5000, ref_dtype, device, 1), randn(5000, dtype, device, 2)
     for alpha in ALPHAS:
-        (exact,) = ema_reference([ref], [theta], alpha, dtype=torch.float64)
+        (exact,) = ema_naive([ref], [theta], alpha, dtype=torch.float64)
         moved = update(ref, theta, alpha, "nearest")
         torchs = ref.lerp(theta.to(ref_dtype), alpha)
         floor = torch.finfo(ref_dtype).eps / 2 * exact.abs().max()
@@ -127,7 +127,7 @@ def test_one_call_moves_hundreds_of_tensors(device, single_rounding, rounding, m
     for i, (size, (ref_dtype, dtype)) in enumerate(zip(sizes, itertools.cycle(PAIRS))):
         refs.append(randn(size, ref_dtype, device, i, offset=i % 3))
         thetas.append(randn(size, dtype, device, 1000 + i, offset=i % 2))
-    expected = ema_reference([r.cpu() for r in refs], [t.cpu() for t in thetas], 0.3)
+    expected = ema_naive([r.cpu() for r in refs], [t.cpu() for t in thetas], 0.3)
 
     launches, kernel = [], ema._ema_kernel
 
@@ -204,7 +204,7 @@ def test_inf_and_nan_stay(device, dtype, alpha, rounding) -> None:
     other = torch.tensor([1.0, 1.0, 1.0, INF, -INF, NAN, INF, -INF, -INF, NAN, 2.0], dtype=dtype)
     special, other = special.to(device), other.to(device)
     for ref, theta in ((special, other), (other, special)):
-        (want,) = ema_reference([ref.cpu()], [theta.cpu()], alpha)
+        (want,) = ema_naive([ref.cpu()], [theta.cpu()], alpha)
         moved = update(ref, theta, alpha, rounding).cpu()
         assert moved.isfinite().tolist() == [False] * 10 + [True]
         assert moved.isnan().equal(want.isnan())

@@ -9,10 +9,10 @@ from tralign_kernels import (
     launch,
     linear_logprob,
     linear_logprob_forward_,
-    linear_logprob_reference,
+    linear_logprob_naive,
 )
 from tralign_kernels.launch import DotLaunch
-from tralign_kernels.logprob import logprob_reference
+from tralign_kernels.logprob import logprob_naive
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = [
@@ -71,10 +71,10 @@ def run(hidden, weight, targets, bias=None, widths=(), **options) -> tuple[Tenso
 def check(actual, hidden, weight, targets, bias=None, **options) -> None:
     inputs = [None if t is None else t.cpu() for t in (hidden, weight, targets, bias)]
     hidden, weight, targets, bias = inputs
-    exact = linear_logprob_reference(hidden, weight, targets, bias=bias, **options)
+    exact = linear_logprob_naive(hidden, weight, targets, bias=bias, **options)
     # of whole tensors: with AMX, PyTorch's bf16 product reads what lies beyond a row of 37
     logits = F.linear(hidden.contiguous(), weight.contiguous(), bias)
-    torchs = logprob_reference(
+    torchs = logprob_naive(
         logits, targets, torch.zeros(len(targets)), dtype=torch.float32, **options
     )[:2]
     for got, torch_got, want in zip(actual, torchs, exact, strict=True):
@@ -180,7 +180,7 @@ def test_masked_columns(device) -> None:
     bias[:64] = -INF
     targets[:] = torch.tensor([3, 70, 149])
     logsumexp, target_logit = run(hidden, weight, targets, bias)
-    want = linear_logprob_reference(
+    want = linear_logprob_naive(
         *(t.cpu() for t in (hidden, weight, targets)), bias=bias.cpu(), dtype=torch.float32
     )
     torch.testing.assert_close(logsumexp.cpu(), want[0], rtol=1e-6, atol=1e-6)

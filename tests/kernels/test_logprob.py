@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tralign_kernels import logprob_backward_, logprob_forward_, logprob_reference
+from tralign_kernels import logprob_backward_, logprob_forward_, logprob_naive
 from tralign_kernels.logprob import BACKWARD_LAUNCH, FORWARD_LAUNCH, tanh_and_slope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -79,10 +79,10 @@ def check(
     exp(z - logsumexp) turns into a relative error of each probability.
     """
     logits, targets, grad = logits.cpu(), targets.cpu(), grad.cpu()
-    exact = logprob_reference(logits, targets, grad, **options)
-    torchs = logprob_reference(logits, targets, grad, dtype=torch.float32, **options)
+    exact = logprob_naive(logits, targets, grad, **options)
+    torchs = logprob_naive(logits, targets, grad, dtype=torch.float32, **options)
     torchs = (*torchs[:2], torchs[2].to(logits.dtype))
-    _, _, without_target = logprob_reference(
+    _, _, without_target = logprob_naive(
         logits, targets.new_full((), -1).expand_as(targets), grad, **options
     )
     half_units = [
@@ -151,7 +151,7 @@ def test_many_tiles(device, dtype) -> None:
     """The running logsumexp is rounded once a tile."""
     inputs = make(2, 320, dtype, device)
     logsumexp, _, _ = run(*inputs, widths=(10,) * 32)
-    exact, _, _ = logprob_reference(*(t.cpu() for t in inputs))
+    exact, _, _ = logprob_naive(*(t.cpu() for t in inputs))
     # 32 roundings; of a random walk of half units, less than √32 of them
     assert (logsumexp.cpu().double() - exact).abs().max() <= 32**0.5 * 2**-24 * exact.abs().max()
 
@@ -279,7 +279,7 @@ def test_gradient_is_rounded_without_bias(device, dtype) -> None:
     logits /= 8  # no column below the subnormals of fp16
     grad = torch.full((16,), 64.0, device=device)
     _, _, d_logits = run(logits, targets, grad)
-    _, _, exact = logprob_reference(logits.cpu(), targets.cpu(), grad.cpu())
+    _, _, exact = logprob_naive(logits.cpu(), targets.cpu(), grad.cpu())
     residual = (d_logits.cpu().double() - exact) / exact
     standard_error = residual.std() / math.sqrt(residual.numel())
     assert residual.mean().abs() <= 4 * standard_error

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.test_ema import check_mean
 from tralign_fast.ops.ema import lora_merge_ as public_merge_
-from tralign_kernels import ema_update_, lora_merge, lora_merge_, lora_merge_reference
+from tralign_kernels import ema_update_, lora_merge, lora_merge_, lora_merge_naive
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = DTYPES[1:]
@@ -32,8 +32,8 @@ def make(shape, rank, dtype, adapter_dtype, device, seed=0):
 def check(moved, ref, weight, a, b, scale, alpha):
     """Error at most twice that of torch's own update in fp32, rounded, plus half a unit."""
     inputs = [t.cpu() for t in (ref, weight, a, b)]
-    exact = lora_merge_reference(*inputs, scale, alpha)
-    torchs = lora_merge_reference(*inputs, scale, alpha, dtype=torch.float32).to(ref.dtype)
+    exact = lora_merge_naive(*inputs, scale, alpha)
+    torchs = lora_merge_naive(*inputs, scale, alpha, dtype=torch.float32).to(ref.dtype)
     floor = torch.finfo(ref.dtype).eps / 2 * exact.abs().max()
     error, torch_error = ((t.cpu().double() - exact).abs().max() for t in (moved, torchs))
     assert error <= 2 * torch_error + floor, (error, torch_error, floor)
@@ -57,7 +57,7 @@ def test_sizes_around_the_blocks(device, shape, rank):
     lora_merge_(ref, *others, 2.0, 0.3, rounding="stochastic")
     assert whole[:, shape[1] :].isnan().all()
     gap = torch.finfo(ref.dtype).eps * 2
-    exact = lora_merge_reference(*(t.cpu() for t in (before, *others)), 2.0, 0.3)
+    exact = lora_merge_naive(*(t.cpu() for t in (before, *others)), 2.0, 0.3)
     assert ((ref.cpu().double() - exact).abs() <= gap * exact.abs() + 1e-6).all()
     lora_merge_(moved := before.clone(), *others, 2.0, 0.3, rounding="nearest")
     check(moved, before, *others, 2.0, 0.3)
@@ -85,7 +85,7 @@ def test_stochastic_rounding_is_right_on_average(device, dtype):
         draws.append(moved.flatten().cpu())
     inputs = [t.cpu() for t in (ref, *others)]
     # the mean is that of the fp32 result, whose own error is far under a 16th of a gap
-    exact = lora_merge_reference(*inputs, 0.5, 0.1, dtype=torch.float32).double()
+    exact = lora_merge_naive(*inputs, 0.5, 0.1, dtype=torch.float32).double()
     check_mean(torch.stack(draws), exact.flatten())
 
 

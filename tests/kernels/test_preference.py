@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tralign_fast import LOSSES, logprobs_from_logits, preference_loss
-from tralign_kernels import preference, preference_forward, preference_reference
+from tralign_kernels import preference, preference_forward, preference_naive
 
 NAN = float("nan")
 # of 6 and 24 sequences: one token, none, a block, past it
@@ -41,8 +41,8 @@ def test_against_fp64(device, loss, options, sequences):
     actual = preference_forward(*inputs, loss=loss, **options, **kto)
     cpu = [t.cpu() for t in inputs]
     kto = {k: v.cpu() for k, v in kto.items()}
-    exact = preference_reference(*cpu, loss=loss, **options, **kto)
-    torchs = preference_reference(*cpu, loss=loss, **options, **kto, dtype=torch.float32)
+    exact = preference_naive(*cpu, loss=loss, **options, **kto)
+    torchs = preference_naive(*cpu, loss=loss, **options, **kto, dtype=torch.float32)
     # the sums of fp32 log-probs have rounded before a loss sees them, which the losses' slopes pass
     # on: an ulp of the largest sum, in the units of each result
     largest = max(cpu[1].abs().max().item(), 150.0)
@@ -110,7 +110,7 @@ def test_extreme_margins(device, scale):
     for pair in (0, 1):
         inputs = (logps[pair::2].contiguous(), ref_logps[:2], offsets[:3])
         got = preference_forward(*inputs, loss="dpo", beta=1.0)
-        want = preference_reference(*(t.cpu() for t in inputs), loss="dpo", beta=1.0)
+        want = preference_naive(*(t.cpu() for t in inputs), loss="dpo", beta=1.0)
         torch.testing.assert_close(got.loss.cpu().double(), want.loss, rtol=2e-6, atol=1e-44)
         torch.testing.assert_close(
             got.gradient.cpu().double(), want.gradient, rtol=2e-6, atol=1e-44

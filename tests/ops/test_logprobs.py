@@ -12,7 +12,7 @@ import tralign_fast.ops.logprobs as module
 from tests.conftest import DEVICE
 from tralign_fast import linear_logprobs, logprobs_from_logits
 from tralign_fast.ops import from_logits, tiles
-from tralign_fast.ops.logprobs import linear_logprobs_reference
+from tralign_fast.ops.logprobs import linear_logprobs_naive
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 KEPT, RECOMPUTED = 1024, 0  # logits_budget_mb
@@ -72,7 +72,7 @@ def test_values_and_gradients(shape, dtype, budget):
     inputs = (hidden, weight)
     ours = run(linear_logprobs, inputs, targets, grad, logits_budget_mb=budget)
     theirs = run(naive, inputs, targets, grad)
-    exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64)
+    exact = run(linear_logprobs_naive, inputs, targets, grad, dtype=torch.float64)
     assert ours[0].dtype == torch.float32
     assert ours[1].dtype == ours[2].dtype == dtype
     assert_as_good_as_pytorch(ours, theirs, exact, dtype)
@@ -101,7 +101,7 @@ def test_head_options(options, dtype, budget):
         inputs.append(bias.to(dtype).requires_grad_())
     ours = run(linear_logprobs, inputs, targets, grad, logits_budget_mb=budget, **options)
     theirs = run(naive, inputs, targets, grad, **options)
-    exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64, **options)
+    exact = run(linear_logprobs_naive, inputs, targets, grad, dtype=torch.float64, **options)
     assert_as_good_as_pytorch(ours, theirs, exact, dtype)
 
 
@@ -115,7 +115,7 @@ def test_powers_of_logits_far_from_zero_neither_overflow_nor_vanish(height, dtyp
     inputs = [hidden, weight, bias.to(dtype).requires_grad_()]
     ours = run(linear_logprobs, inputs, targets, grad, logits_budget_mb=budget)
     theirs = run(naive, inputs, targets, grad)
-    exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64)
+    exact = run(linear_logprobs_naive, inputs, targets, grad, dtype=torch.float64)
     assert all(bool(torch.isfinite(t).all()) for t in ours)
     # logits and logsumexp of 200 are known to 200 · 2⁻²⁴ each: the relative error of a probability
     roundings = max(1.0, abs(height)) if dtype == torch.float32 else 1.0
@@ -141,7 +141,7 @@ def test_frozen_tensors_get_no_gradient_and_cost_no_product(needs, budget, monke
     monkeypatch.setattr(tiles, "product_into_", counting("weight", tiles.product_into_))
     out, grad_given = run(linear_logprobs, (hidden, weight), targets, grad, logits_budget_mb=budget)
     assert (products["hidden"] > 0, products["weight"] > 0) == needs
-    exact = run(linear_logprobs_reference, (hidden, weight), targets, grad, dtype=torch.float64)
+    exact = run(linear_logprobs_naive, (hidden, weight), targets, grad, dtype=torch.float64)
     torch.testing.assert_close(out.double(), exact[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad_given.double(), exact[1], rtol=1e-4, atol=1e-5)
 
@@ -162,7 +162,7 @@ def test_tied_embeddings_sum_both_gradients():
     ids, targets = torch.randint(0, 90, (40,)), torch.randint(0, 90, (40,))
     table = torch.randn(90, 12)
     results = []
-    ours, exact = (linear_logprobs, torch.float32), (linear_logprobs_reference, torch.float64)
+    ours, exact = (linear_logprobs, torch.float32), (linear_logprobs_naive, torch.float64)
     for function, dtype in (ours, exact):
         leaf = table.to(dtype, copy=True).requires_grad_()
         function(torch.tanh(F.embedding(ids, leaf)), leaf, targets).sum().backward()
@@ -182,7 +182,7 @@ def test_strided_inputs(budget):
     leaves = (hidden.requires_grad_(), weight.requires_grad_())
     out = linear_logprobs(*leaves, targets, logits_budget_mb=budget)
     grads = torch.autograd.grad(out, leaves, grad)
-    exact = run(linear_logprobs_reference, leaves, targets, grad, dtype=torch.float64)
+    exact = run(linear_logprobs_naive, leaves, targets, grad, dtype=torch.float64)
     for mine, truth in zip([out.detach(), *grads], exact, strict=True):
         torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-5)
 
@@ -221,7 +221,7 @@ def test_what_fits_is_kept_and_the_rest_recomputed(dtype, monkeypatch):
     recomputed = []
     monkeypatch.setattr(tiles, "project", counting_columns(tiles.project, recomputed))
     theirs = run(naive, inputs, targets, grad)
-    exact = run(linear_logprobs_reference, inputs, targets, grad, dtype=torch.float64)
+    exact = run(linear_logprobs_naive, inputs, targets, grad, dtype=torch.float64)
     for columns, keep in ((1500, 1500), (1024, 768), (300, 0)):
         if DEVICE.type == "cuda" and columns < 1500:  # in bf16 its forward needs no tile
             keep = columns // 256 * 256 if dtype == torch.bfloat16 else 0
@@ -293,7 +293,7 @@ def test_log_probs_are_not_rounded_to_the_dtype_of_the_inputs():
     hidden, weight, targets, _ = make(400, 32, 900, torch.bfloat16)
     out = linear_logprobs(hidden, weight, targets)
     assert not torch.equal(out, out.bfloat16().float())
-    total = linear_logprobs_reference(hidden, weight, targets).sum()
+    total = linear_logprobs_naive(hidden, weight, targets).sum()
     # logits are rounded to bf16 (2^-9 each, independent): the sum over 400 tokens is off by about
     # 400^0.5 · 2^-9 · |z|; log-probs in bf16 summed in bf16 are off by whole nats
     assert abs(out.sum() - total) < 0.5

@@ -273,6 +273,6 @@ def _check_match(refs: list[Tensor], thetas: list[Tensor]) -> None:
             )
 
 
-def ema_reference(ref: Tensor, tensor: Tensor, alpha: float) -> Tensor:
+def ema_naive(ref: Tensor, tensor: Tensor, alpha: float) -> Tensor:
     """The update in fp64, for tests."""
     return ref.double() * (1 - alpha) + tensor.double() * alpha

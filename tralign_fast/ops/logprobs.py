@@ -371,7 +371,7 @@ def linear_logprobs(
     return logps
 
 
-def linear_logprobs_reference(
+def linear_logprobs_naive(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
