@@ -7,8 +7,9 @@ compiler, which any custom operator of Python code loads, with `linear_logprobs`
 from typing import TYPE_CHECKING
 
 from tralign_fast.ops.ema import ema_update_
-from tralign_fast.ops.losses import LOSSES, PreferenceLoss, dpo_loss, ipo_loss, kto_loss
+from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.preference import preference_loss
+from tralign_fast.ops.sequence_losses import PreferenceLoss, dpo_loss, ipo_loss, kto_loss
 from tralign_fast.reference import TrustRegion
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.evidence.tree import Groups, RecurrentPolicies, draw_pairs, fit_initial_policies
 from tralign_fast import TrustRegion, dpo_loss, ema_update_, ipo_loss, kto_loss
-from tralign_fast.ops.losses import PreferenceLoss
+from tralign_fast.ops.sequence_losses import PreferenceLoss
 
 EVERY = 64
 SCHEDULES = {

@@ -1,10 +1,16 @@
+"""The equations of losses, against themselves in fp64."""
+
+import dataclasses
+import inspect
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tralign_fast import LOSSES, dpo_loss, ipo_loss, kto_loss, preference_loss
+from tralign_fast import LOSSES, dpo_loss, ipo_loss, kto_loss
+from tralign_fast.ops.sequence_losses import pair_loss
 
 B = 7
 
@@ -83,13 +89,12 @@ def test_no_gradient_reaches_the_reference_or_the_kl(logps):
     assert reference[0].grad is None
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo"])
-def test_half_precision_inputs_are_computed_in_fp32(name, logps):
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss])
+def test_half_precision_inputs_are_computed_in_fp32(loss, logps):
     half = [t.detach().bfloat16() for t in logps]
-    out = LOSSES[name].function(*half, beta=0.1)
-    expected = LOSSES[name].function(*[t.float() for t in half], beta=0.1)
+    out = loss(*half, beta=0.1)
     assert out.loss.dtype == torch.float32
-    assert out.loss == expected.loss
+    assert out.loss == loss(*[t.float() for t in half], beta=0.1).loss
 
 
 def test_extreme_margins_stay_finite():
@@ -112,42 +117,90 @@ def test_names():
 def test_bad_arguments_say_what_was_expected(logps):
     with pytest.raises(ValueError, match=r"one shape \(B,\)"):
         dpo_loss(logps[0][:3], *logps[1:], beta=0.1)
-    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 0.5\)"):
+    with pytest.raises(ValueError, match=r"label_smoothing: expected a number in \[0, 0.5\)"):
         dpo_loss(*logps, beta=0.1, label_smoothing=0.5)
     with pytest.raises(ValueError, match="bool is_desirable"):
         kto_loss(logps[0], logps[2], torch.ones(B), torch.tensor(0.0), beta=0.1)
+    label = torch.ones(B, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"kl: expected one number, .* got \(2,\)"):
+        kto_loss(logps[0], logps[2], label, torch.zeros(2), beta=0.1)
+    for beta in (0, -0.1, math.nan, math.inf, True, "0.1"):
+        with pytest.raises(ValueError, match="beta: expected a number > 0"):
+            ipo_loss(*logps, beta=beta)
 
 
-def test_preference_loss_sums_packed_tokens():
-    """Loss, rewards and the gradient of every token, by the functions it is made of."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([3, 1, 5, 2])
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    tokens = (-torch.rand(11, generator=generator)).requires_grad_()
-    reference = torch.randn(4, generator=generator)
-    sums = torch.stack([part.sum() for part in tokens.split(lengths.tolist())])
-    for normalized in (False, True):
-        divisor = lengths if normalized else torch.ones(4)
-        direct = ipo_loss(*(sums / divisor).chunk(2), *(reference / divisor).chunk(2), beta=0.2)
-        out = preference_loss(
-            tokens, reference, offsets, loss="ipo", length_normalized=normalized, beta=0.2
-        )
-        torch.testing.assert_close(out.loss, direct.loss)
-        torch.testing.assert_close(
-            out.chosen_rewards, 0.2 * (sums - reference)[:2].detach(), rtol=1e-5, atol=1e-6
-        )
-        (ours,) = torch.autograd.grad(out.loss, tokens, retain_graph=True)
-        (expected,) = torch.autograd.grad(direct.loss, tokens, retain_graph=True)
-        torch.testing.assert_close(ours, expected)
+# The equations again, in fp64 and by themselves, of (chosen, rejected, β, ε).
+def log_sigmoid(x):
+    return -torch.log1p(torch.exp(-x))
 
 
-def test_preference_loss_names_what_is_wrong():
-    logps, reference, offsets = torch.zeros(4), torch.zeros(2), torch.tensor([0, 2, 4])
-    with pytest.raises(ValueError, match="loss must be one of"):
-        preference_loss(logps, reference, offsets, loss="hinge", beta=0.1)
-    with pytest.raises(ValueError, match="label_smoothing"):
-        preference_loss(logps, reference, offsets, loss="ipo", beta=0.1, label_smoothing=0.1)
-    with pytest.raises(ValueError, match=r"offsets \(S \+ 1,\)"):
-        preference_loss(logps, reference, offsets[:2], loss="dpo", beta=0.1)
-    with pytest.raises(ValueError, match="needs is_desirable"):
-        preference_loss(logps, reference, offsets, loss="kto", beta=0.1)
+EQUATIONS = {
+    "sigmoid": lambda c, r, b, e: (
+        -(1 - e) * log_sigmoid(b * (c - r)) - e * log_sigmoid(-b * (c - r))
+    ),
+    "robust": lambda c, r, b, e: (
+        (e * log_sigmoid(-b * (c - r)) - (1 - e) * log_sigmoid(b * (c - r))) / (1 - 2 * e)
+    ),
+    "hinge": lambda c, r, b, e: (1 - b * (c - r)) * ((1 - b * (c - r)) > 0),
+    "ipo": lambda c, r, b, e: ((c - r) - 1 / (2 * b)) ** 2,
+    "exo_pair": lambda c, r, b, e: sum(
+        q * (q / p).log()
+        for q, p in ((torch.sigmoid(b * (c - r)), 1 - e), (torch.sigmoid(b * (r - c)), e))
+    ),
+    "nca_pair": lambda c, r, b, e: (
+        -log_sigmoid(b * c) - (log_sigmoid(-b * c) + log_sigmoid(-b * r)) / 2
+    ),
+    "bco_pair": lambda c, r, b, e: -log_sigmoid(b * c) - log_sigmoid(-b * r),
+    "sppo_hard": lambda c, r, b, e: (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2,
+    "aot_unpaired": lambda c, r, b, e: EQUATIONS["sigmoid"](c.sort().values, r.sort().values, b, e),
+    "apo_zero": lambda c, r, b, e: 1 / (1 + (b * c).exp()) + 1 / (1 + (-b * r).exp()),
+    "apo_down": lambda c, r, b, e: 1 / (1 + (-b * c).exp()) + 1 / (1 + (b * (c - r)).exp()),
+    "discopop": lambda c, r, b, e: torch.lerp(
+        -log_sigmoid(b * (c - r)), (-b * (c - r)).exp(), torch.sigmoid(b * (c - r) / 0.05)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_every_loss_of_pairs_is_its_equation(name, logps):
+    options = {"beta": 0.3}
+    if LOSSES[name].option("label_smoothing"):
+        options["label_smoothing"] = 0.2
+    out = pair_loss(name, *logps, **options)
+    exact = [t.detach().double().requires_grad_(i < 2) for i, t in enumerate(logps)]
+    chosen, rejected = exact[0] - exact[2], exact[1] - exact[3]
+    expected = EQUATIONS[name](chosen, rejected, 0.3, 0.2).mean()
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    ours = torch.autograd.grad(out.loss, logps[:2])
+    theirs = torch.autograd.grad(expected, exact[:2])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+def test_every_loss_of_pairs_has_an_equation_here():
+    of_batches = {"aot", "sft"}  # tests of preference_loss have them
+    names = {n for n, s in LOSSES.items() if s.paired} - of_batches - {"dpo", "sigmoid_norm"}
+    assert names == EQUATIONS.keys()
+
+
+def test_the_registry_says_what_anyone_asks():
+    for name, spec in LOSSES.items():
+        assert spec.title, name
+        assert "eprint        = {" + spec.paper.arxiv in spec.paper.bibtex
+        assert spec.options[0].name == "beta"
+        assert spec.function.__doc__, name
+        for option in spec.options:
+            assert option.default in option.range, (name, option.name)
+            assert option.help.endswith("."), (name, option.name)
+        assert not (spec.kernel and spec.couples_examples), name
+
+
+def test_the_registry_has_every_loss_of_trl():
+    from trl.trainer import dpo_trainer, kto_config
+
+    source = inspect.getsource(dpo_trainer.DPOTrainer._compute_loss)
+    theirs = set(re.findall(r'loss_type == "(\w+)"', source))
+    (field,) = (f for f in dataclasses.fields(kto_config.KTOConfig) if f.name == "loss_type")
+    theirs |= set(field.metadata["choices"])
+    assert len(theirs) >= 17
+    assert theirs <= LOSSES.keys()

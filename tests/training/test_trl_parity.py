@@ -88,7 +88,7 @@ def run_both(
     theirs = theirs_trainer(
         copy.deepcopy(model),
         ref_model=copy.deepcopy(model),
-        args=theirs_config(**options(tmp_path / "trl", loss_type=name, **extra)),
+        args=theirs_config(**options(tmp_path / "trl", **{"loss_type": name, **extra})),
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,

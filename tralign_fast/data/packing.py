@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.segments import segment_sums
+
 LAYOUTS = ("shared", "packed", "padded")
 
 
@@ -136,13 +138,18 @@ class PackedBatch:
     score_index: Tensor  # (N,) int64, rows of the flattened hidden states that predict `targets`
     targets: Tensor  # (N,) int64
     scored_lengths: tuple[int, ...]  # S scored tokens per sequence, sums to N
-    sequence_index: Tensor  # (N,) int64, place of each scored token in a (S, longest) table
+    offsets: (
+        Tensor  # (S + 1,) int64, sequence s owns the scored tokens [offsets[s], offsets[s + 1])
+    )
     completion_lengths: Tensor  # (S,) float32, completion tokens per sequence
     rows: tuple[int, ...]  # B rows of the dataset
     is_desirable: Tensor | None  # (B,) bool for KTO, else None
     grad_tokens: int  # the first so many scored tokens want a gradient (KTO's KL terms do not)
     share: float = 1.0  # of the examples of the batch that this is a part of
     kl: Tensor | None = None  # (), KTO's KL term of the whole batch where this is a part of one
+    # what the SFT term of this part of a batch is divided by; None: its chosen tokens
+    nll_tokens: float | None = None
+    token_weights: Tensor | None = None  # (N,) float32, LD-DPO's; None: 1
     fingerprint: int = 0  # of the contents, by which scores are found again
 
     @property
@@ -169,13 +176,10 @@ class PackedBatch:
         return self._map(lambda t: t.pin_memory())
 
     def sum_per_sequence(self, token_logps: Tensor) -> Tensor:
-        """(N,) log-probs of tokens to (S,) log-probs of sequences, in one deterministic sum."""
-        sequences = len(self.scored_lengths)
-        longest = max(self.scored_lengths, default=0)
-        if longest == 0:
-            return token_logps.sum() + token_logps.new_zeros(sequences)
-        table = token_logps.new_zeros(sequences * longest)
-        return table.scatter(0, self.sequence_index, token_logps).view(sequences, longest).sum(1)
+        """(N,) log-probs of tokens to (S,) log-probs of sequences, weighted by `token_weights`."""
+        if self.token_weights is not None:
+            token_logps = token_logps * self.token_weights
+        return segment_sums(token_logps, self.offsets)
 
     def _map(self, function) -> PackedBatch:
         moved = {
@@ -230,20 +234,24 @@ def merge_packed(batches: Sequence[PackedBatch]) -> PackedBatch:
         ),
         targets=targets,
         scored_lengths=lengths,
-        sequence_index=_sequence_index(lengths).to(targets.device),
+        offsets=_offsets(lengths).to(targets.device),
         completion_lengths=torch.cat([batch.completion_lengths for batch in batches]),
         rows=tuple(row for batch in batches for row in batch.rows),
         is_desirable=None,
+        token_weights=_joined([batch.token_weights for batch in batches]),
         grad_tokens=len(targets),
         fingerprint=0,
     )
 
 
-def _sequence_index(lengths: Sequence[int]) -> Tensor:
-    """(N,) int64: places of scored tokens in a table of (sequences, longest)."""
-    longest = max(lengths, default=0)
-    places = [s * longest + j for s, n in enumerate(lengths) for j in range(n)]
-    return torch.tensor(places, dtype=torch.int64)
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    """(S + 1,) int64: where the scored tokens of each sequence begin, and where the last end."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+
+
+def _joined(tensors: list[Tensor | None]) -> Tensor | None:
+    present = [t for t in tensors if t is not None]
+    return torch.cat(present) if present else None
 
 
 @dataclass
@@ -262,6 +270,9 @@ class PreferenceCollator:
             parts hold at most so many (a group that is longer stands alone). None: one row.
         pad_token_id: fills padded rows.
         vocab_size: token ids must be smaller; None: not checked.
+        ld_alpha: weight of the tokens of a pair beyond the length of its shorter completion
+            (LD-DPO, arXiv 2409.06411); None: 1.
+        mismatched: whether unpaired rows get the completion of another row at all.
 
     Raises:
         ValueError: a token id outside the vocabulary, naming the row.
@@ -273,6 +284,8 @@ class PreferenceCollator:
     token_budget: int | None = None
     pad_token_id: int = 0
     vocab_size: int | None = None
+    ld_alpha: float | None = None
+    mismatched: bool = True
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -285,7 +298,10 @@ class PreferenceCollator:
         else:
             own = [list(e["completion_ids"]) for e in examples]
             room = [None if self.max_length is None else self.max_length - len(p) for p in prompts]
-            completions = [[own[i][: room[i]], own[i - 1][: room[i]]] for i in range(len(own))]
+            completions = [
+                [own[i][: room[i]], *([own[i - 1][: room[i]]] if self.mismatched else [])]
+                for i in range(len(own))
+            ]
         rows = tuple(int(e.get("row", i)) for i, e in enumerate(examples))
         self._check_vocabulary(prompts, completions, rows)
         labels = None if self.paired else [bool(e["label"]) for e in examples]
@@ -303,8 +319,8 @@ class PreferenceCollator:
         """Bounds of runs of examples whose tokens fit the budget, in order."""
         cuts, used = [0], 0
         for index, (prompt, pair) in enumerate(zip(prompts, completions, strict=True)):
-            copies = 1 if self.layout == "shared" else 2
-            need = copies * len(prompt) + len(pair[0]) + len(pair[1])
+            copies = 1 if self.layout == "shared" else len(pair)
+            need = copies * len(prompt) + sum(map(len, pair))
             if self.token_budget is not None and used and used + need > self.token_budget:
                 cuts.append(index)
                 used = 0
@@ -322,14 +338,17 @@ class PreferenceCollator:
         build = _padded if self.layout == "padded" else _packed
         tokens = build(prompts, completions, self.layout == "shared", self.pad_token_id)
         # sequences in the order (all first completions, all second completions)
-        order = [(b, k) for k in range(2) for b in range(len(prompts))]
+        order = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
         scored = [tokens.scored[pair] for pair in order]
         targets = [
             completions[b][k][-len(s) :] if s else []
             for (b, k), s in zip(order, scored, strict=True)
         ]
         lengths = tuple(map(len, scored))
-        contents = repr((tokens.input_ids, scored, rows, labels)).encode()
+        weights = None if self.ld_alpha is None else _ld_weights(lengths, self.ld_alpha)
+        contents = (tokens.input_ids, scored, rows, labels)
+        # what decides the sums of a reference: kept scores are known by it
+        contents = repr(contents if weights is None else (*contents, weights)).encode()
         return PackedBatch(
             input_ids=torch.tensor(tokens.input_ids),
             position_ids=torch.tensor(tokens.position_ids),
@@ -338,7 +357,8 @@ class PreferenceCollator:
             score_index=torch.tensor([i for s in scored for i in s], dtype=torch.int64),
             targets=torch.tensor([t for s in targets for t in s], dtype=torch.int64),
             scored_lengths=lengths,
-            sequence_index=_sequence_index(lengths),
+            offsets=_offsets(lengths),
+            token_weights=None if weights is None else torch.tensor(weights),
             completion_lengths=torch.tensor([float(len(completions[b][k])) for b, k in order]),
             rows=rows,
             is_desirable=None if labels is None else torch.tensor(labels),
@@ -353,7 +373,7 @@ class PreferenceCollator:
         if self.vocab_size is None:
             return
         for prompt, pair, row in zip(prompts, completions, rows, strict=True):
-            ids = [*prompt, *pair[0], *pair[1]]
+            ids = [*prompt, *(token for completion in pair for token in completion)]
             low, high = min(ids), max(ids)
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(
@@ -361,6 +381,18 @@ class PreferenceCollator:
                     f"vocabulary [0, {self.vocab_size}); do the tokenizer and the model belong "
                     "together?"
                 )
+
+
+def _ld_weights(lengths: Sequence[int], alpha: float) -> list[float]:
+    """Of scored tokens, all first completions in front: 1 up to the length of the pair's shorter
+    completion, α beyond it."""
+    pairs = len(lengths) // 2
+    shared = [min(lengths[b], lengths[b + pairs]) for b in range(pairs)] * 2
+    return [
+        1.0 if place < common else alpha
+        for length, common in zip(lengths, shared, strict=True)
+        for place in range(length)
+    ]
 
 
 class _Tokens(NamedTuple):
@@ -380,7 +412,8 @@ def _packed(
     scored: dict[tuple[int, int], list[int]] = {}
     for b, (prompt, pair) in enumerate(zip(prompts, completions, strict=True)):
         P = len(prompt)
-        for members in ([0, 1],) if share else ([0], [1]):
+        every = range(len(pair))
+        for members in (every,) if share else ([k] for k in every):
             groups.append(Group(len(ids), P, tuple(len(pair[k]) for k in members)))
             last = len(ids) + P - 1  # the prompt's last token predicts every completion's first
             ids += prompt
@@ -396,7 +429,7 @@ def _packed(
 def _padded(
     prompts: list[list[int]], completions: list[list[list[int]]], _: bool, pad: int
 ) -> _Tokens:
-    order = [(b, k) for k in range(2) for b in range(len(prompts))]
+    order = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
     sequences = [prompts[b] + completions[b][k] for b, k in order]
     L = max(map(len, sequences))
     scored = {

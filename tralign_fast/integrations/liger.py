@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tralign_fast.ops.logprobs import linear_logprobs
-from tralign_fast.ops.losses import dpo_loss, ipo_loss, kto_loss
+from tralign_fast.ops.sequence_losses import dpo_loss, ipo_loss, kto_loss
 
 # --- losses of a pair's log-ratios: (chosen (B,), rejected (B,), β, ε, τ) -> (B,) -----------------
 

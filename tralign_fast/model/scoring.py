@@ -20,6 +20,7 @@ from tralign_fast.data.packing import PackedBatch
 from tralign_fast.model.cpu import split_tied_weight
 from tralign_fast.model.patching import causal_lm_of, lm_head_of, replace_forward, unwrapped
 from tralign_fast.ops.logprobs import linear_logprobs
+from tralign_fast.ops.statistics import token_statistics
 
 
 @dataclass
@@ -88,7 +89,8 @@ def enable_logprobs(
 
     def forward(
         own_forward, self, *args,
-        score_index=None, score_targets=None, grad_tokens=None, score=None, **kwargs,
+        score_index=None, score_targets=None, grad_tokens=None, with_squares=False, score=None,
+        **kwargs,
     ):  # fmt: skip
         if score_index is None:
             return own_forward(self, *args, **kwargs)
@@ -96,8 +98,9 @@ def enable_logprobs(
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
         score = score or functools.partial(
-            _token_logps, targets=score_targets, grad_tokens=grad_tokens, options=options
-        )
+            _token_logps_and_squares if with_squares else _token_logps,
+            targets=score_targets, grad_tokens=grad_tokens, options=options,
+        )  # fmt: skip
         return ScoreOutput(scores=lm_head_of(self)(hidden, score=score, weight=weight))
 
     def head_forward(own_forward, self, hidden, score=None, weight=None):
@@ -142,12 +145,44 @@ def _token_logps(
     return torch.cat([logps, rest])
 
 
-def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """(S,) float32 summed log-probabilities of the batch's sequences, under a model that went
-    through `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not.
+def _token_logps_and_squares(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    targets: Any,  # (N,) Tensor
+    grad_tokens: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """(2, N): the log-probs of `_token_logps`, and log Σ_v p(v)²."""
+    logps = _token_logps(
+        hidden, weight, bias, targets=targets, grad_tokens=grad_tokens, options=options
+    )
+    transform = {name: options[name] for name in ("softcap", "logit_scale")}
+    name = "log_sum_sq_probs"
+    found = token_statistics(hidden, weight, targets, [name], bias=bias, **transform)
+    return torch.stack([logps, found[name]])
+
+
+def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """(N,) float32 log-probabilities of the batch's scored tokens, under a model that went through
+    `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not.
     """
     output = model(**_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens)
-    return batch.sum_per_sequence(output.scores)
+    return output.scores
+
+
+def token_logps_and_squares(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """`token_logps`, and (N,) float32 `log Σ_v p(v)²` of the same distributions, no gradient."""
+
+    scored = {"score_targets": batch.targets, "grad_tokens": batch.grad_tokens}
+    logps, squares = model(**_inputs(batch), **scored, with_squares=True).scores
+    return logps, squares.detach()
+
+
+def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """(S,) float32 summed log-probabilities of the batch's sequences (`token_logps`)."""
+    return batch.sum_per_sequence(token_logps(model, batch))
 
 
 @torch.no_grad()

@@ -1,14 +1,58 @@
-"""A loss of `LOSSES` from the log-probs of packed tokens; with Triton in one launch."""
+"""From the log-probs of packed tokens to a preference loss, its gradient and its metrics.
+
+Letters: N scored tokens, S sequences, E examples (pairs, or unpaired completions), ρ the log-ratio
+`log π_θ(y|x) - log π_ref(y|x)` of a sequence.
+
+With Triton one launch does all of it (`tralign_kernels.preference`); PyTorch's path is written out
+in `_torch_loss`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tralign_fast.ops.backend import pick_backend
-from tralign_fast.ops.losses import LOSSES, PreferenceLoss, by_label, check_smoothing
+from tralign_fast.ops.backend import pick_backend, warn_once
+from tralign_fast.ops.losses import LOSSES
+from tralign_fast.ops.objective import Objective, objective_of
+from tralign_fast.ops.segments import segment_sums
+from tralign_fast.ops.sequence_losses import PreferenceLoss, by_label, check_kl
+
+# Rows of `PackedLoss.totals`: the metrics of a batch, under TRL's names.
+METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "kl",
+)  # fmt: skip
+_MAX_TERMS = 4  # losses that the kernel adds up
+
+
+class PackedLoss(PreferenceLoss):
+    """A `PreferenceLoss`, and what a trainer logs besides; all float32 and detached."""
+
+    rewards: Tensor  # (S,) β·ρ of whole completions; 0 for mismatched ones
+    logps: Tensor  # (S,) summed log-probs of the policy
+    totals: Tensor  # (7, 2) sum and count of each of `METRICS`
+
+
+def _packed(
+    loss: Tensor,
+    rewards: Tensor,
+    logps: Tensor,
+    totals: Tensor,
+    is_desirable: Tensor | None,
+) -> PackedLoss:
+    if is_desirable is None:
+        result = PackedLoss(loss, *rewards.chunk(2))
+    else:
+        result = PackedLoss(loss, *by_label(rewards[: len(is_desirable)], is_desirable))
+    result.rewards, result.logps, result.totals = rewards, logps, totals
+    return result
 
 
 def preference_loss(
@@ -16,22 +60,29 @@ def preference_loss(
     ref_logps: Tensor,  # (S,)
     offsets: Tensor,  # (S + 1,) int64
     *,
-    loss: str,
-    length_normalized: bool = False,
-    is_desirable: Tensor | None = None,  # (S,) bool
+    loss: str | Sequence[str] | Objective,
+    loss_weights: Sequence[float] | None = None,
+    length_normalized: bool | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    is_desirable: Tensor | None = None,  # (E,) bool
     kl: Tensor | None = None,  # ()
+    lengths: Tensor | None = None,  # (S,)
+    token_weights: Tensor | None = None,  # (N,)
+    example_weights: Tensor | None = None,  # (E,)
+    nll_tokens: float | None = None,
     backend: str = "auto",
     **options: float,
-) -> PreferenceLoss:
-    """A loss of `LOSSES` from log-probs of packed tokens; with Triton in one launch.
+) -> PackedLoss:
+    """A loss of `LOSSES`, or a weighted sum of them, from log-probs of packed tokens.
 
-    Equals, for "dpo" and "ipo":
+    Equals, for losses of pairs:
 
         sums = torch.segment_reduce(logps, "sum", offsets=offsets)
         dpo_loss(*sums.chunk(2), *ref_logps.chunk(2), **options)
 
-    The Triton kernel makes loss, rewards and the gradient of every token in one launch and without
-    the host; the torch backend is the lines above. For a trainer that holds logits:
+    The Triton kernel makes loss, rewards, metrics and the gradient of every token in one launch and
+    without the host. For a trainer that holds logits:
 
         preference_loss(logprobs_from_logits(logits, targets), ref_logps, offsets, loss="dpo", ...)
 
@@ -40,74 +91,283 @@ def preference_loss(
     Args:
         logps: log-probs of the policy, (N,) nats; sequence s owns [offsets[s], offsets[s + 1]).
         ref_logps: summed log-probs of the reference, (S,), without gradient.
-        offsets: (S + 1,) int64, rising. S = 2B: B chosen, then B rejected; S completions for KTO.
-        loss: a name of `LOSSES`.
-        length_normalized: log-probs are divided by the tokens of their sequence (rewards are not).
-        is_desirable, kl: as `kto_loss` takes them.
-        options: what the loss takes besides: beta, and label_smoothing or the weights of KTO.
+        offsets: (S + 1,) int64, rising within [0, N]. S = 2E for pairs: E chosen, then E rejected.
+            For unpaired losses S = E, or S = 2E: E completions, then as many that do not belong to
+            their prompt, of which KTO's KL term is made.
+        loss: a name of `LOSSES`; several, to add them up; or an `Objective` with all its options.
+        loss_weights: a factor of each loss; None: 1.
+        length_normalized: log-ratios are divided by the tokens of their sequence (rewards are not);
+            None: as each loss is defined ("ipo" and "sigmoid_norm" are).
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference that losses of
+            the difference of scores take: reverse_kl (scores are ρ), forward_kl (1 - exp(-ρ)),
+            js_divergence (log 2 + log σ(ρ)), alpha_divergence ((exp((α-1)·ρ) - 1)/(α-1)). Source:
+            Wang et al. 2023, arXiv 2309.16240.
+        is_desirable: labels of unpaired completions.
+        kl: KTO's KL term; None: the mean of ρ over the mismatched completions. Clamped at 0.
+        lengths: tokens that a sequence counts for where it is normalized; None: those it owns.
+        token_weights: factors of the policy's log-probs in the sums (LD-DPO's α beyond the shorter
+            completion's length, arXiv 2409.06411); `ref_logps` are summed with the same. The "sft"
+            loss takes none.
+        example_weights: factors of an example's loss (those of WPO, arXiv 2406.11827).
+        nll_tokens: what the "sft" loss divides its sum by; None: the tokens of the chosen.
+        backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton". A loss that the kernel
+            has not runs in PyTorch, with one notice.
+        options: beta, and what the losses take besides.
 
     Raises:
-        ValueError: an unknown loss or option, or shapes that do not fit.
+        ValueError: an unknown loss or option, a value out of range, shapes that do not fit, or
+            offsets that fall or lie outside [0, N] (looked for on a CPU; on a GPU, where looking
+            would stall, nothing outside is read and the loss is NaN).
     """
-    spec = LOSSES.get(loss)
-    if spec is None or not set(options) <= set(spec.options):
-        raise ValueError(
-            f"preference_loss: loss must be one of {', '.join(LOSSES)} with its options, got "
-            f"{loss!r} with {sorted(options)}"
-        )
+    if isinstance(loss, Objective):
+        objective = loss
+    else:
+        objective = objective_of(
+            LOSSES, loss, loss_weights, options, f_divergence=f_divergence_type,
+            f_alpha=f_alpha_divergence_coef, length_normalized=length_normalized,
+        )  # fmt: skip
+    kl = None if kl is None else check_kl(kl).detach().float()
+    batch = _Batch(
+        logps.float(), ref_logps.detach().float(), offsets, is_desirable, kl, lengths,
+        token_weights, example_weights, nll_tokens,
+    )  # fmt: skip
+    _check_batch(batch, objective)
+    if pick_backend(backend, logps.device) == "triton" and _has_kernel(objective):
+        return _fused_loss(batch, objective)
+    return _torch_loss(batch, objective)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The tensors of one call; log-probs are float32."""
+
+    logps: Tensor  # (N,)
+    ref_logps: Tensor  # (S,)
+    offsets: Tensor  # (S + 1,)
+    is_desirable: Tensor | None  # (E,)
+    kl: Tensor | None  # ()
+    lengths: Tensor | None  # (S,)
+    token_weights: Tensor | None  # (N,)
+    example_weights: Tensor | None  # (E,)
+    nll_tokens: float | None
+
+    @property
+    def examples(self) -> int:
+        return len(self.ref_logps) // 2 if self.is_desirable is None else len(self.is_desirable)
+
+
+def _check_batch(batch: _Batch, objective: Objective) -> None:
+    tokens, sequences = len(batch.logps) if batch.logps.dim() else 0, batch.ref_logps.numel()
+    offsets, desirable = batch.offsets, batch.is_desirable
     if (
-        logps.dim() != 1
-        or offsets.shape != (len(ref_logps) + 1,)
+        batch.logps.dim() != 1
+        or batch.ref_logps.dim() != 1
+        or offsets.shape != (sequences + 1,)
         or offsets.dtype != torch.int64
-        or (spec.paired and len(ref_logps) % 2)
+        or (objective.paired and sequences % 2)
     ):
         raise ValueError(
             "preference_loss: expected logps (N,), ref_logps (S,) and int64 offsets (S + 1,), S "
-            f"even for pairs, got {tuple(logps.shape)}, {tuple(ref_logps.shape)}, "
+            f"even for pairs, got {tuple(batch.logps.shape)}, {tuple(batch.ref_logps.shape)}, "
             f"{tuple(offsets.shape)} {offsets.dtype}"
         )
-    if not spec.paired and (is_desirable is None or kl is None):
-        raise ValueError(f"preference_loss: {loss} needs is_desirable and kl")
-    ref_logps = ref_logps.detach().float()
-    labels = () if is_desirable is None or kl is None else (is_desirable, kl)
-    if pick_backend(backend, logps.device) == "triton":
-        check_smoothing(options.get("label_smoothing", 0.0))
-        name = spec.function.__name__.removesuffix("_loss")
-        return _fused_loss(
-            logps, ref_logps, offsets, labels, name, length_normalized, spec.paired, options
+    if objective.paired and (desirable is not None or batch.kl is not None):
+        raise ValueError(
+            f"preference_loss: {' + '.join(objective.names)} takes pairs, no is_desirable and no kl"
         )
-    sums = torch.segment_reduce(logps.float(), "sum", offsets=offsets)
-    lengths = offsets.diff() if length_normalized else torch.ones_like(ref_logps)
-    sums, ref_logps = sums / lengths, ref_logps / lengths
-    if not spec.paired:
-        result = spec.function(sums, ref_logps, *labels, **options)
-        return PreferenceLoss(result.loss, *(lengths * r for r in result[1:]))
-    result = spec.function(*sums.chunk(2), *ref_logps.chunk(2), **options)
-    chosen, rejected = lengths.chunk(2)
-    return PreferenceLoss(
-        result.loss, chosen * result.chosen_rewards, rejected * result.rejected_rewards
-    )
+    if not objective.paired:
+        _check_labels(batch, objective)
+    expected = {
+        "lengths": (batch.lengths, sequences),
+        "token_weights": (batch.token_weights, tokens),
+        "example_weights": (batch.example_weights, batch.examples),
+    }
+    for name, (tensor, size) in expected.items():
+        if tensor is not None and tensor.shape != (size,):
+            raise ValueError(
+                f"preference_loss: expected {name} ({size},), got {tuple(tensor.shape)}"
+            )
+    if batch.example_weights is not None and not objective.weighs_examples:
+        raise ValueError(
+            f"preference_loss: {' + '.join(objective.names)} sorts the examples of a batch or is a "
+            "mean over its tokens, and takes no weights of single examples"
+        )
+    if batch.nll_tokens is not None and not 0 < batch.nll_tokens < math.inf:
+        raise ValueError(f"preference_loss: nll_tokens must be positive, got {batch.nll_tokens}")
+    _check_offsets(offsets, tokens)
 
 
-def _fused_loss(
-    logps: Tensor,
-    ref_logps: Tensor,
-    offsets: Tensor,
-    labels: tuple[Tensor, ...],
-    loss: str,
-    length_normalized: bool,
-    paired: bool,
-    options: dict[str, float],
-) -> PreferenceLoss:
-    is_desirable, kl = (None, None) if paired else (labels[0], labels[1].detach().float())
-    names = ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")
-    numbers = [float(options.get(name, 1.0 if "weight" in name else 0.0)) for name in names]
-    value, rewards, _ = _preference_op(
-        logps.float(), ref_logps, offsets, is_desirable, kl, loss, length_normalized, numbers
-    )
+def _check_labels(batch: _Batch, objective: Objective) -> None:
+    names, sequences = " + ".join(objective.names), batch.ref_logps.numel()
+    if batch.is_desirable is None:
+        raise ValueError(f"preference_loss: {names} needs is_desirable")
+    if batch.is_desirable.dtype != torch.bool or batch.is_desirable.dim() != 1:
+        raise ValueError(
+            f"preference_loss: expected a bool is_desirable (E,), got {batch.is_desirable.dtype} "
+            f"{tuple(batch.is_desirable.shape)}"
+        )
+    if sequences not in (batch.examples, 2 * batch.examples):
+        raise ValueError(
+            "preference_loss: expected as many sequences as labels, or twice as many (mismatched "
+            f"completions after them), got {sequences} sequences and {batch.examples} labels"
+        )
+    if objective.needs_kl and batch.kl is None and sequences != 2 * batch.examples:
+        raise ValueError(
+            f"preference_loss: {names} needs kl, or mismatched completions after the own ones to "
+            "make it of"
+        )
+
+
+def _check_offsets(offsets: Tensor, tokens: int) -> None:
+    if offsets.device.type != "cpu" or type(offsets) is not Tensor:
+        return  # looking would stall a GPU; fake tensors have nothing to look at
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first < 0 or last > tokens or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"preference_loss: offsets must rise within [0, {tokens}], the number of log-probs, "
+            f"got {offsets.tolist()[:20]}"
+        )
+
+
+def _has_kernel(objective: Objective) -> bool:
+    """Whether the Triton kernel can do it; one notice if not."""
+    missing = [
+        name for name, spec in zip(objective.names, objective.specs, strict=True) if not spec.kernel
+    ]
+    if missing:
+        reason = f"the kernel has no {', '.join(missing)}"
+    elif len(objective.names) > _MAX_TERMS:
+        reason = f"the kernel adds up {_MAX_TERMS} losses at most"
+    else:
+        return True
+    warn_once(f"preference_loss runs in PyTorch: {reason}")
+    return False
+
+
+# --- PyTorch --------------------------------------------------------------------------------------
+
+
+def _torch_loss(batch: _Batch, objective: Objective) -> PackedLoss:
+    """The loss in plain PyTorch; the gradient is autograd's."""
+    beta, offsets = objective.beta, batch.offsets
+    weighted = batch.logps
+    if batch.token_weights is not None:
+        weighted = weighted * batch.token_weights
+    sums = segment_sums(weighted, offsets)
+    ratio = sums - batch.ref_logps
+    lengths = offsets.diff() if batch.lengths is None else batch.lengths
+    inputs: dict[str, Tensor] = {}
+    kl = None
+    if objective.needs_kl:
+        kl = ratio[batch.examples :].detach().mean() if batch.kl is None else batch.kl
+        inputs["kl"] = kl = kl.clamp(min=0)
+    if objective.sums_tokens:
+        inputs["nll"] = _nll(batch)
+    score = _score(ratio, objective)
+    loss = sums.new_zeros(())
+    for spec, weight in zip(objective.specs, objective.weights, strict=True):
+        share = lengths if objective.normalizes(spec) else None
+        each = _each(spec, score, share, batch, {**inputs, **objective.options_of(spec)})
+        if batch.example_weights is not None:
+            each = each * batch.example_weights
+        loss = loss + weight * each.mean()
+    rewards = (beta * ratio).detach()
+    if batch.is_desirable is not None:
+        rewards = torch.cat(
+            [rewards[: batch.examples], torch.zeros_like(rewards[batch.examples :])]
+        )
+    totals = _totals(rewards, sums.detach(), batch.is_desirable, kl)
+    return _packed(loss, rewards, sums.detach(), totals, batch.is_desirable)
+
+
+def _each(
+    spec: Any,
+    score: Tensor,  # (S,)
+    lengths: Tensor | None,  # (S,): what the scores are divided by
+    batch: _Batch,
+    keywords: dict[str, Any],
+) -> Tensor:
+    """(E,) the loss of each example."""
+    ref = batch.ref_logps
+    if lengths is not None:
+        score, ref = score / lengths, ref / lengths
+    if "ref_margin" in spec.inputs:
+        ref_chosen, ref_rejected = ref.chunk(2)
+        keywords["ref_margin"] = ref_chosen - ref_rejected
+    wanted = {o.name for o in spec.options} | set(spec.inputs)
+    keywords = {name: value for name, value in keywords.items() if name in wanted}
+    if spec.paired:
+        return spec.function(*score.chunk(2), **keywords)
+    return spec.function(score[: batch.examples], batch.is_desirable, **keywords)
+
+
+def _score(ratio: Tensor, objective: Objective) -> Tensor:
+    """f'(π_θ/π_ref) of the f-divergence, from log-ratios (arXiv 2309.16240, table 1)."""
+    divergence, alpha = objective.f_divergence, objective.f_alpha
+    if divergence == "forward_kl":
+        return 1 - torch.exp(-ratio)
+    if divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(ratio)
+    if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
+        # beyond exp(80) fp32 would end soon
+        return (torch.exp(((alpha - 1) * ratio).clamp(max=80)) - 1) / (alpha - 1)
+    return ratio
+
+
+def _nll(batch: _Batch) -> Tensor:
+    """() the mean negative log-likelihood of the chosen completions' tokens."""
+    sums = segment_sums(batch.logps, batch.offsets)[: batch.examples]
+    tokens = batch.nll_tokens
+    if tokens is None:
+        return -sums.sum() / (batch.offsets[batch.examples] - batch.offsets[0])
+    return -sums.sum() / tokens
+
+
+def _totals(
+    rewards: Tensor,  # (S,)
+    logps: Tensor,  # (S,)
+    is_desirable: Tensor | None,
+    kl: Tensor | None,
+) -> Tensor:
+    """(7, 2) sum and count of each of `METRICS`."""
+    zero = rewards.new_zeros(())
     if is_desirable is None:
-        return PreferenceLoss(value, *rewards.chunk(2))
-    return PreferenceLoss(value, *by_label(rewards, is_desirable))
+        (chosen, rejected), (own, other) = rewards.chunk(2), logps.chunk(2)
+        right, margin = (chosen > rejected).float().sum(), (chosen - rejected).sum()
+        sums = [chosen.sum(), rejected.sum(), right, margin, own.sum(), other.sum(), zero]
+        count = zero + len(chosen)
+        counts = [count] * 6 + [zero]
+    else:
+        size = len(is_desirable)
+        rewards, logps = rewards[:size], logps[:size]
+        good = is_desirable.float()
+        bad, count = 1 - good, good.sum()
+        sums = [
+            (rewards * good).sum(), (rewards * bad).sum(), zero, zero,
+            (logps * good).sum(), (logps * bad).sum(), zero if kl is None else kl,
+        ]  # fmt: skip
+        counts = [count, size - count, zero, zero, count, size - count, zero + (kl is not None)]
+    return torch.stack([torch.stack(sums), torch.stack(counts)], 1)
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+
+def _fused_loss(batch: _Batch, objective: Objective) -> PackedLoss:
+    options = objective.options
+    numbers = [
+        options.get("beta", 0.0), options.get("label_smoothing", 0.0),
+        options.get("discopop_tau", 1.0), options.get("desirable_weight", 1.0),
+        options.get("undesirable_weight", 1.0), objective.f_alpha,
+    ]  # fmt: skip
+    loss, rewards, logps, totals, _ = _preference_op(
+        batch.logps, batch.ref_logps, batch.offsets, batch.is_desirable, batch.kl, batch.lengths,
+        batch.token_weights, batch.example_weights, batch.nll_tokens,
+        ",".join(objective.names), list(objective.weights),
+        [objective.normalizes(spec) for spec in objective.specs],
+        objective.f_divergence, numbers,
+    )  # fmt: skip
+    return _packed(loss, rewards, logps, totals, batch.is_desirable)
 
 
 @torch.library.custom_op("tralign_fast::preference_loss", mutates_args=())
@@ -115,38 +375,54 @@ def _preference_op(
     logps: Tensor,  # (N,) float32
     ref_logps: Tensor,  # (S,) float32
     offsets: Tensor,  # (S + 1,) int64
-    is_desirable: Tensor | None,  # (S,) bool
+    is_desirable: Tensor | None,  # (E,) bool
     kl: Tensor | None,  # () float32
-    loss: str,
-    length_normalized: bool,
-    numbers: list[float],  # β, label smoothing, weights of desirable and undesirable
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), rewards (S,), d loss / d logps (N,))"""
-    from tralign_kernels import preference_forward
+    lengths: Tensor | None,  # (S,) float32
+    token_weights: Tensor | None,  # (N,) float32
+    example_weights: Tensor | None,  # (E,) float32
+    nll_tokens: float | None,
+    losses: str,  # names with commas between
+    weights: list[float],
+    normalized: list[bool],
+    f_divergence: str,
+    numbers: list[float],  # β, ε, discopop's τ, weights of desirable and undesirable, f's α
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss (), rewards (S,), log-probs (S,), totals (7, 2), d loss / d logps (N,))"""
+    from tralign_kernels import PreferenceOptions, Term, preference_forward
 
-    beta, smoothing, desirable_weight, undesirable_weight = numbers
+    *options, f_alpha = numbers
+    terms = [
+        Term(name, weight, normal)
+        for name, weight, normal in zip(losses.split(","), weights, normalized, strict=True)
+    ]
     result = preference_forward(
-        logps, ref_logps, offsets, loss=cast("Any", loss), beta=beta, label_smoothing=smoothing,
-        length_normalized=length_normalized, is_desirable=is_desirable, kl=kl,
-        desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
+        logps, ref_logps, offsets, terms=terms,
+        options=PreferenceOptions(*options, f_divergence=f_divergence, f_alpha=f_alpha),
+        is_desirable=is_desirable, kl=kl, lengths=lengths, token_weights=token_weights,
+        example_weights=example_weights, nll_tokens=nll_tokens,
     )  # fmt: skip
-    return result.loss, result.rewards, result.gradient
+    return result.loss, result.rewards, result.logps, result.totals, result.gradient
 
 
 @_preference_op.register_fake
-def _(logps, ref_logps, offsets, is_desirable, kl, loss, length_normalized, numbers):
-    return logps.new_empty(()), torch.empty_like(ref_logps), torch.empty_like(logps)
+def _(logps, ref_logps, *_):
+    per_sequence = torch.empty_like(ref_logps)
+    totals = logps.new_empty((len(METRICS), 2))
+    return (
+        logps.new_empty(()), per_sequence, torch.empty_like(ref_logps), totals,
+        torch.empty_like(logps),
+    )  # fmt: skip
 
 
 def _preference_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(output[4])
 
 
 def _preference_backward(ctx, grad, *_):
     (gradient,) = ctx.saved_tensors
-    return (None if grad is None else grad * gradient, *(None,) * 7)
+    return (None if grad is None else grad * gradient, *(None,) * 13)
 
 
 _preference_op.register_autograd(_preference_backward, setup_context=_preference_setup)

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from tralign_fast.ops.losses import LOSSES, LossSpec
+from tralign_fast.ops.backend import warn_once
+from tralign_fast.ops.losses import LOSSES
+from tralign_fast.ops.objective import DIVERGENCES, Objective, Range, objective_of
 from tralign_fast.reference import REFERENCES, TrustRegion
 from tralign_fast.training.gradient_release import check_releasable
 
+# fields that are options of losses
+_LOSS_FIELDS = (
+    "beta", "label_smoothing", "discopop_tau", "desirable_weight", "undesirable_weight",
+)  # fmt: skip
+
 
 def _option(default: Any, help: str) -> Any:
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def _help_of(option: str) -> str:
+    """What the registry says of an option, and the losses that take it."""
+    found = {n: o for n, s in LOSSES.items() if (o := s.option(option)) is not None}
+    (text,) = {o.help for o in found.values()}
+    if len(found) == len(LOSSES):
+        return text
+    ranges = {str(o.range) for o in found.values()}
+    of = [f"{n} ({o.range})" if len(ranges) > 1 else n for n, o in found.items()]
+    return f"{text} Of {', '.join(of)}."
 
 
 @dataclass
@@ -33,6 +54,7 @@ class TRConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "loss_options",
     ]
 
     learning_rate: float = _option(1e-6, "Initial learning rate of the optimizer.")
@@ -45,13 +67,38 @@ class TRConfig(TrainingArguments):
     )
 
     # the loss
-    loss_type: str = _option("dpo", "dpo (= sigmoid), ipo or kto.")
-    beta: float = _option(0.1, "β, the pull towards the reference (IPO's τ).")
-    label_smoothing: float = _option(0.0, "DPO: share of labels that are flipped, in [0, 0.5).")
-    desirable_weight: float = _option(1.0, "KTO: weight of desirable completions.")
-    undesirable_weight: float = _option(1.0, "KTO: weight of undesirable completions.")
+    loss_type: list[str] = _option(
+        lambda: ["dpo"],
+        f"One loss, or several that are added up: {', '.join(LOSSES)}. dpo and sigmoid are one.",
+    )
+    loss_weights: list[float] | None = _option(
+        None, "A factor for each loss of loss_type, as 0.8 0.2 1.0 of MPO. None: 1 each."
+    )
+    beta: float = _option(0.1, _help_of("beta"))
+    label_smoothing: float | None = _option(
+        None,
+        f"{_help_of('label_smoothing')} With dpo it is conservative DPO, which TRL's sigmoid loss "
+        "does not have (it ignores the option). None: 1e-3 for exo_pair, else 0.",
+    )
+    discopop_tau: float = _option(0.05, _help_of("discopop_tau"))
+    desirable_weight: float = _option(1.0, _help_of("desirable_weight"))
+    undesirable_weight: float = _option(1.0, _help_of("undesirable_weight"))
+    loss_options: dict[str, Any] | str | None = _option(
+        None, "Options of losses of your own that have no field here, by name."
+    )
     length_normalized: bool | None = _option(
-        None, "Divide log-probs by the completion's length. None: for IPO, as TRL does."
+        None, "Divide log-ratios by the completion's length. None: as each loss does (ipo does)."
+    )
+    f_divergence_type: str = _option(
+        "reverse_kl", f"Divergence from the reference: {', '.join(DIVERGENCES)}."
+    )
+    f_alpha_divergence_coef: float = _option(0.5, "α of alpha_divergence.")
+    ld_alpha: float | None = _option(
+        None, "LD-DPO: weight in [0, 1] of tokens beyond the pair's shorter completion. None: 1."
+    )
+    use_weighting: bool = _option(
+        False,
+        "WPO: weigh pairs by their probability under the policy; one more product of the head.",
     )
 
     # the reference
@@ -113,18 +160,10 @@ class TRConfig(TrainingArguments):
     overwrite_output_dir: bool = _option(False, "Write into an output_dir that holds another run.")
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, (list, tuple)):  # TRL takes a list
-            if len(self.loss_type) != 1:
-                raise ValueError(f"loss_type: expected one loss, got {self.loss_type}")
-            self.loss_type = self.loss_type[0]
-        _check_choice("loss_type", self.loss_type, LOSSES)
+        self._check_losses()
         _check_choice("reference", self.reference, ["auto", *REFERENCES])
         _check_choice("ema_rounding", self.ema_rounding, ["nearest", "stochastic"])
         _check_choice("on_bad_rows", self.on_bad_rows, ["raise", "drop"])
-        if not (self.beta > 0 and math.isfinite(self.beta)):
-            raise ValueError(f"beta must be positive, got {self.beta}")
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
         if not 0.0 <= self.ref_model_mixup_alpha <= 1.0:
             raise ValueError(
                 f"ref_model_mixup_alpha must lie in [0, 1], got {self.ref_model_mixup_alpha}"
@@ -177,13 +216,54 @@ class TRConfig(TrainingArguments):
         return max(1, (self.precompute_ref_batch_size or default) // size)
 
     @property
-    def loss_spec(self) -> LossSpec:
-        return LOSSES[self.loss_type]
+    def objective(self) -> Objective:
+        """The losses of the run, with their weights and options."""
+        fields = {f.name: f.default for f in dataclasses.fields(self)}
+        taken = {o.name for name in self.loss_type if name in LOSSES for o in LOSSES[name].options}
+        options = dict(self.loss_options or {})  # pyright: ignore[reportArgumentType, reportCallIssue]
+        for name in _LOSS_FIELDS:
+            value, default = getattr(self, name), fields[name]
+            unset = value is None or (name not in taken and value in (default, default or 0.0))
+            if not unset:
+                options[name] = value
+        return objective_of(
+            LOSSES, self.loss_type, self.loss_weights, options,
+            f_divergence=self.f_divergence_type, f_alpha=self.f_alpha_divergence_coef,
+            length_normalized=self.length_normalized,
+        )  # fmt: skip
 
-    @property
-    def normalizes_length(self) -> bool:
-        default = self.loss_spec.length_normalized
-        return default if self.length_normalized is None else self.length_normalized
+    def _check_losses(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.loss_type = list(self.loss_type)
+        if isinstance(self.loss_options, str):  # of the command line
+            self.loss_options = json.loads(self.loss_options)
+        objective = self.objective
+        if self.label_smoothing is None:
+            self.label_smoothing = objective.options.get("label_smoothing", 0.0)
+        if self.label_smoothing and {"dpo", "sigmoid", "sigmoid_norm"} & set(self.loss_type):
+            warn_once(
+                f"label_smoothing={self.label_smoothing:g}: dpo is conservative DPO with it, where "
+                "TRL 1.16's sigmoid loss ignores it; loss_type=\"robust\" is TRL's too"
+            )
+        if self.f_divergence_type != "alpha_divergence" and self.f_alpha_divergence_coef != 0.5:
+            raise ValueError(
+                f"f_alpha_divergence_coef: f_divergence_type={self.f_divergence_type!r} does not "
+                f"take it, got {self.f_alpha_divergence_coef}"
+            )
+        names = " + ".join(self.loss_type)
+        if self.ld_alpha is not None:
+            if self.ld_alpha not in Range(0.0, 1.0):
+                raise ValueError(f"ld_alpha: expected a number in [0, 1], got {self.ld_alpha!r}")
+            if not objective.paired:
+                raise ValueError(f"ld_alpha: {names} takes no pairs, got {self.ld_alpha}")
+        if self.use_weighting and not (objective.paired and objective.weighs_examples):
+            raise ValueError(f"use_weighting: {names} takes no weights of pairs")
+        if self.token_budget is not None and objective.couples_examples:
+            raise ValueError(
+                f"token_budget: {names} sorts the pairs of a batch, which cannot be split; leave "
+                "it out"
+            )
 
 
 def _layer_kernels(liger: dict[str, Any] | None) -> dict[str, Any]:

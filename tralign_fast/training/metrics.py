@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tralign_fast.data.packing import PackedBatch
-from tralign_fast.ops.losses import PreferenceLoss
+from tralign_fast.ops.preference import METRICS
 
 
 class MeanMetrics:
@@ -16,51 +15,36 @@ class MeanMetrics:
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}  # name -> (2,) float32: sum, count
+        self._tables: dict[tuple[str, ...], Tensor] = {}  # names -> (len(names), 2) float32
 
     def add(self, name: str, total: Tensor, count: float | Tensor) -> None:
         pair = torch.stack([total.float(), torch.as_tensor(count, device=total.device).float()])
         self._totals[name] = self._totals[name] + pair if name in self._totals else pair
 
-    def add_mean(self, name: str, values: Tensor) -> None:
-        """Adds (n,) values; NaN counts as absent."""
-        present = ~values.isnan()
-        self.add(name, values.nansum(), present.sum())
+    def add_table(self, names: tuple[str, ...], table: Tensor) -> None:
+        """Adds (len(names), 2) sums and counts at once."""
+        known = self._tables.get(names)
+        self._tables[names] = table if known is None else known + table
 
     def pop(self, accelerator: Any) -> dict[str, float]:
         """Means over all processes since the last call; a name without values is left out."""
-        if not self._totals:
+        names = [*self._totals, *(name for names in self._tables for name in names)]
+        if not names:
             return {}
-        names = list(self._totals)
-        table = accelerator.reduce(torch.stack([self._totals[n] for n in names]), reduction="sum")
-        self._totals = {}
+        tables = [*(total[None] for total in self._totals.values()), *self._tables.values()]
+        table = accelerator.reduce(torch.cat(tables), reduction="sum")
+        self._totals, self._tables = {}, {}
         return {n: s / c for n, (s, c) in zip(names, table.tolist(), strict=True) if c > 0}
 
 
 class PreferenceMetrics(MeanMetrics):
     """TRL's metrics of preference batches: rewards, log-probs, accuracy, KTO's KL term."""
 
-    def record(
-        self,
-        batch: PackedBatch,
-        logps: Tensor,  # (S,)
-        result: PreferenceLoss,
-        kl: Tensor | None,  # ()
-    ) -> None:
-        if batch.is_desirable is None:
-            chosen, rejected = logps.chunk(2)
-            margins = result.chosen_rewards - result.rejected_rewards
-            self.add_mean("rewards/accuracies", (margins > 0).float())
-            self.add_mean("rewards/margins", margins)
-        else:
-            own = logps[: len(batch)]
-            chosen = own.masked_fill(~batch.is_desirable, float("nan"))
-            rejected = own.masked_fill(batch.is_desirable, float("nan"))
-        self.add_mean("rewards/chosen", result.chosen_rewards)
-        self.add_mean("rewards/rejected", result.rejected_rewards)
-        self.add_mean("logps/chosen", chosen)
-        self.add_mean("logps/rejected", rejected)
-        if kl is not None:
-            self.add("kl", kl * batch.share, batch.share)
+    def record(self, totals: Tensor, share: float) -> None:
+        """Adds what `preference_loss` says of a batch, or of a part that has this share of one."""
+        if share != 1.0:  # the KL term is that of the whole batch, and counts once
+            totals = totals * totals.new_tensor([[share if n == "kl" else 1.0] for n in METRICS])
+        self.add_table(METRICS, totals)
 
     def pop(self, accelerator: Any) -> dict[str, float]:
         averages = super().pop(accelerator)

@@ -29,8 +29,14 @@ from transformers.integrations.liger import apply_liger_kernel
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
 from tralign_fast.model.prepare import compile_layers
-from tralign_fast.model.scoring import hidden_kl, sequence_logps
-from tralign_fast.ops.losses import PreferenceLoss
+from tralign_fast.model.scoring import (
+    hidden_kl,
+    sequence_logps,
+    token_logps,
+    token_logps_and_squares,
+)
+from tralign_fast.ops.preference import preference_loss
+from tralign_fast.ops.segments import pair_weights
 from tralign_fast.reference import build_reference, choose_reference
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
@@ -122,7 +128,9 @@ class TRTrainer(Trainer):
             # IterableDataset: a PackedBatch cannot be cut up
             args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         collator = data_collator or PreferenceCollator(
-            paired=args.loss_spec.paired,
+            paired=args.objective.paired,
+            mismatched=args.objective.needs_kl,
+            ld_alpha=args.ld_alpha,
             max_length=args.max_length,
             token_budget=args.token_budget,
             pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
@@ -138,6 +146,7 @@ class TRTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._objective = args.objective
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
         check_distribution(self.accelerator, place)
@@ -203,7 +212,7 @@ class TRTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """Forward and backward of a micro-batch, part after part where it is split."""
-        parts = self._with_common_kl(model, inputs)
+        parts = self._whole_batch_terms(model, inputs)
         losses = []
         state = self.accelerator.gradient_state
         steps = state.sync_gradients
@@ -221,19 +230,27 @@ class TRTrainer(Trainer):
             return batch.parts
         return even_parts(self.accelerator, batch)
 
-    @torch.no_grad()
-    def _with_common_kl(
+    def _whole_batch_terms(
         self, model: nn.Module, inputs: PackedBatch | SplitBatch
     ) -> tuple[PackedBatch, ...]:
-        """The parts of a batch. KTO's KL term is the whole batch's: split, it is computed first."""
+        """The parts of a batch, each with what the loss needs to know of the whole: KTO's KL term,
+        which is computed first, and the tokens that an SFT term is a mean over."""
         parts = self.parts_of(inputs)
-        if self.args.loss_spec.paired or len(parts) == 1:
+        if len(parts) == 1:
             return parts
-        total = 0.0
-        with self.compute_loss_context_manager():
+        if self._objective.sums_tokens:
+            tokens = sum(sum(p.scored_lengths[: len(p)]) for p in parts if p.share > 0)
+            parts = tuple(
+                dataclasses.replace(p, nll_tokens=tokens * p.share if p.share > 0 else None)
+                for p in parts
+            )
+        if not self._objective.needs_kl:
+            return parts
+        total: Any = 0.0
+        with torch.no_grad(), self.compute_loss_context_manager():
             for part in (part.to(self.args.device) for part in parts):
                 gap = sequence_logps(model, part) - self.reference.logps(part)
-                total = total + part.share * gap.chunk(2)[1].mean()
+                total = total + part.share * gap[len(part) :].mean()
         return tuple(dataclasses.replace(part, kl=total) for part in parts)
 
     def compute_loss(
@@ -243,47 +260,45 @@ class TRTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of a batch: policy and reference log-probs, then one function of `LOSSES`.
+        """The loss of a batch: log-probs of policy and reference, then `preference_loss`.
 
         Raises:
             ValueError: a log-prob is NaN or infinite; nothing is trained on it.
         """
         batch = inputs
         ref_logps = self.reference.logps(batch)
-        logps = sequence_logps(model, batch)
-        self._check_finite(batch, logps, ref_logps)
-        result, kl = self._loss(batch, logps, ref_logps)
+        logps, weights = self._policy_logps(model, batch)
+        result = preference_loss(
+            logps, ref_logps, batch.offsets, loss=self._objective,
+            is_desirable=batch.is_desirable, kl=self._kl(batch, logps, ref_logps),
+            lengths=batch.completion_lengths, token_weights=batch.token_weights,
+            example_weights=weights, nll_tokens=batch.nll_tokens,
+        )  # fmt: skip
+        self._check_finite(batch, result.logps, ref_logps)
         if batch.share > 0:
             mode = "train" if self.model.training else "eval"
-            self._means[mode].record(batch, logps.detach(), result, kl)
+            self._means[mode].record(result.totals, batch.share)
             if mode == "train":  # in the state, so that a resumed run goes on counting
                 self.state.num_input_tokens_seen += batch.num_tokens
-        loss = result.loss * batch.share
-        return (loss, {"logps": logps}) if return_outputs else loss
+        loss = result.loss if batch.share == 1.0 else result.loss * batch.share
+        return (loss, {"logps": result.logps}) if return_outputs else loss
 
-    def _loss(
-        self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor
-    ) -> tuple[PreferenceLoss, Tensor | None]:
-        spec = self.args.loss_spec
-        options = {name: getattr(self.args, name) for name in spec.options}
-        lengths = batch.completion_lengths if self.args.normalizes_length else None
-        if lengths is not None:
-            logps, ref_logps = logps / lengths, ref_logps / lengths
-        if not spec.paired:
-            (own, mismatched), (ref_own, ref_mismatched) = logps.chunk(2), ref_logps.chunk(2)
-            kl = batch.kl
-            if kl is None:
-                kl = (mismatched.detach() - ref_mismatched).mean()
-            kl = self.accelerator.reduce(kl, reduction="mean")
-            kl = kl.clamp(min=0)  # pyright: ignore[reportAttributeAccessIssue]
-            return spec.function(own, ref_own, batch.is_desirable, kl, **options), kl
-        result = spec.function(*logps.chunk(2), *ref_logps.chunk(2), **options)
-        if lengths is not None:  # rewards are reported for whole completions, as TRL does
-            chosen, rejected = lengths.chunk(2)
-            result = PreferenceLoss(
-                result.loss, result.chosen_rewards * chosen, result.rejected_rewards * rejected
-            )
-        return result, None
+    def _policy_logps(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """(N,) log-probs of the scored tokens, and (B,) WPO's weights of the pairs if wanted."""
+        if not self.args.use_weighting:
+            return token_logps(model, batch), None
+        logps, log_sum_sq = token_logps_and_squares(model, batch)
+        return logps, pair_weights(logps, log_sum_sq, batch.offsets)
+
+    def _kl(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> Tensor | None:
+        """() KTO's KL term of all processes; None: there is none, or the loss makes it itself."""
+        kl = batch.kl
+        if not self._objective.needs_kl or (kl is None and self.accelerator.num_processes == 1):
+            return None
+        if kl is None:
+            gap = batch.sum_per_sequence(logps.detach()) - ref_logps
+            kl = gap[len(batch) :].mean()
+        return self.accelerator.reduce(kl, reduction="mean")  # pyright: ignore[reportReturnType]
 
     def _check_finite(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> None:
         finite = torch.isfinite(logps.detach()) & torch.isfinite(ref_logps)
@@ -321,7 +336,7 @@ class TRTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         loss = torch.zeros((), device=self.args.device)
-        for part in self._with_common_kl(model, inputs):
+        for part in self._whole_batch_terms(model, inputs):
             batch = self._prepare_inputs(part)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss += self.compute_loss(model, batch)
@@ -409,7 +424,7 @@ def _tokenize(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: TRConfig, 
         return {key: _tokenize(part, tokenizer, args, key) for key, part in dataset.items()}
     if dataset is None:
         return None
-    tokenize = tokenize_pairs if args.loss_spec.paired else tokenize_unpaired
+    tokenize = tokenize_pairs if args.objective.paired else tokenize_unpaired
     return tokenize(
         dataset,
         tokenizer,
