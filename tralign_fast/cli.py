@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,9 +90,14 @@ def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(classes, prog=f"tralign-fast {command}")
+    known = {action.dest for action in parser._actions}
+    own = _own_loss_options(known)
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
+    for name in own:
+        first.add_argument(f"--{name}", type=float)
     given, rest = first.parse_known_args(arguments)
+    values = {name: getattr(given, name) for name in own}
     if given.config is not None:
         try:
             with open(given.config, encoding="utf-8") as file:
@@ -100,7 +106,7 @@ def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
             raise ValueError(f"--config {given.config}: {error}") from error
         if not isinstance(recipe, dict):
             raise ValueError(f"--config {given.config}: expected lines of `option: value`")
-        known = {action.dest for action in parser._actions}
+        values = {name: recipe.pop(name, None) if v is None else v for name, v in values.items()}
         unknown = sorted(set(recipe) - known)
         if unknown:
             raise ValueError(f"--config {given.config}: unknown options {', '.join(unknown)}")
@@ -108,7 +114,20 @@ def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
             if action.dest in recipe:
                 action.required = False
         parser.set_defaults(**recipe)
+    values = {name: value for name, value in values.items() if value is not None}
+    if values:
+        rest = [*rest, "--loss_options", json.dumps(values)]
     return parser.parse_args_into_dataclasses(rest)
+
+
+def _own_loss_options(known: set[str]) -> list[str]:
+    """Options of registered losses that have no field of their own: `loss_options` takes them."""
+    from tralign_fast import LOSSES
+
+    if "loss_options" not in known:
+        return []
+    names = {option.name for spec in LOSSES.values() for option in spec.options}
+    return sorted(names - known)
 
 
 if __name__ == "__main__":

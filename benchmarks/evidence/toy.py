@@ -8,9 +8,8 @@ one number of steps, and the same values of β for every schedule.
 from __future__ import annotations
 
 import copy
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -20,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.evidence.tree import Groups, RecurrentPolicies, draw_pairs, fit_initial_policies
-from tralign_fast import TrustRegion, dpo_loss, ema_update_, ipo_loss, kto_loss
-from tralign_fast.ops.sequence_losses import PreferenceLoss
+from tralign_fast import LOSSES, TrustRegion, ema_update_
+from tralign_fast.ops.objective import objective_of
 
 EVERY = 64
 SCHEDULES = {
@@ -30,11 +29,7 @@ SCHEDULES = {
     "hard": TrustRegion(alpha=1.0, every=EVERY),
     "hybrid": TrustRegion(alpha=0.6, every=EVERY),
 }
-LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
-    "dpo": dpo_loss,
-    "ipo": ipo_loss,
-    "kto": kto_loss,
-}
+METHODS = ("dpo", "ipo", "kto")  # the losses of the paper, by their names in `LOSSES`
 BETAS = (0.003, 0.03, 0.1, 0.3)
 
 
@@ -50,7 +45,7 @@ class Arm:
 
 
 def arms(betas: Sequence[float] = BETAS, **options: Any) -> list[Arm]:
-    return [Arm(*arm, **options) for arm in product(LOSSES, SCHEDULES, betas)]
+    return [Arm(*arm, **options) for arm in product(METHODS, SCHEDULES, betas)]
 
 
 def log_steps(last: int, per_decade: int = 10) -> list[int]:
@@ -92,15 +87,17 @@ def loss_of(arm: Arm, groups: Groups, logps: Tensor, ref_logps: Tensor) -> Tenso
     these are sums. KTO's reference point is the exact KL(π || π_ref): the trainer estimates it from
     completions of other prompts, of which a tree with one root has none.
     """
-    loss = functools.partial(LOSSES[arm.loss], beta=arm.beta)
-    if arm.loss != "kto":
-        pairs = [v.gather(1, g) for v in (logps, ref_logps) for g in groups]
-        return torch.vmap(loss)(*pairs).loss.sum()
+    objective = objective_of(LOSSES, arm.loss, options={"beta": arm.beta})
+    (spec,) = objective.specs
+    ratios = logps - ref_logps
+    if spec.paired:
+        pairs = [ratios.gather(1, group) for group in groups]
+        return spec.function(*pairs, **objective.options).mean(1).sum()
     both = torch.cat(groups, 1)
     desirable = (torch.arange(both.shape[1]) < groups.chosen.shape[1]).expand_as(both)
-    kl = exact_kl(logps, ref_logps)
-    own, ref = logps.gather(1, both), ref_logps.gather(1, both)
-    return torch.vmap(loss)(own, ref, desirable, kl).loss.sum()
+    kl = exact_kl(logps, ref_logps).detach()[:, None]
+    each = spec.function(ratios.gather(1, both), desirable, kl=kl, **objective.options)
+    return each.mean(1).sum()
 
 
 def exact_kl(logps: Tensor, others: Tensor) -> Tensor:  # (E, Y) each -> (E,)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.toy import LOSSES, SCHEDULES
+from benchmarks.evidence.toy import METHODS, SCHEDULES
 
 GROUPS = {"chosen": "tab:green", "rejected": "tab:red", "ood": "tab:grey"}
 COLOURS = dict(zip(SCHEDULES, ("black", "tab:orange", "tab:blue", "tab:purple"), strict=True))
@@ -36,9 +36,9 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     width = len(SCHEDULES) + 2
     figure, axes = plt.subplots(
-        len(LOSSES), width, figsize=(3.1 * width, 2.7 * len(LOSSES)), layout="constrained"
+        len(METHODS), width, figsize=(3.1 * width, 2.7 * len(METHODS)), layout="constrained"
     )
-    for row, loss in zip(axes, LOSSES, strict=True):
+    for row, loss in zip(axes, METHODS, strict=True):
         for axis, schedule in zip(row, SCHEDULES, strict=False):
             _plot_masses(axis, rows, loss, schedule)
         _plot_curvature(row[-2], rows, loss)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import format_table
-from benchmarks.evidence.toy import LOSSES, SCHEDULES
+from benchmarks.evidence.toy import METHODS, SCHEDULES
 from benchmarks.evidence.toy_figure import curves
 
 Rows = Sequence[Mapping[str, Any]]
@@ -17,7 +17,7 @@ def last_step(rows: Rows) -> str:
     mass than with the frozen reference of the same β. `peak ood` is the largest on the way."""
     header = ["last step", "chosen", "ood", "peak ood", "KL", "seeds over frozen"]
     table = []
-    for loss in LOSSES:
+    for loss in METHODS:
         for beta in sorted({row["beta"] for row in rows}):
             frozen = None
             for schedule in SCHEDULES:
@@ -42,7 +42,7 @@ def at_distance(rows: Rows, distances: Sequence[float] = (1.0, 1.5, 2.0)) -> str
     betas = sorted({row["beta"] for row in rows})
     header = ["chosen at KL", *(f"{s} β={beta:g}" for s in SCHEDULES for beta in betas)]
     table = []
-    for loss in LOSSES:
+    for loss in METHODS:
         for distance in distances:
             line = [f"{loss} {distance:g} nats"]
             for schedule in SCHEDULES:

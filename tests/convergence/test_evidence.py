@@ -64,7 +64,7 @@ def test_seeds_do_not_depend_on_their_company():
         assert row["chosen"] == pytest.approx(other["chosen"], rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", toy.LOSSES)
+@pytest.mark.parametrize("loss", toy.METHODS)
 def test_all_seeds_push_the_rejected_down_and_start_alike(rows, loss):
     for schedule in toy.SCHEDULES:
         chosen, rejected, ood = (
@@ -106,7 +106,7 @@ def test_out_of_distribution_mass_rises_in_all_seeds(rows):
 
 
 def test_toy_command_writes_a_figure_and_a_row_a_look(tmp_path, monkeypatch):
-    few = [toy.Arm(loss, s, 0.1, steps=4) for loss in toy.LOSSES for s in toy.SCHEDULES]
+    few = [toy.Arm(loss, s, 0.1, steps=4) for loss in toy.METHODS for s in toy.SCHEDULES]
     monkeypatch.setattr(toy, "arms", lambda **_: few)
     threads = torch.get_num_threads()
     assert main(["toy", "--quick", "--seeds", "2", "--out", str(tmp_path)]) == 0

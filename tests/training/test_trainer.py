@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -276,13 +277,28 @@ def test_an_output_folder_that_holds_a_run_is_kept(tiny_llama, small_tokenizer, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss_type": "hinge"}, "loss_type: expected one of dpo, ipo, kto, sigmoid, got 'hinge'"),
-        ({"loss_type": ["sigmoid", "ipo"]}, "expected one loss"),
+        ({"loss_type": "hing"}, "loss_type: expected one of dpo, .*did you mean 'hinge'"),
+        ({"loss_type": ["sigmoid", "kto"]}, "cannot be added up"),
+        ({"loss_type": []}, "loss_type: expected at least one"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing: the loss ipo does not"),
+        ({"desirable_weight": 2.0}, "desirable_weight: the loss dpo does not take it"),
+        ({"discopop_tau": 0.1}, "discopop_tau: the loss dpo does not take it"),
+        ({"loss_weights": [1.0, 2.0]}, "loss_weights: expected one weight for each"),
+        ({"loss_weights": [math.inf]}, "loss_weights: expected numbers ≥ 0 and finite"),
+        ({"loss_options": {"gamma": 1.0}}, "gamma: the loss dpo does not take it"),
+        ({"loss_type": "kto", "undesirable_weight": math.nan}, "undesirable_weight: expected a"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type: expected one of"),
+        ({"f_alpha_divergence_coef": 0.7}, "f_alpha_divergence_coef: f_divergence_type='rev"),
+        ({"ld_alpha": 1.5}, r"ld_alpha: expected a number in \[0, 1\]"),
+        ({"loss_type": "kto", "ld_alpha": 0.5}, "ld_alpha: kto takes no pairs"),
+        ({"loss_type": "aot", "use_weighting": True}, "use_weighting: aot takes no weights"),
+        ({"loss_type": "aot", "token_budget": 100}, "token_budget: aot sorts the pairs"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be a whole number"),
         ({"ref_model_sync_steps": -1}, "ref_model_sync_steps must be a whole number"),
         ({"ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha must lie in \[0, 1\]"),
-        ({"beta": 0.0}, "beta must be positive"),
-        ({"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\)"),
+        ({"beta": 0.0}, "beta: expected a number > 0"),
+        ({"beta": math.nan}, "beta: expected a number > 0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing: expected a number in \[0, 0.5\)"),
         ({"vocab_filter": 1.0}, r"vocab_filter must lie in \[0, 1\)"),
         ({"reference": "cloud"}, "reference: expected one of auto, resident"),
         ({"max_length": 1}, "max_length must be at least 2"),
@@ -306,9 +322,10 @@ def test_trl_defaults_and_ours(tmp_path):
     ):  # fmt: skip
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.sync_ref_model
-    as_trl: Any = ["sigmoid"]
-    assert TRConfig(str(tmp_path), loss_type=as_trl).loss_type == "sigmoid"
-    assert json.loads(ours.to_json_string())["loss_type"] == "dpo"
+    assert TRConfig(str(tmp_path), loss_type="sigmoid").loss_type == ["sigmoid"]
+    assert json.loads(ours.to_json_string())["loss_type"] == ["dpo"]
+    again = TRConfig(**{f: getattr(ours, f) for f in ("output_dir", "beta", "label_smoothing")})
+    assert again.objective == ours.objective
 
 
 def test_models_and_rows_that_cannot_be_used(tiny_llama, small_tokenizer, tmp_path):

@@ -19,6 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.losses import LOSSES
+
+_PAIR_LOSSES = [name for name, spec in LOSSES.items() if spec.paired]
+
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -30,7 +34,7 @@ class DemoOptions:
 
     output_dir: str = _option("runs/demo", "Folder of the results.")
     overwrite_output_dir: bool = _option(False, "Write into a folder that holds another run.")
-    loss_type: str = _option("dpo", "dpo or ipo.")
+    loss_type: str = _option("dpo", f"A loss of pairs: {', '.join(_PAIR_LOSSES)}.")
     max_steps: int = _option(32, "Optimizer steps.")
     per_device_train_batch_size: int = _option(4, "Pairs in a step.")
     learning_rate: float = _option(2e-5, "Peak learning rate.")
@@ -50,8 +54,11 @@ def run_demo(options: DemoOptions) -> int:
 
     started = time.perf_counter()
     output = Path(options.output_dir)
-    if options.loss_type not in ("dpo", "ipo"):
-        raise ValueError(f"loss_type: the demo's pairs need dpo or ipo, got {options.loss_type!r}")
+    if options.loss_type not in _PAIR_LOSSES:
+        raise ValueError(
+            f"loss_type: the demo's pairs need one of {', '.join(_PAIR_LOSSES)}, got "
+            f"{options.loss_type!r}"
+        )
     if not options.overwrite_output_dir:
         check_output_dir(options.output_dir)
     _require_packages()
@@ -235,7 +242,7 @@ def _summary(
     tokens = next(log["num_tokens"] for log in reversed(logs) if "num_tokens" in log)
     figures = [k for k in before if k != "samples"]
     return {
-        "method": f"TR-{options.loss_type.upper()}",
+        "method": f"TR-{LOSSES[options.loss_type].title}",
         "model": "SmolLM2-135M-Instruct",
         "train_pairs": len(trainer.train_dataset),
         "held_out_pairs": len(trainer.eval_dataset),
@@ -334,7 +341,7 @@ def _plot(history: list[dict[str, Any]], options: DemoOptions, file: Path) -> No
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"TR-{options.loss_type.upper()}: α = {options.ref_model_mixup_alpha}, "
+        f"TR-{LOSSES[options.loss_type].title}: α = {options.ref_model_mixup_alpha}, "
         f"τ = {options.ref_model_sync_steps}, β = {options.beta}"
     )
     figure.savefig(file, dpi=120)

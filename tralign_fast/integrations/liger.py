@@ -6,92 +6,19 @@ V vocabulary, N scored positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.logprobs import linear_logprobs
-from tralign_fast.ops.sequence_losses import dpo_loss, ipo_loss, kto_loss
+from tralign_fast.ops.losses import LOSSES
+from tralign_fast.ops.objective import objective_of
+from tralign_fast.ops.sequence_losses import kto_loss
 
-# --- losses of a pair's log-ratios: (chosen (B,), rejected (B,), β, ε, τ) -> (B,) -----------------
-
-
-def _sigmoid(chosen, rejected, beta, epsilon, tau):
-    return dpo_loss(chosen, rejected, 0 * chosen, 0 * rejected, beta=beta).loss
-
-
-def _ipo(chosen, rejected, beta, epsilon, tau):
-    return ipo_loss(chosen, rejected, 0 * chosen, 0 * rejected, beta=beta).loss
-
-
-def _hinge(chosen, rejected, beta, epsilon, tau):
-    """SLiC, arXiv 2305.10425."""
-    return F.relu(1 - beta * (chosen - rejected))
-
-
-def _exo_pair(chosen, rejected, beta, epsilon, tau):
-    """KL(σ(±β·Δ) || (1-ε, ε)), arXiv 2402.00856, eq. 16."""
-    delta = beta * (chosen - rejected)
-    smoothed = torch.tensor([1 - epsilon, epsilon], device=delta.device).log()
-    log_q = torch.stack([F.logsigmoid(delta), F.logsigmoid(-delta)], -1)
-    return (log_q.exp() * (log_q - smoothed)).sum(-1)
-
-
-def _nca_pair(chosen, rejected, beta, epsilon, tau):
-    """arXiv 2402.05369."""
-    chosen, rejected = beta * chosen, beta * rejected
-    return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
-
-
-def _robust(chosen, rejected, beta, epsilon, tau):
-    """Unbiased under labels flipped with probability ε, arXiv 2403.00409."""
-    delta = beta * (chosen - rejected)
-    return (epsilon * F.logsigmoid(-delta) - (1 - epsilon) * F.logsigmoid(delta)) / (
-        1 - 2 * epsilon
-    )
-
-
-def _bco_pair(chosen, rejected, beta, epsilon, tau):
-    """arXiv 2404.04656, without the reward shift."""
-    return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
-
-
-def _sppo_hard(chosen, rejected, beta, epsilon, tau):
-    """arXiv 2405.00675, eq. 4.7 with P = 1 for the chosen, 0 for the rejected."""
-    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
-
-
-def _apo_zero(chosen, rejected, beta, epsilon, tau):
-    """arXiv 2408.06266, eq. 7."""
-    return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
-
-
-def _apo_down(chosen, rejected, beta, epsilon, tau):
-    """arXiv 2408.06266, eq. 8."""
-    return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))
-
-
-def _discopop(chosen, rejected, beta, epsilon, tau):
-    """arXiv 2406.08414, eq. 5."""
-    delta = beta * (chosen - rejected)
-    return torch.lerp(-F.logsigmoid(delta), (-delta).exp(), torch.sigmoid(delta / tau))
-
-
-LOSS_TYPES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": _sigmoid,
-    "ipo": _ipo,
-    "hinge": _hinge,
-    "exo_pair": _exo_pair,
-    "nca_pair": _nca_pair,
-    "robust": _robust,
-    "bco_pair": _bco_pair,
-    "sppo_hard": _sppo_hard,
-    "apo_zero": _apo_zero,
-    "apo_down": _apo_down,
-    "discopop": _discopop,
-}
+# losses of pairs whose log-ratios are all they need
+LOSS_TYPES = tuple(name for name, spec in LOSSES.items() if spec.paired and not spec.inputs)
+# losses whose label_smoothing Liger 0.8 ignores
+_UNSMOOTHED = ("dpo", "sigmoid", "sigmoid_norm")
 
 
 class _FusedLinearLoss(nn.Module):
@@ -183,17 +110,20 @@ class FusedLinearDPOLoss(_FusedLinearLoss):
         discopop_tau: float = 0.05,
     ) -> None:
         super().__init__(ignore_index, beta, compiled, use_ref_model, average_log_prob, chunk_size)
-        if loss_type not in LOSS_TYPES:
+        if loss_type in LOSSES and loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}"
             )
-        if loss_type == "exo_pair" and not 0.0 < label_smoothing < 1.0:
-            raise ValueError(
-                f"exo_pair needs label_smoothing in (0, 1), got {label_smoothing}; its paper takes "
-                "1e-3"
+        if label_smoothing and loss_type in _UNSMOOTHED:
+            warn_once(
+                f"label_smoothing={label_smoothing:g}: Liger's {loss_type} loss ignores it, and so "
+                'does this one; loss_type="robust" takes it'
             )
-        if loss_type == "robust" and not 0.0 <= label_smoothing < 0.5:
-            raise ValueError(f"robust needs label_smoothing in [0, 0.5), got {label_smoothing}")
+        options = {"discopop_tau": discopop_tau, "label_smoothing": label_smoothing}
+        taken = {o.name for o in LOSSES[loss_type].options} if loss_type in LOSSES else set()
+        taken -= {"label_smoothing"} if loss_type in _UNSMOOTHED else set()
+        options = {name: value for name, value in options.items() if name in taken}
+        self.objective = objective_of(LOSSES, loss_type, options={"beta": beta, **options})
         self.alpha = alpha
         self.compute_nll_loss = compute_nll_loss
         self.loss_type = loss_type
@@ -225,10 +155,9 @@ class FusedLinearDPOLoss(_FusedLinearLoss):
         ratios = sums - ref_sums
         mean_ratios = ratios / lengths
         own = mean_ratios if self.average_log_prob else ratios
-        loss = LOSS_TYPES[self.loss_type](
-            *(mean_ratios if self.loss_type == "ipo" else own).chunk(2),
-            self.beta, self.label_smoothing, self.discopop_tau,
-        ).mean()  # fmt: skip
+        (spec,) = self.objective.specs
+        taken = mean_ratios if spec.length_normalized else own
+        loss = spec.function(*taken.chunk(2), **self.objective.options).mean()
         nll = torch.zeros((), device=loss.device)
         if self.compute_nll_loss:
             nll = -sums.chunk(2)[0].sum() / lengths.chunk(2)[0].sum()

@@ -13,6 +13,7 @@ from typing import Any
 
 from tralign_fast.memory import MemoryReport, Workload, trace, trace_trl
 from tralign_fast.memory.presets import PRESETS
+from tralign_fast.ops.losses import LOSSES
 
 GIB = 1 << 30
 # What a trace of tensors does not see: the CUDA context, workspaces of kernels, fragmentation.
@@ -35,7 +36,7 @@ class PlanOptions:
         metadata={"help": f"{', '.join(PRESETS)}; a config.json, a folder or a hub id."}
     )
     gpu_memory: str = _option("24GiB", "Memory of the GPU: 24GiB, 80GB, or a number of GiB.")
-    method: str = _option("dpo", "dpo, ipo or kto.", "--loss_type")
+    method: str = _option("dpo", f"The loss: {', '.join(LOSSES)}.", "--loss_type")
     reference: str = _option("auto", "auto, resident, snapshot, offloaded, adapter.")
     alpha: float = _option(
         0.6, "α, the policy's weight in the new reference.", "--ref_model_mixup_alpha"

@@ -10,6 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from tralign_fast.ops.losses import LOSSES
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -56,7 +58,7 @@ class Workload:
 
     @property
     def paired(self) -> bool:
-        return self.options.get("loss_type", "dpo") != "kto"
+        return LOSSES[self.options.get("loss_type", "dpo")].paired
 
     def rows(self) -> list[dict[str, Any]]:
         """Tokenised rows of two batches."""
