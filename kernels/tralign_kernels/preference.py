@@ -41,15 +41,18 @@ from .preference_terms import (
 
 class PreferenceLaunch(NamedTuple):
     sequences: int  # that the program reads side by side
-    tokens: int  # of each, per iteration
+    tokens: int  # of each, in a tile
+    tiles: int  # per iteration
     num_warps: int
 
 
-# 16 chosen and 16 rejected, 128 tokens of each at a time: 8 (4) loads of 4 bytes a thread in flight
-# for both, so that a batch of 32 pairs of 512 tokens waits for memory 8 times.
+# A warp a sequence: 16 chosen, then 16 rejected, 128 tokens of each at a time, 4 (2) loads of 4 bytes
+# a thread in flight, so that a batch of 32 pairs of 512 tokens waits for memory 16 times. A tile is
+# as wide as a warp: wider, a thread would hold the numbers of several sequences, and the maths of
+# the terms, most of the code, would be compiled once for each of them.
 PREFERENCE_LAUNCH = {
-    "cuda": PreferenceLaunch(sequences=16, tokens=128, num_warps=8),
-    "hip": PreferenceLaunch(sequences=16, tokens=128, num_warps=8),
+    "cuda": PreferenceLaunch(sequences=16, tokens=32, tiles=4, num_warps=16),
+    "hip": PreferenceLaunch(sequences=16, tokens=64, tiles=2, num_warps=16),
 }
 
 
@@ -57,7 +60,7 @@ PREFERENCE_LAUNCH = {
 def _read(
     tensors, sequence, inside, N, beta,
     OWN: tl.constexpr, PLAIN: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr,
-    SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
+    SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """(first token, length, Σ w·log-prob, Σ log-prob, log-ratio, reward, NaN if wrong offsets).
 
@@ -70,19 +73,20 @@ def _read(
     end = tl.load(offsets_ptr + sequence + 1, mask=inside, other=0)
     wrong = tl.where((start < 0) | (end < start) | (end > N), float("nan"), 0.0)
     begin = tl.minimum(tl.maximum(start, 0), N)
-    length = tl.maximum(tl.minimum(end, N) - begin, 0)
+    length = tl.maximum(tl.minimum(end, N) - begin, 0).to(tl.int32)
     sums = tl.zeros((SEQUENCES, TOKENS), tl.float32)
     plain_sums = tl.zeros((SEQUENCES, TOKENS), tl.float32)
-    for first in range(0, tl.max(length), TOKENS):  # pyright: ignore[reportArgumentType]
-        token = first + tl.arange(0, TOKENS)
-        own = token[None, :] < length[:, None]
-        place = begin[:, None] + token[None, :]
-        logps = tl.load(logps_ptr + place, mask=own, other=0.0)
-        if TOKEN_WEIGHTS:
-            if PLAIN:
-                plain_sums += logps
-            logps *= tl.load(token_weights_ptr + place, mask=own, other=0.0)
-        sums += logps
+    for first in range(0, tl.max(length), TOKENS * TILES):  # pyright: ignore[reportArgumentType]
+        for i in tl.static_range(TILES):
+            token = first + i * TOKENS + tl.arange(0, TOKENS)
+            own = token[None, :] < length[:, None]
+            place = begin[:, None] + token[None, :]
+            logps = tl.load(logps_ptr + place, mask=own, other=0.0)
+            if TOKEN_WEIGHTS:
+                if PLAIN:
+                    plain_sums += logps
+                logps *= tl.load(token_weights_ptr + place, mask=own, other=0.0)
+            sums += logps
     total = tl.sum(sums, axis=1) + wrong
     plain = total
     if TOKEN_WEIGHTS and PLAIN:
@@ -98,7 +102,13 @@ def _read(
 
 @triton.jit
 def _read_mismatched(
-    tensors, N, S, TOKEN_WEIGHTS: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr
+    tensors,
+    N,
+    S,
+    TOKEN_WEIGHTS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """(mean log-ratio of the mismatched, (SEQUENCES,): NaN where their offsets are wrong, or 0)."""
     ratios = tl.zeros((SEQUENCES,), tl.float32)
@@ -107,7 +117,7 @@ def _read_mismatched(
         sequence = S + first + tl.arange(0, SEQUENCES)
         _, _, _, _, ratio, _, wrong = _read(
             tensors, sequence, sequence < 2 * S, N, 0.0,
-            False, False, TOKEN_WEIGHTS, SEQUENCES, TOKENS,
+            False, False, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
         )  # fmt: skip
         ratios += ratio  # outside: 0 - 0
         spoilt += wrong
@@ -117,17 +127,18 @@ def _read_mismatched(
 @triton.jit
 def _store_gradient(
     gradient_ptr, token_weights_ptr, begin, length, slope, plain_slope,
-    TOKEN_WEIGHTS: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
+    TOKEN_WEIGHTS: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Slopes by Σ w·log-prob, (SEQUENCES,), and by Σ log-prob, () → the gradient of the tokens."""
-    for first in range(0, tl.max(length), TOKENS):  # pyright: ignore[reportArgumentType]
-        token = first + tl.arange(0, TOKENS)
-        own = token[None, :] < length[:, None]
-        place = begin[:, None] + token[None, :]
-        spread = tl.broadcast_to(slope[:, None], (SEQUENCES, TOKENS))
-        if TOKEN_WEIGHTS:
-            spread *= tl.load(token_weights_ptr + place, mask=own, other=0.0)
-        tl.store(gradient_ptr + place, spread + plain_slope, mask=own)
+    for first in range(0, tl.max(length), TOKENS * TILES):  # pyright: ignore[reportArgumentType]
+        for i in tl.static_range(TILES):
+            token = first + i * TOKENS + tl.arange(0, TOKENS)
+            own = token[None, :] < length[:, None]
+            place = begin[:, None] + token[None, :]
+            spread = tl.broadcast_to(slope[:, None], (SEQUENCES, TOKENS))
+            if TOKEN_WEIGHTS:
+                spread *= tl.load(token_weights_ptr + place, mask=own, other=0.0)
+            tl.store(gradient_ptr + place, spread + plain_slope, mask=own)
 
 
 @triton.jit
@@ -154,7 +165,7 @@ def _examples(
     desirable_weight, undesirable_weight, exponent, numbers, weights, terms, normalize,
     PAIRED: tl.constexpr, SFT: tl.constexpr, DIVERGENCE: tl.constexpr,
     TOKEN_WEIGHTS: tl.constexpr, EXAMPLE_WEIGHTS: tl.constexpr,
-    SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
+    SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """(losses (SEQUENCES,), metrics and their counts (8, SEQUENCES), end of the last sequence)."""
     beta, token_weights_ptr = numbers[0], tensors[3]
@@ -166,7 +177,7 @@ def _examples(
         example = first + tl.arange(0, SEQUENCES)
         inside = example < examples
         begin, length, total, plain, ratio, reward, wrong = _read(
-            tensors, example, inside, N, beta, True, SFT, TOKEN_WEIGHTS, SEQUENCES, TOKENS
+            tensors, example, inside, N, beta, True, SFT, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES
         )
         losses += wrong
         factor = tl.full((SEQUENCES,), 1.0, tl.float32)
@@ -175,7 +186,17 @@ def _examples(
         if PAIRED:
             other = examples + example
             other_begin, other_length, other_total, _, other_ratio, other_reward, wrong = _read(
-                tensors, other, inside, N, beta, True, False, TOKEN_WEIGHTS, SEQUENCES, TOKENS
+                tensors,
+                other,
+                inside,
+                N,
+                beta,
+                True,
+                False,
+                TOKEN_WEIGHTS,
+                SEQUENCES,
+                TOKENS,
+                TILES,
             )
             losses += wrong
             loss, slope, other_slope = sum_pair_terms(
@@ -184,7 +205,7 @@ def _examples(
             )  # fmt: skip
             _store_gradient(
                 gradient_ptr, token_weights_ptr, other_begin, other_length,
-                factor * other_slope / examples, 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS,
+                factor * other_slope / examples, 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
             )  # fmt: skip
             last = tl.maximum(last, tl.max(other_begin + other_length))
             chosen, rejected = inside, inside
@@ -200,7 +221,7 @@ def _examples(
             loss += nll_slope * examples * plain
         _store_gradient(
             gradient_ptr, token_weights_ptr, begin, length,
-            factor * slope / examples, nll_slope, TOKEN_WEIGHTS, SEQUENCES, TOKENS,
+            factor * slope / examples, nll_slope, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
         )  # fmt: skip
         last = tl.maximum(last, tl.max(begin + length))
         losses += tl.where(inside, loss, 0.0)
@@ -234,7 +255,7 @@ def _preference_kernel(
     PAIRED: tl.constexpr, SFT: tl.constexpr, DIVERGENCE: tl.constexpr,
     TOKEN_WEIGHTS: tl.constexpr, EXAMPLE_WEIGHTS: tl.constexpr,
     KL: tl.constexpr,  # "none", "given", "inside": the mean log-ratio of the mismatched
-    MISMATCHED: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
+    MISMATCHED: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     tensors = (logps_ptr, ref_ptr, offsets_ptr, token_weights_ptr, sums_ptr, rewards_ptr)
     numbers = (beta, target, smoothing, debias, log_keep, log_flip, rate)
@@ -242,7 +263,7 @@ def _preference_kernel(
     origin = tl.load(offsets_ptr)
     kl, spoilt = 0.0, 0.0
     if MISMATCHED:
-        kl, spoilt = _read_mismatched(tensors, N, examples, TOKEN_WEIGHTS, SEQUENCES, TOKENS)
+        kl, spoilt = _read_mismatched(tensors, N, examples, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES)
     if KL == "given":
         kl = tl.load(kl_ptr)
     if KL != "none":
@@ -256,7 +277,7 @@ def _preference_kernel(
         tensors, gradient_ptr, example_weights_ptr, desirable_ptr, N, examples, kl, nll_slope,
         desirable_weight, undesirable_weight, exponent, numbers, weights,
         (LOSS_0, LOSS_1, LOSS_2, LOSS_3), (NORMALIZE_0, NORMALIZE_1, NORMALIZE_2, NORMALIZE_3),
-        PAIRED, SFT, DIVERGENCE, TOKEN_WEIGHTS, EXAMPLE_WEIGHTS, SEQUENCES, TOKENS,
+        PAIRED, SFT, DIVERGENCE, TOKEN_WEIGHTS, EXAMPLE_WEIGHTS, SEQUENCES, TOKENS, TILES,
     )  # fmt: skip
     tl.store(loss_ptr, tl.sum(losses + spoilt) / examples)
     row = tl.arange(0, 8)
@@ -266,10 +287,10 @@ def _preference_kernel(
     tl.store(totals_ptr + 2 * row, metrics, mask=row < 7)
     tl.store(totals_ptr + 2 * row + 1, counts, mask=row < 7)
     # tokens of no sequence, as where shapes are padded, and of the mismatched
-    for first in range(0, N, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        outside = (token < origin) | (token >= last)
-        tl.store(gradient_ptr + token, tl.zeros((TOKENS,), tl.float32), mask=outside & (token < N))
+    for first in range(0, N, SEQUENCES * TOKENS):
+        token = first + tl.arange(0, SEQUENCES * TOKENS)
+        outside = ((token < origin) | (token >= last)) & (token < N)
+        tl.store(gradient_ptr + token, tl.zeros(token.shape, tl.float32), mask=outside)
 
 
 def preference_forward(
@@ -361,6 +382,7 @@ def _constexprs(
         "MISMATCHED": mismatched,
         "SEQUENCES": launch.sequences,
         "TOKENS": launch.tokens,
+        "TILES": launch.tiles,
     }
 
 
@@ -404,6 +426,10 @@ def _check(
     for tensor, shape in ((token_weights, (N,)), (example_weights, (examples,)), (kl, ())):
         assert tensor is None or tensor.shape == shape, (tensor.shape, shape)
         assert tensor is None or tensor.dtype == torch.float32, tensor.dtype
+
+
+# What the tests compile: each way of the kernel once, with the most that it holds side by side.
+REPRESENTATIVE = ("kto", "sigmoid alpha_divergence", "sigmoid bco_pair sft weights")
 
 
 def aot_configurations(backend: str) -> list[dict[str, Any]]:
@@ -472,6 +498,7 @@ def _configuration(
         "constexprs": constexprs,
         "attrs": {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
         "options": {"num_warps": launch.num_warps},
+        "representative": name in REPRESENTATIVE,
         "shape": f"N={N} S={S}",
         **traffic(N, S, constexprs),
     }
