@@ -4,10 +4,13 @@ from .ema import ema_naive, ema_update_
 from .linear_logprob import linear_logprob_forward_, linear_logprob_naive
 from .logprob import logprob_backward_, logprob_forward_, logprob_naive
 from .lora_merge import lora_merge_, lora_merge_naive
-from .preference import Preference, preference_forward, preference_naive
+from .preference import preference_forward
+from .preference_terms import Preference, PreferenceOptions, Term, preference_naive
 
 __all__ = [
     "Preference",
+    "PreferenceOptions",
+    "Term",
     "ema_naive",
     "ema_update_",
     "linear_logprob_forward_",
