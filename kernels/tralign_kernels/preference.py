@@ -406,7 +406,8 @@ def _check(
     assert 1 <= len(terms) <= MAX_TERMS, terms
     assert names <= {*PAIRED} or names <= {*UNPAIRED}, names
     assert options.beta > 0.0, options
-    assert 0.0 <= options.label_smoothing < 0.5, options
+    limit = 0.5 if names & {"sigmoid", "robust"} else 1.0
+    assert 0.0 <= options.label_smoothing < limit, options
     assert "exo_pair" not in names or options.label_smoothing > 0.0, options
     assert options.discopop_tau > 0.0, options
     assert options.f_divergence in DIVERGENCES, options
