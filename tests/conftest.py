@@ -6,12 +6,48 @@ import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; the processes that tests start inherit it
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 # Where those tests compute that can do so on either: "cuda" with `make test-gpu`.
 DEVICE = torch.device(os.environ.get("TRALIGN_TEST_DEVICE", "cpu"))
+
+# Files that workers take first, the longest at the front, so that none of them is left for the
+# end, when the other workers have nothing to do. (seconds: `make test` prints them)
+LONG = ("tests/kernels/test_interpreter.py",)
+# A file whose tests share nothing: workers take them one by one.
+APART = "tests/kernels/test_interpreter.py"
+
+
+def scope_of(nodeid: str) -> str:
+    """What one worker runs as a whole: a file, for its fixtures are of the module."""
+    file = nodeid.partition("::")[0]
+    return nodeid if file == APART else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files in the order in which they were collected, where `-n` comes without `--dist`."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    config.option.loadscopereorder = False  # that is by the number of tests
+    return FileByFile(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        order = {file: place for place, file in enumerate(LONG)}
+        items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from tralign_fast.data import demo
+from tralign_fast.demo import rows as demo
 from tralign_fast.demo.rows.make_rows import (
     Completion,
     clean_completion,

@@ -1,9 +1,8 @@
-"""Runs the kernel tests of this folder in a process where Triton interprets the kernels."""
+"""Runs the kernel tests of this folder in processes where Triton interprets the kernels."""
 
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,39 +26,53 @@ AT_LEAST = {
 }
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
-def test_every_kernel_test_passes_interpreted(tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"}
-    options = [
-        "-m",
-        "not gpu",
-        "-q",
-        "--durations=0",
-        "--durations-min=1",
-        "-p",
-        "no:cacheprovider",
-    ]
+FILES = sorted({path.stem for path in FOLDER.glob("test_*.py")} - NATIVE)
+not_twice = pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels itself")
+
+
+def interpret(report: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A pytest of its own, for Triton decides at the import of a kernel who runs it."""
+    outer = ("PYTEST_ADDOPTS", "PYTEST_XDIST")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+    options = ["-q", "--durations=0", "--durations-min=1", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(FOLDER), *options, f"--junitxml={report}"],
+        [sys.executable, "-m", "pytest", *arguments, *options, f"--junitxml={report}"],
         cwd=FOLDER.parents[1],
         env={**environment, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    print(run.stdout)  # pytest shows it when this test fails
+    print(run.stdout)  # pytest shows it when the test fails
+    return run
+
+
+def passed(case: ElementTree.Element) -> bool:
+    outcome = {child.tag: child.get("message") for child in case}
+    return outcome.get("skipped") == ROUNDS_TWICE or not (
+        outcome.keys() & {"failure", "error", "skipped"}
+    )
+
+
+@not_twice
+@pytest.mark.parametrize("file", FILES)
+def test_the_kernel_tests_pass_interpreted(file: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    run = interpret(report, str(FOLDER / f"{file}.py"), "-m", "not gpu and not matrix")
+    assert run.returncode == 0, f"{run.returncode=}, its output is above"
+    count = sum(passed(case) for case in ElementTree.parse(report).iter("testcase"))
+    least = AT_LEAST.get(file, 1)
+    assert count >= least, f"{file}: {count} tests passed, expected {least} or more"
+
+
+@not_twice
+@pytest.mark.matrix
+def test_the_matrices_of_kernel_tests_pass_interpreted(tmp_path: Path) -> None:
+    run = interpret(tmp_path / "report.xml", str(FOLDER), "-m", "matrix and not gpu")
+    if run.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip("no kernel test is marked matrix")
     assert run.returncode == 0, f"{run.returncode=}, its output is above"
 
-    passed: Counter[str] = Counter()
-    for case in ElementTree.parse(report).iter("testcase"):
-        outcome = {child.tag: child.get("message") for child in case}
-        counts = outcome.get("skipped") == ROUNDS_TWICE or not (
-            outcome.keys() & {"failure", "error", "skipped"}
-        )
-        passed[case.attrib["classname"].split(".")[2]] += counts  # tests.kernels.test_ema
-    for file in sorted({path.stem for path in FOLDER.glob("test_*.py")} - NATIVE):
-        least = AT_LEAST.get(file, 1)
-        assert passed[file] >= least, (
-            f"{file}: {passed[file]} tests passed, expected {least} or more"
-        )
+
+def test_every_file_that_must_pass_is_there() -> None:
+    assert AT_LEAST.keys() <= {*FILES}
