@@ -102,15 +102,14 @@ class _TagReference(TrainerCallback):
     def __init__(self, reference: Any, live: LiveTensors) -> None:
         self.reference, self.live = reference, live
         schedule = reference.schedule
-        on_device = reference.name == "adapter" and schedule.every == 1
-        self.place = "reference" if on_device or reference.name == "resident" else HOST
+        self.place = "reference" if reference.on_device else HOST
         if not schedule.is_frozen:
             reference.schedule = dataclasses.replace(schedule, every=1)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         held = -1
         # past adapters on the device pile up until their weight is negligible
-        while held < (held := self._tag()) and self.reference.name == "adapter":
+        while held < (held := self._tag()) and self.reference.grows:
             self.reference.sync()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -233,7 +233,20 @@ def _blocks(stack: Tensor) -> Iterator[tuple[int, slice]]:
     return ((matrix, part) for matrix in range(matrices) for part in parts)
 
 
-def check_releasable(args: Any) -> None:
+class ReleaseOptions(Protocol):
+    """What decides whether gradients can be released."""
+
+    max_grad_norm: float
+    gradient_accumulation_steps: int
+    token_budget: int | None
+    fp16: bool
+    optim: Any
+
+    @property
+    def world_size(self) -> int: ...
+
+
+def check_releasable(args: ReleaseOptions) -> None:
     """What gradient release excludes.
 
     Raises:
