@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,13 +36,74 @@ def test_importing_the_package_stays_light_and_patches_nothing():
     assert out.stdout.split() == ["[]", "512"]
 
 
-def test_all_public_names_exist():
+# What users import. A name may join these lists; none leaves them without a new major version.
+PUBLIC = {
+    "tralign_fast": [
+        "LOSSES", "PreferenceLoss", "TRConfig", "TRTrainer", "TrustRegion", "dpo_loss",
+        "ema_update_", "ipo_loss", "kto_loss", "linear_logprobs", "logprobs_from_logits",
+        "lora_merge_", "preference_loss",
+    ],
+    "tralign_fast.integrations.callback": ["TrustRegionCallback"],
+    "tralign_fast.integrations.trl": ["TrustRegionCallback", "use_fast_logprobs"],
+    "tralign_fast.integrations.liger": ["FusedLinearDPOLoss", "FusedLinearKTOLoss"],
+    "tralign_fast.reference": ["REFERENCES", "TrustRegion"],
+    "tralign_fast.memory": ["LiveTensors", "MemoryReport", "Workload", "measure", "trace"],
+    "tralign_fast.data": ["load_rows", "tokenize_pairs", "tokenize_unpaired"],
+    "tralign_fast.cli": ["main"],
+    "tralign_kernels": ["ema_update_", "linear_logprob_forward_", "lora_merge_"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_no_public_name_is_lost(module):
+    if module.endswith("liger"):
+        pytest.importorskip("liger_kernel")
+    found = importlib.import_module(module)
+    assert [name for name in PUBLIC[module] if not hasattr(found, name)] == []
+
+
+def test_the_package_lists_its_names_and_no_others():
     import tralign_fast
 
-    for name in tralign_fast.__all__:
-        assert getattr(tralign_fast, name) is not None
+    assert set(PUBLIC["tralign_fast"]) <= {*tralign_fast.__all__}
+    assert {*tralign_fast.__all__} <= {*dir(tralign_fast)}  # completion in a shell reads this
+    assert all(getattr(tralign_fast, name) is not None for name in tralign_fast.__all__)
+    assert tralign_fast.__all__ == sorted(tralign_fast.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = tralign_fast.nothing
+
+
+def test_what_the_documents_import_is_there():
+    pattern = re.compile(r"from (tralign_[\w.]+) import ([\w ,]+)")
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    imports = [found for file in documents for found in pattern.findall(file.read_text())]
+    assert len(imports) >= 5
+    for module, names in imports:
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.split()[0]), (module, name)
+
+
+def test_axolotl_finds_its_plugin_where_the_documents_say():
+    """axolotl is not installed here: the file is read."""
+    tree = ast.parse((ROOT / "tralign_fast" / "integrations" / "axolotl.py").read_text())
+    names = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert {"TrustRegionPlugin", "TrustRegionArgs"} <= names
+    named = "tralign_fast.integrations.axolotl.TrustRegionPlugin"
+    assert named in (ROOT / "docs" / "axolotl.md").read_text()
+
+
+def test_both_packages_ship_their_types():
+    """A wheel holds the folders of `packages` whole, but for what git ignores."""
+    text = (ROOT / "pyproject.toml").read_text()
+    packages = re.search(r"\[tool.hatch.build.targets.wheel\]\npackages = \[(.*)\]", text)
+    assert packages is not None
+    assert "exclude = [" not in text.split("[tool.hatch.build")[1].split("[tool.ruff")[0]
+    folders = [name.strip(' "') for name in packages[1].split(",")]
+    assert len(folders) == 2
+    ignored = (ROOT / ".gitignore").read_text() if (ROOT / ".gitignore").exists() else ""
+    assert "typed" not in ignored
+    for folder in folders:
+        assert (ROOT / folder / "py.typed").is_file()
 
 
 def test_works_without_triton_and_says_so_once():

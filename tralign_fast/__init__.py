@@ -6,7 +6,7 @@ compiler, which any custom operator of Python code loads, with `linear_logprobs`
 
 from typing import TYPE_CHECKING
 
-from tralign_fast.ops.ema import ema_update_
+from tralign_fast.ops.ema import ema_update_, lora_merge_
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.preference import preference_loss
 from tralign_fast.ops.sequence_losses import PreferenceLoss, dpo_loss, ipo_loss, kto_loss
@@ -32,6 +32,7 @@ __all__ = [
     "kto_loss",
     "linear_logprobs",
     "logprobs_from_logits",
+    "lora_merge_",
     "preference_loss",
 ]
 
@@ -41,6 +42,10 @@ _LAZY = {
     "linear_logprobs": "tralign_fast.ops.logprobs",
     "logprobs_from_logits": "tralign_fast.ops.from_logits",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str):

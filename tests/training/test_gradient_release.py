@@ -130,21 +130,39 @@ def test_any_optimizer_that_updates_each_parameter_on_its_own(factory):
 
 @pytest.mark.parametrize("shape", [(7,), (40, 12), (3, 16, 8)])
 @pytest.mark.parametrize("scale_parameter", [False, True])
-def test_block_adafactor_is_transformers_adafactor(shape, scale_parameter, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_block_adafactor_is_transformers_adafactor(dtype, shape, scale_parameter, monkeypatch):
+    """In fp32 and fp64 to their precision; a bf16 or fp16 weight lies on a neighbour of theirs,
+    which is computed from the same weight and rounded to nearest."""
     monkeypatch.setattr("tralign_fast.training.gradient_release._BLOCK", 50)
     torch.manual_seed(0)
-    a, b = (nn.Parameter(torch.linspace(-1, 1, math.prod(shape)).view(shape)) for _ in range(2))
+    start = torch.linspace(-1, 1, math.prod(shape), dtype=dtype).view(shape)
+    a, b = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     options = {
         "lr": 0.1, "weight_decay": 0.05, "relative_step": False, "scale_parameter": scale_parameter
     }  # fmt: skip
     theirs, ours = Adafactor([a], **options), BlockAdafactor([b], **options)
-    for scale in (1e-6, 1.0, 30.0):
-        a.grad = torch.randn(shape) * scale
+    exact = dtype in (torch.float32, torch.float64)
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+    for scale in (1e-3, 1.0, 30.0, 0.5):  # the last clips nothing
+        before = a.detach().clone()
+        b.data.copy_(before)  # the rounding of the steps before is not compared
+        a.grad = (torch.randn(shape) * scale).to(dtype)
         b.grad = a.grad.clone()
         theirs.step()
         ours.step()
-        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
-    assert theirs.state_dict()["state"][0].keys() == ours.state_dict()["state"][0].keys()
+        torch.testing.assert_close(
+            b, a, rtol=10 * tolerance if exact else tolerance, atol=tolerance
+        )
+        moved = [float((w.detach() - before).abs().sum()) for w in (a, b)]
+        assert moved[1] > moved[0] / 2 > 0
+    expected, found = theirs.state[a], ours.state[b]
+    assert expected.keys() == found.keys()
+    if not scale_parameter:  # transformers measures the weight all the same
+        del expected["RMS"]
+    rtol = 1e-12 if dtype == torch.float64 else 1e-5
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=0)
 
 
 def test_bf16_weights_move_as_far_as_fp32_weights_do():

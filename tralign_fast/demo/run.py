@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tralign_fast.ops.losses import LOSSES
+
+if TYPE_CHECKING:
+    from tralign_fast.training.trainer import TRTrainer
 
 _PAIR_LOSSES = [name for name, spec in LOSSES.items() if spec.paired]
 
@@ -147,7 +150,7 @@ def gold_reward() -> Callable[[str], float]:
 
 
 @torch.no_grad()
-def _held_out_logps(model: Any, trainer: Any) -> Tensor:
+def _held_out_logps(model: Any, trainer: TRTrainer) -> Tensor:
     """(2, pairs) log-probs of the chosen and of the rejected completions."""
     from tqdm import tqdm
 

@@ -14,6 +14,7 @@ from typing import Any
 from tralign_fast.memory import MemoryReport, Workload, trace, trace_trl
 from tralign_fast.memory.presets import PRESETS
 from tralign_fast.ops.losses import LOSSES
+from tralign_fast.reference import REFERENCES, reference_class
 
 GIB = 1 << 30
 # What a trace of tensors does not see: the CUDA context, workspaces of kernels, fragmentation.
@@ -37,7 +38,7 @@ class PlanOptions:
     )
     gpu_memory: str = _option("24GiB", "Memory of the GPU: 24GiB, 80GB, or a number of GiB.")
     method: str = _option("dpo", f"The loss: {', '.join(LOSSES)}.", "--loss_type")
-    reference: str = _option("auto", "auto, resident, snapshot, offloaded, adapter.")
+    reference: str = _option("auto", f"auto, {', '.join(REFERENCES)}.")
     alpha: float = _option(
         0.6, "α, the policy's weight in the new reference.", "--ref_model_mixup_alpha"
     )
@@ -152,7 +153,8 @@ def changes(work: Workload) -> Iterator[tuple[str, Workload]]:
     if not options["gradient_checkpointing"]:
         work = _with(work, {"gradient_checkpointing": True})
         yield "--gradient_checkpointing true", work
-    if options["reference"] == "resident":
+    place = options["reference"]
+    if place in REFERENCES and reference_class(place).needs_second_model:
         work = _with(work, {"reference": "auto"})
         yield "--reference auto", work
     full = work.lora_rank is None

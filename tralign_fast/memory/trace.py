@@ -14,12 +14,13 @@ from typing import Any
 import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from tralign_fast.memory import as_on_gpu as gpu
 from tralign_fast.memory.live import HOST, LiveTensors, MemoryReport
 from tralign_fast.memory.workload import Workload, make_trainer, make_trl_trainer
+from tralign_fast.reference.base import ReferencePolicy
 
 
 def trace(work: Workload, *, as_on_gpu: bool = True, fake: bool = True) -> MemoryReport:
@@ -69,9 +70,9 @@ def trace_trl(work: Workload) -> MemoryReport:
 
 
 def _count_training(
-    live: LiveTensors, trainer: Any, reference: Sequence[Tensor] = ()
+    live: LiveTensors, trainer: Trainer, reference: Sequence[Tensor] = ()
 ) -> MemoryReport:
-    model = trainer.model
+    model: Any = trainer.model
     live.tag([*model.parameters(), *model.buffers()], "parameters")
     live.tag(reference, "reference")
     for parameter in model.parameters():
@@ -99,18 +100,17 @@ def _count_training(
 class _TagReference(TrainerCallback):
     """Says what the reference holds, and makes it move after every step, whatever its τ."""
 
-    def __init__(self, reference: Any, live: LiveTensors) -> None:
+    def __init__(self, reference: ReferencePolicy, live: LiveTensors) -> None:
         self.reference, self.live = reference, live
         schedule = reference.schedule
-        on_device = reference.name == "adapter" and schedule.every == 1
-        self.place = "reference" if on_device or reference.name == "resident" else HOST
+        self.place = "reference" if reference.on_device else HOST
         if not schedule.is_frozen:
             reference.schedule = dataclasses.replace(schedule, every=1)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         held = -1
         # past adapters on the device pile up until their weight is negligible
-        while held < (held := self._tag()) and self.reference.name == "adapter":
+        while held < (held := self._tag()) and self.reference.grows:
             self.reference.sync()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

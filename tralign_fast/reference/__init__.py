@@ -5,6 +5,7 @@ from tralign_fast.reference.places import (
     build_reference,
     cheapest_reference,
     choose_reference,
+    reference_class,
 )
 from tralign_fast.reference.trust_region import TrustRegion
 
@@ -14,4 +15,5 @@ __all__ = [
     "build_reference",
     "cheapest_reference",
     "choose_reference",
+    "reference_class",
 ]

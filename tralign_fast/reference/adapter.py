@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.base import ReferenceOptions, ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.sharding import process_index
@@ -53,6 +53,8 @@ class AdapterReference(OffloadedReference):
     """
 
     name = "adapter"
+    can_be_sharded = frozenset()
+    grows = True
 
     def __init__(
         self,
@@ -66,8 +68,8 @@ class AdapterReference(OffloadedReference):
         if not 0.0 <= tolerance < 1.0:
             raise ValueError(f"adapter_tolerance must lie in [0, 1), got {tolerance}")
         self.tolerance = tolerance
-        moves_always = schedule.every == 1 and not schedule.is_frozen
-        home = None if moves_always else torch.device("cpu")
+        self._moves_always = schedule.every == 1 and not schedule.is_frozen
+        home = None if self._moves_always else torch.device("cpu")
         self._deltas = {
             f"{name}.{adapter}": _LayerDelta(layer, adapter, home)
             for name, adapter, layer in _lora_layers(policy)
@@ -76,9 +78,19 @@ class AdapterReference(OffloadedReference):
         super().__init__(policy, schedule, rounding=rounding, seed=seed)
 
     @classmethod
-    def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
+    def build(
+        cls, policy: nn.Module, start: nn.Module | None, args: ReferenceOptions
+    ) -> ReferencePolicy:
         rounding = {"rounding": args.ema_rounding, "seed": args.seed}
         return cls(policy, args.trust_region, tolerance=args.adapter_tolerance, **rounding)
+
+    @classmethod
+    def starts_from_policy(cls, lora: bool) -> bool:
+        return True
+
+    @property
+    def on_device(self) -> bool:
+        return self._moves_always
 
     def mixed_parameters(self) -> dict[str, Tensor]:
         factors = {id(p) for delta in self._deltas.values() for p in delta.factors}

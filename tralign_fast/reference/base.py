@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -20,18 +20,39 @@ from tralign_fast.reference.trust_region import TrustRegion
 _STATE_FILE = "reference.json"
 
 
+class ReferenceOptions(Protocol):
+    """What a reference reads of a run's `TRConfig`."""
+
+    @property
+    def trust_region(self) -> TrustRegion: ...
+    @property
+    def ema_rounding(self) -> str: ...
+    @property
+    def adapter_tolerance(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
 class ReferencePolicy(ABC):
     """A policy that follows another one by a `TrustRegion`.
 
     To add a place where a reference can live: one file with a subclass, one entry in `REFERENCES`
-    (`places.py`).
+    (`places.py`). Its traits, the attributes below, say what the trainer and `plan` ask of a place.
 
     Args:
         policy: the model that is trained (unwrapped; its parameters are read at every sync).
         schedule: when and how far the reference moves.
     """
 
-    name: str
+    name: ClassVar[str]  # the key in `REFERENCES`
+    # `build` gets a model of its own as `start`, prepared and distributed as the policy is
+    needs_second_model: ClassVar[bool] = False
+    # what may shard the weights that it moves: of "FSDP2" and "ZeRO-3"
+    can_be_sharded: ClassVar[frozenset[str]] = frozenset({"FSDP2", "ZeRO-3"})
+    # an update adds to what it holds, until past weights are negligible
+    grows: ClassVar[bool] = False
+    # `WindowedReference`: `score_window` has to be called before the next step
+    needs_window = False
 
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         self.policy = policy
@@ -39,7 +60,23 @@ class ReferencePolicy(ABC):
         self.run: dict[str, Any] = {}  # what else of the run a checkpoint must agree with
 
     @classmethod
-    def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
+    def starts_from_policy(cls, lora: bool) -> bool:
+        """Whether the first reference is the policy as it is, and no other model.
+
+        Args:
+            lora: the policy trains a PEFT adapter.
+        """
+        return False
+
+    @property
+    def on_device(self) -> bool:
+        """Whether weights of its own, if it holds any, lie on the device between two steps."""
+        return self.needs_second_model
+
+    @classmethod
+    def build(
+        cls, policy: nn.Module, start: nn.Module | None, args: ReferenceOptions
+    ) -> ReferencePolicy:
         """The reference of a run.
 
         Args:

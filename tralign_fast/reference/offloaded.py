@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tralign_fast.ops.ema import ema_update_, local_shard
-from tralign_fast.reference.base import ReferencePolicy, load_generator, save_generator
+from tralign_fast.reference.base import (
+    ReferenceOptions,
+    ReferencePolicy,
+    load_generator,
+    save_generator,
+)
 from tralign_fast.reference.lora import mixed_parameters
 from tralign_fast.reference.sharding import named_parameters, shard_like
 from tralign_fast.reference.trust_region import TrustRegion
@@ -34,6 +38,7 @@ class OffloadedReference(WindowedReference):
     """
 
     name = "offloaded"
+    can_be_sharded = frozenset({"FSDP2"})
 
     def __init__(
         self,
@@ -53,9 +58,15 @@ class OffloadedReference(WindowedReference):
         self._inside = False
 
     @classmethod
-    def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
+    def build(
+        cls, policy: nn.Module, start: nn.Module | None, args: ReferenceOptions
+    ) -> ReferencePolicy:
         rounding = {"rounding": args.ema_rounding, "seed": args.seed}
         return cls(policy, args.trust_region, start, **rounding)
+
+    @classmethod
+    def starts_from_policy(cls, lora: bool) -> bool:
+        return lora  # another model has no adapter whose weights could come and go
 
     def mixed_parameters(self) -> dict[str, Tensor]:
         """What moves tensor by tensor, by name."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tralign_fast.reference.trust_region import TrustRegion
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from tralign_fast.reference.base import ReferencePolicy
+    from tralign_fast.reference.base import ReferenceOptions, ReferencePolicy
 
 # name -> "module:class", imported when built: the schedule alone needs no transformers
 REFERENCES = {
@@ -36,12 +36,11 @@ def choose_reference(
     """
     if asked == "auto":
         return cheapest_reference(schedule, own_start=own_start, lora=lora)
-    starts_from_policy = asked in ("snapshot", "adapter") or (asked == "offloaded" and lora)
-    if own_start and starts_from_policy:
-        others = "" if lora else '"offloaded" or '
+    if own_start and reference_class(asked).starts_from_policy(lora):
+        others = [n for n in REFERENCES if not reference_class(n).starts_from_policy(lora)]
         raise ValueError(
             f'reference="{asked}" starts from the policy: leave ref_model out, or use '
-            f'reference={others}"resident"'
+            f"reference={' or '.join(map(repr, sorted(others)))}"
         )
     return asked, "as asked for"
 
@@ -64,9 +63,14 @@ def cheapest_reference(
     return "resident", "the reference moves at every step: it has to run at every step"
 
 
+def reference_class(place: str) -> type[ReferencePolicy]:
+    """The class of that place, whose traits say what it asks of a run."""
+    module, name = REFERENCES[place].split(":")
+    return getattr(import_module(module), name)
+
+
 def build_reference(
-    place: str, policy: nn.Module, start: nn.Module | None, args: Any
+    place: str, policy: nn.Module, start: nn.Module | None, args: ReferenceOptions
 ) -> ReferencePolicy:
     """The reference of that place, as `ReferencePolicy.build` of its class makes it."""
-    module, name = REFERENCES[place].split(":")
-    return getattr(import_module(module), name).build(policy, start, args)
+    return reference_class(place).build(policy, start, args)

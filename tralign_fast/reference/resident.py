@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,12 @@ from torch import Tensor, nn
 from tralign_fast.data.packing import PackedBatch
 from tralign_fast.model.scoring import sequence_logps
 from tralign_fast.ops.ema import ema_update_, local_shard
-from tralign_fast.reference.base import ReferencePolicy, load_generator, save_generator
+from tralign_fast.reference.base import (
+    ReferenceOptions,
+    ReferencePolicy,
+    load_generator,
+    save_generator,
+)
 from tralign_fast.reference.lora import mixed_parameters
 from tralign_fast.reference.sharding import named_parameters
 from tralign_fast.reference.trust_region import TrustRegion
@@ -31,6 +35,7 @@ class ResidentReference(ReferencePolicy):
     """
 
     name = "resident"
+    needs_second_model = True
 
     def __init__(
         self,
@@ -56,7 +61,9 @@ class ResidentReference(ReferencePolicy):
         model.requires_grad_(False)
 
     @classmethod
-    def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
+    def build(
+        cls, policy: nn.Module, start: nn.Module | None, args: ReferenceOptions
+    ) -> ReferencePolicy:
         assert start is not None
         rounding = {"rounding": args.ema_rounding, "seed": args.seed}
         return cls(policy, args.trust_region, start, **rounding)

@@ -29,6 +29,10 @@ class SnapshotReference(WindowedReference):
             )
         super().__init__(policy, schedule)
 
+    @classmethod
+    def starts_from_policy(cls, lora: bool) -> bool:
+        return True
+
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
         yield

@@ -16,24 +16,25 @@ from transformers import PreTrainedModel, TrainingArguments
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.ops.backend import warn_once
+from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import gathered, is_sharded
 
 
-def check_distribution(accelerator: Accelerator, place: str) -> None:
+def check_distribution(accelerator: Accelerator, place: type[ReferencePolicy]) -> None:
     """Raises ValueError where a reference cannot live in that place beside a sharded policy."""
     fsdp, zero3 = _fsdp_plugin(accelerator), _zero3_plugin(accelerator)
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError('FSDP version 1 is not supported: set fsdp_config={"version": 2}')
-    sharded = {"adapter": fsdp or zero3, "offloaded": zero3}
-    if sharded.get(place) is not None:
+    sharded = "ZeRO-3" if zero3 is not None else "FSDP2" if fsdp is not None else None
+    if sharded is not None and sharded not in place.can_be_sharded:
         raise ValueError(
-            f'reference="{place}" cannot hold weights that {"ZeRO-3" if zero3 else "FSDP2"} '
-            'shards: use reference="resident", or hard updates (ref_model_mixup_alpha=1) with '
+            f'reference="{place.name}" cannot hold weights that {sharded} shards: use '
+            'reference="resident", or hard updates (ref_model_mixup_alpha=1) with '
             'reference="snapshot"'
         )
-    if place == "resident" and zero3 is not None and zero3.offload_param_device == "nvme":
+    if place.needs_second_model and zero3 is not None and zero3.offload_param_device == "nvme":
         raise ValueError(
-            'reference="resident" cannot move weights that ZeRO-3 keeps on a disk: set '
+            f'reference="{place.name}" cannot move weights that ZeRO-3 keeps on a disk: set '
             'offload_param to "cpu" or "none", or use reference="snapshot"'
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -128,7 +128,8 @@ class BlockAdafactor(Adafactor):
     """`transformers.Adafactor` without a temporary of the size of a weight.
 
     The same update from the same states (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 4),
-    fp32 inside, block of rows after block of rows, in three passes over the gradient:
+    fp32 inside (fp64 for fp64 weights), block of rows after block of rows, in three passes over the
+    gradient:
 
         R, C ← means of G² + ε over columns and rows, averaged over steps
         U = G / sqrt(R Cᵀ / mean(R)),   ρ = RMS(U)
@@ -162,8 +163,9 @@ class BlockAdafactor(Adafactor):
 
     def _update(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         factored = weight.dim() >= 2
+        exact = _exact(weight)
         if not state:
-            like = {"dtype": torch.float32, "device": weight.device}
+            like = {"dtype": exact, "device": weight.device}
             state.update(step=0, RMS=0)
             if factored:
                 state["exp_avg_sq_row"] = torch.zeros(weight.shape[:-1], **like)
@@ -172,13 +174,11 @@ class BlockAdafactor(Adafactor):
             else:
                 state["exp_avg_sq"] = torch.zeros(weight.shape, **like)
         for name, value in state.items():  # torch casts a loaded state to the weight's dtype
-            if isinstance(value, Tensor) and value.dtype != torch.float32:
-                state[name] = value.float()
+            if isinstance(value, Tensor) and value.dtype != exact:
+                state[name] = value.to(exact)
         state["step"] += 1
         if group["scale_parameter"]:
-            state["RMS"] = torch.linalg.vector_norm(weight, dtype=torch.float32) / math.sqrt(
-                weight.numel()
-            )
+            state["RMS"] = torch.linalg.vector_norm(weight, dtype=exact) / math.sqrt(weight.numel())
         new = math.pow(state["step"], group["decay_rate"])  # the new gradient's share: 1 - β₂
         lr, eps = self._get_lr(group, state), group["eps"][0]
         if factored:
@@ -188,22 +188,28 @@ class BlockAdafactor(Adafactor):
         else:
             w, g = weight.view(1, 1, -1), grad.reshape(1, 1, -1)
             mean_square = state["exp_avg_sq"]
-            mean_square.mul_(1 - new).add_(grad.float().square().add_(eps), alpha=new)
-            factors = torch.ones((1, 1), device=g.device), mean_square.rsqrt()[None]
-        total = torch.zeros((), device=weight.device)
+            mean_square.mul_(1 - new).add_(grad.to(exact).square().add_(eps), alpha=new)
+            factors = mean_square.new_ones((1, 1)), mean_square.rsqrt()[None]
+        total = torch.zeros((), dtype=exact, device=weight.device)
         for index in _blocks(g):
             total += _scaled(g, factors, index).square_().sum()
         rms = total.div_(weight.numel()).sqrt_()
         size = lr / (rms / group["clip_threshold"]).clamp_(min=1.0)
         for index in _blocks(g):
-            moved = w[index].float()
+            moved = w[index].to(exact)
             if group["weight_decay"]:
                 moved.mul_(1 - group["weight_decay"] * lr)
             moved.sub_(_scaled(g, factors, index).mul_(size))
             if weight.dtype in (torch.bfloat16, torch.float16):
                 noise = torch.empty_like(moved, dtype=torch.int32).random_(1 << 16)
                 round_stochastically_(moved, weight.dtype, noise)
+            if weight.dtype != exact:  # else `moved` is the weight itself
                 w[index].copy_(moved)
+
+
+def _exact(weight: Tensor) -> torch.dtype:
+    """The dtype of states and arithmetic."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _factors(grad: Tensor, state: dict, new: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -212,14 +218,14 @@ def _factors(grad: Tensor, state: dict, new: float, eps: float) -> tuple[Tensor,
     row = state["exp_avg_sq_row"].mul_(1 - new).view(matrices, rows)
     column = state["exp_avg_sq_col"].mul_(1 - new).view(matrices, columns)
     for matrix, part in _blocks(grad):
-        square = grad[matrix, part].float().square().add_(eps)
+        square = grad[matrix, part].to(row.dtype).square().add_(eps)
         row[matrix, part] += square.mean(1).mul_(new)
         column[matrix] += square.sum(0).mul_(new / rows)
     return (row / row.mean(1, keepdim=True)).rsqrt_(), column.rsqrt()
 
 
 def _scaled(grad: Tensor, factors: tuple[Tensor, Tensor], index: tuple[int, slice]) -> Tensor:
-    """A block of U, fp32."""
+    """A block of U, in the dtype of the factors."""
     matrix, part = index
     row, column = factors
     return (row[matrix, part, None] * column[matrix]).mul_(grad[matrix, part])
@@ -233,7 +239,20 @@ def _blocks(stack: Tensor) -> Iterator[tuple[int, slice]]:
     return ((matrix, part) for matrix in range(matrices) for part in parts)
 
 
-def check_releasable(args: Any) -> None:
+class ReleaseOptions(Protocol):
+    """What decides whether gradients can be released."""
+
+    max_grad_norm: float
+    gradient_accumulation_steps: int
+    token_budget: int | None
+    fp16: bool
+    optim: Any
+
+    @property
+    def world_size(self) -> int: ...
+
+
+def check_releasable(args: ReleaseOptions) -> None:
     """What gradient release excludes.
 
     Raises:

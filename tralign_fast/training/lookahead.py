@@ -11,18 +11,44 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
+from accelerate import Accelerator
+from transformers import TrainerState
 from transformers.trainer_utils import has_length
+
+from tralign_fast.data.packing import PackedBatch, SplitBatch
+from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.window import WindowedReference
+from tralign_fast.training.config import TRConfig
+
+
+class LoopingTrainer(Protocol):
+    """What reading ahead asks of a trainer."""
+
+    args: TRConfig
+    state: TrainerState
+    accelerator: Accelerator
+    train_dataset: Any
+    eval_dataset: Any
+    model_wrapped: Any
+    reference: ReferencePolicy
+
+    def parts_of(self, batch: PackedBatch | SplitBatch, /) -> tuple[PackedBatch, ...]: ...
+    def get_train_dataloader(self) -> Any: ...
+    def get_eval_dataloader(self, eval_dataset: Any, /) -> Any: ...
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
+    def is_world_process_zero(self) -> bool: ...
 
 
 class Lookahead:
     """Reads ahead of `trainer`'s training loop, and lets its reference score what it reads."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: LoopingTrainer) -> None:
         self._trainer = trainer
         self._ahead: deque[Any] = deque()  # fetched from the running epoch, not yet trained on
 
@@ -30,6 +56,7 @@ class Lookahead:
         """Scores the steps until the next update, and the evaluations that fall between."""
         trainer, args = self._trainer, self._trainer.args
         step, reference = trainer.state.global_step, trainer.reference
+        assert isinstance(reference, WindowedReference), reference.name
         left, schedule = trainer.state.max_steps - step, reference.schedule
         steps = left if schedule.is_frozen else min(left, schedule.every - step % schedule.every)
         # a window of one step is swept at every step: no bar for it
@@ -57,7 +84,7 @@ class Lookahead:
             return False
         if last == trainer.state.max_steps or trainer.args.eval_strategy == "epoch":
             return True
-        every = trainer.state.eval_steps if trainer.args.eval_strategy == "steps" else 0
+        every: Any = trainer.state.eval_steps if trainer.args.eval_strategy == "steps" else 0
         return bool(every) and last // every > first // every
 
     def take(self, epoch_iterator: Iterator[Any], count: int) -> list[Any]:

@@ -37,11 +37,10 @@ from tralign_fast.model.scoring import (
 )
 from tralign_fast.ops.preference import preference_loss
 from tralign_fast.ops.segments import pair_weights
-from tralign_fast.reference import build_reference, choose_reference
+from tralign_fast.reference import build_reference, choose_reference, reference_class
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.reference.sharding import gathered, reshard
-from tralign_fast.reference.window import WindowedReference
 from tralign_fast.training.checkpoints import (
     REFERENCE_FOLDER,
     check_output_dir,
@@ -149,17 +148,18 @@ class TRTrainer(Trainer):
         self._objective = args.objective
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
-        check_distribution(self.accelerator, place)
+        kind = reference_class(place)
+        check_distribution(self.accelerator, kind)
         self._compile_options = take_over_compilation(self.accelerator, args)
         # copies of the policy are made before it is prepared
         start: Any = ref_model
-        if place == "resident" and start is None:
+        if kind.needs_second_model and start is None:
             start = _copy(policy)
         self._initial = _copy(policy).eval() if args.log_kl_initial else None
         packs = self._prepare(policy)
         if isinstance(collator, PreferenceCollator):
             collator.layout = ("shared" if args.prefix_sharing else "packed") if packs else "padded"
-        if place == "resident":
+        if kind.needs_second_model:
             start = self._prepare_frozen(start)
         self.reference = build_reference(place, policy, start, args)
         self.reference.run = {"data": digest(train_dataset)}
@@ -201,7 +201,7 @@ class TRTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step; before the first of a window, all of the window are scored."""
-        if isinstance(self.reference, WindowedReference) and self.reference.needs_window:
+        if self.reference.needs_window:
             self._lookahead.score_window(epoch_iterator)
         return self._lookahead.take(epoch_iterator, num_batches), None
 
