@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tralign_fast.data.packing import PrefixLayout, VarlenArguments
+from tralign_fast.model.masks import check_mask, make_mask
 from tralign_fast.model.patching import Patches
 from tralign_fast.ops.backend import warn_once
 
@@ -59,7 +60,8 @@ def enable_prefix_attention(model: Any) -> Callable[[], None]:
         name = PREFIX + original
         AttentionInterface.register(name, functools.partial(prefix_shared_attention, original))
         if original in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+            mask_function = functools.partial(make_mask, ALL_MASK_ATTENTION_FUNCTIONS[original])
+            AttentionMaskInterface.register(name, mask_function)
     patches, seen = Patches(), set()
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -98,6 +100,7 @@ def prefix_shared_attention(
         NotImplementedError: the layer passes a keyword that this attention does not know.
     """
     if prefix_layout is None:
+        check_mask(original, module, attention_mask, sliding_window)
         return _original_attention(original, module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
             sliding_window=sliding_window, softcap=softcap, **kwargs,

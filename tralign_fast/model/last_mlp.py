@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tralign_fast.data.packing import PrefixLayout
-from tralign_fast.model.patching import Patches, causal_lm_of
+from tralign_fast.model.patching import Patches, causal_lm_of, decoder_of
 
 
 def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> Callable[[], None]:
@@ -20,7 +20,7 @@ def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> Callable[[], None]:
     rows keep what the layer's attention left in them.
     """
     patches = Patches()
-    layers = getattr(causal_lm_of(model).base_model, "layers", None)
+    layers = getattr(decoder_of(causal_lm_of(model)), "layers", None)
     attention, mlp = (
         None if layers is None else getattr(layers[-1], name, None) for name in ("self_attn", "mlp")
     )
@@ -48,10 +48,12 @@ class _Handover:
         return own_forward(module, *args, **kwargs)
 
     @torch.compiler.disable
-    def mlp_forward(self, own_forward: Any, module: nn.Module, hidden: Tensor) -> Any:
+    def mlp_forward(
+        self, own_forward: Any, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         layout, self.layout = self.layout, None
-        if layout is None:
-            return own_forward(module, hidden)
+        if layout is None or args or kwargs:  # what else it is given may be of every row
+            return own_forward(module, hidden, *args, **kwargs)
         rows = layout.scored_rows(hidden.device)
         added = own_forward(module, hidden.index_select(1, rows))
         if not isinstance(added, Tensor):  # with router logits, of every row

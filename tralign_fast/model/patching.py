@@ -163,6 +163,12 @@ def causal_lm_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_of(causal_lm: Any) -> Any:
+    """The model under the head: `base_model`, where the prefix names one (Llama 4: does not)."""
+    base = causal_lm.base_model
+    return causal_lm.model if base is causal_lm and hasattr(causal_lm, "model") else base
+
+
 def lm_head_of(causal_lm: Any) -> Any:
     """The output embedding in use: PEFT keeps the one of `modules_to_save` beside the original."""
     head = causal_lm.get_output_embeddings()

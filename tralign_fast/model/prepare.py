@@ -16,6 +16,7 @@ from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.model.attention import enable_prefix_attention
 from tralign_fast.model.cpu import speed_up_linears
 from tralign_fast.model.last_mlp import leave_prompts_out_of_last_mlp
+from tralign_fast.model.masks import watch_masks
 from tralign_fast.model.patching import Patches, causal_lm_of
 from tralign_fast.model.scoring import enable_logprobs, sequence_logps
 from tralign_fast.ops.backend import warn_once
@@ -64,8 +65,9 @@ def prepare_model(
 
     Both are tried on twelve tokens: the log-probs must equal those of the model's own logits, and
     the hidden states of a packed row those of separate sequences. An attention that cannot do
-    packed rows (a recurrent layer, sinks, position biases, …) is left alone with one warning, and
-    the caller uses padded batches. Without `probe` nothing is tried, and `packing` is the answer.
+    packed rows (a recurrent layer, sinks, position biases, a mask of its own, …) is left alone with
+    one warning, and the caller uses padded batches. Without `probe` nothing is tried, and `packing`
+    is the answer.
 
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`, or its 4-bit weights were
@@ -169,7 +171,10 @@ def _enable_packing(model: PreTrainedModel, undo: contextlib.ExitStack, probe: b
 
 
 def _why_not_packed(model: PreTrainedModel) -> str | None:
-    separate = sequence_logps(model, _probe(model, "padded"))
+    with watch_masks() as watch:
+        separate = sequence_logps(model, _probe(model, "padded"))
+    if watch.reason is not None:
+        return watch.reason
     try:
         shared = sequence_logps(model, _probe(model, "shared"))
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:

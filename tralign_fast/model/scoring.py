@@ -22,6 +22,7 @@ from tralign_fast.model.cpu import split_tied_weight
 from tralign_fast.model.patching import (
     Patches,
     causal_lm_of,
+    decoder_of,
     lm_head_of,
     take_back,
     unwrapped,
@@ -104,7 +105,7 @@ def enable_logprobs(
                 f"({self.config._attn_implementation}) reads none: prepare the model again"
             )
         with split_tied_weight(self) as weight:
-            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+            hidden = decoder_of(self)(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
         score = score or functools.partial(
             _token_logps, targets=score_targets, grad_tokens=grad_tokens, options=options
