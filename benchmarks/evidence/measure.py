@@ -71,7 +71,7 @@ class Gauge:
         self.initial, self.tokenizer, self.gold = initial.eval(), tokenizer, gold
         self.settings, self.seed = settings, seed
         self.prompts = list(prompts[: settings.prompts])
-        layout = "shared" if prepare_model(initial) else "padded"
+        layout = "shared" if prepare_model(initial).packs else "padded"
         self._collate = PreferenceCollator(paired=True, layout=layout)
         columns = ["prompt", "chosen", "rejected"]
         rows = Dataset.from_list(list(held_out[: settings.held_out])).select_columns(columns)

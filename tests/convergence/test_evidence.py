@@ -279,7 +279,7 @@ def test_kl_of_the_gauge_is_that_of_plain_logits(tiny_material):
         material.model, material.tokenizer, prompts, material.test_rows, material.gold, TINY, 0
     )
     plain = tiny_material().model.eval()
-    assert measure.prepare_model(moved)
+    assert measure.prepare_model(moved).packs
     found = gauge(moved)
     torch.manual_seed(0)
     with torch.no_grad():

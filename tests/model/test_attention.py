@@ -106,7 +106,7 @@ def test_packed_equals_separate_sequences(name, layout):
     if name == "gemma2":
         model.set_attn_implementation("eager")  # the one that honours the softcap
     separate = run_before_preparing(model)
-    assert prepare_model(model)
+    assert prepare_model(model).packs
     packed = run(model, layout)
     assert_same(packed, separate)
 
@@ -114,7 +114,7 @@ def test_packed_equals_separate_sequences(name, layout):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_last_mlp_runs_on_the_scored_rows_alone(checkpointing):
     model = build("llama")
-    assert prepare_model(model)
+    assert prepare_model(model).packs
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     seen = [[] for _ in model.model.layers]
@@ -147,7 +147,7 @@ def run_before_preparing(model):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same(reentrant):
     model = build("llama")
-    assert prepare_model(model)
+    assert prepare_model(model).packs
     plain = run(model, "shared")
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -189,7 +189,7 @@ def flash_attn_stand_in(q, k, v, arguments, window, options):
 def test_variable_length_indices(name, layout, monkeypatch):
     """The one-call path: keys gathered, queries in place, every sequence sees its own prompt."""
     model = build(name)
-    assert prepare_model(model)
+    assert prepare_model(model).packs
     separate = run(model, "padded")
     calls = []
 
@@ -215,7 +215,7 @@ def test_a_model_that_cannot_share_falls_back_with_one_warning(name):
         model = build(name)
     before = model.config._attn_implementation
     with pytest.warns(UserWarning, match="cannot share prompts in a packed row") as caught:
-        assert not prepare_model(model)
+        assert not prepare_model(model).packs
     assert len([w for w in caught if "packed row" in str(w.message)]) == 1
     assert model.config._attn_implementation == before
     logps = sequence_logps(model, collate("padded"))
@@ -233,11 +233,11 @@ def test_an_attention_that_shares_wrongly_is_found_out(dtype, monkeypatch, smoll
         ).transpose(1, 2)
 
     model = copy.deepcopy(smollm2[0]).to(dtype)
-    assert prepare_model(copy.deepcopy(model))
+    assert prepare_model(copy.deepcopy(model)).packs
     monkeypatch.setattr(attention, "_attend_segments", whole_row)
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match="packed rows give other log-probs"):
-        assert not prepare_model(model)
+        assert not prepare_model(model).packs
 
 
 def test_generation_is_as_before():
@@ -246,7 +246,7 @@ def test_generation_is_as_before():
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])  # left padding
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
     before = model.generate(prompt, **options)
-    assert prepare_model(model)
+    assert prepare_model(model).packs
     assert torch.equal(model.generate(prompt, **options), before)
 
 

@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tralign_fast.data.packing import PrefixLayout, VarlenArguments
+from tralign_fast.model.masks import check_mask, make_mask
+from tralign_fast.model.patching import Patches
 from tralign_fast.ops.backend import warn_once
 
 PREFIX = "tralign_"
@@ -47,29 +49,33 @@ def enable_prefix_attention(model: Any) -> Callable[[], None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    before = original = model.config._attn_implementation
-    if original.startswith(PREFIX):
-        return lambda: None
-    if original == "sdpa" and getattr(model.config, "attn_logit_softcapping", None) is not None:
-        # transformers' SDPA attention drops the softcap that the model was trained with
-        warn_once(
-            "attention logits are soft-capped: eager attention instead of sdpa for generation"
-        )
-        original = "eager"
-    name = PREFIX + original
-    AttentionInterface.register(name, functools.partial(prefix_shared_attention, original))
-    if original in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    _set_implementation(model, name)
-    return lambda: _set_implementation(model, before)
-
-
-def _set_implementation(model: Any, name: str) -> None:
-    # `set_attn_implementation` would look the name up on the hub; the setting itself is one field
+    name = original = model.config._attn_implementation
+    if not original.startswith(PREFIX):
+        if original == "sdpa" and getattr(model.config, "attn_logit_softcapping", None) is not None:
+            # transformers' SDPA attention drops the softcap that the model was trained with
+            warn_once(
+                "attention logits are soft-capped: eager attention instead of sdpa for generation"
+            )
+            original = "eager"
+        name = PREFIX + original
+        AttentionInterface.register(name, functools.partial(prefix_shared_attention, original))
+        if original in ALL_MASK_ATTENTION_FUNCTIONS:
+            mask_function = functools.partial(make_mask, ALL_MASK_ATTENTION_FUNCTIONS[original])
+            AttentionMaskInterface.register(name, mask_function)
+    patches, seen = Patches(), set()
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            config._attn_implementation = name
+        if hasattr(config, "_attn_implementation") and id(config) not in seen:
+            seen.add(id(config))
+            # `set_attn_implementation` would look the name up on the hub, and the property sets
+            # that of configs inside this one, which may differ
+            patches.attribute(module, "config._attn_implementation_internal", name)
+    return patches.undo
+
+
+def runs_packed_rows(config: Any) -> bool:
+    """Whether a model's attention, by its config, is one that reads the layout of a packed row."""
+    return (config._attn_implementation or "").startswith(PREFIX)
 
 
 @torch.compiler.disable  # of a compiled layer: segments of every batch have lengths of their own
@@ -94,6 +100,7 @@ def prefix_shared_attention(
         NotImplementedError: the layer passes a keyword that this attention does not know.
     """
     if prefix_layout is None:
+        check_mask(original, module, attention_mask, sliding_window)
         return _original_attention(original, module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
             sliding_window=sliding_window, softcap=softcap, **kwargs,

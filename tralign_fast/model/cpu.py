@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tralign_fast.model.patching import lm_head_of, replace_forward
+from tralign_fast.model.patching import Patches, has_forward, lm_head_of
 from tralign_fast.ops.cpu import onednn
 
 
@@ -66,19 +66,22 @@ class _Tied(torch.autograd.Function):
         return head if embedding is None else head.add_(embedding)
 
 
-def speed_up_linears(model: nn.Module) -> None:
-    """Runs a CPU's fp32 products through the faster of the libraries that PyTorch has for them.
+def speed_up_linears(model: nn.Module) -> Callable[[], None]:
+    """Runs a CPU's fp32 products through the faster of the libraries that PyTorch has for them;
+    returns its undo.
 
     LoRA's factors are left out: products with so few columns gain nothing, and the adapter
     reference runs past adapters by `F.linear`, to the same bits.
     """
-
-    def forward(own_forward, self, input):
-        return onednn.linear(input, self.weight, self.bias)
-
+    patches = Patches()
     if not onednn.is_faster():
-        return
+        return patches.undo
     for name, module in model.named_modules():
-        is_own = type(module) is nn.Linear and "forward" not in module.__dict__
-        if is_own and ".lora_" not in name:
-            replace_forward(module, forward)
+        is_own = "forward" not in module.__dict__ or has_forward(module, "oneDNN")
+        if type(module) is nn.Linear and is_own and ".lora_" not in name:
+            patches.forward(module, "oneDNN", _linear)
+    return patches.undo
+
+
+def _linear(own_forward: Any, module: Any, input: Tensor) -> Tensor:
+    return onednn.linear(input, module.weight, module.bias)

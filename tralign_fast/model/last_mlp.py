@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tralign_fast.model.patching import causal_lm_of, replace_forward
+from tralign_fast.data.packing import PrefixLayout
+from tralign_fast.model.patching import Patches, causal_lm_of, decoder_of
 
 
-def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> None:
-    """Runs the last layer's MLP on the rows of a packed batch that are scored.
+def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> Callable[[], None]:
+    """Runs the last layer's MLP on the rows of a packed batch that are scored; returns its undo.
 
     What it would add to a prompt's other rows nobody reads: keys and values come before it. Those
     rows keep what the layer's attention left in them.
     """
-    layers = getattr(causal_lm_of(model).base_model, "layers", None)
+    patches = Patches()
+    layers = getattr(decoder_of(causal_lm_of(model)), "layers", None)
     attention, mlp = (
         None if layers is None else getattr(layers[-1], name, None) for name in ("self_attn", "mlp")
     )
-    if attention is None or mlp is None or hasattr(mlp, "handover"):
-        return
-    # the attention is told the layout, and runs before the MLP, also where a checkpoint runs both
-    # again; a copy of the model copies what the two share
-    attention.handover = mlp.handover = {}
+    if attention is not None and mlp is not None:
+        handover = _Handover()
+        patches.forward(attention, "last MLP", handover.attention_forward)
+        patches.forward(mlp, "last MLP", handover.mlp_forward)
+    return patches.undo
+
+
+class _Handover:
+    """The layout of a packed row, on its way from the last attention to the last MLP.
+
+    It is there between the two alone: the attention, which the model tells it, leaves it here, and
+    the MLP of the same layer takes it. A layer that a checkpoint runs again leaves it anew, and one
+    that fails between the two leaves what the next attention replaces. The two patches share one
+    object, and so do those of a model's deep copy.
+    """
+
+    layout: PrefixLayout | None = None
 
     @torch.compiler.disable
-    def attention_forward(own_forward, self, *args, **kwargs):
-        self.handover["layout"] = kwargs.get("prefix_layout")
-        return own_forward(self, *args, **kwargs)
+    def attention_forward(self, own_forward: Any, module: nn.Module, *args: Any, **kwargs: Any):
+        self.layout = kwargs.get("prefix_layout")
+        return own_forward(module, *args, **kwargs)
 
     @torch.compiler.disable
-    def mlp_forward(own_forward, self, hidden):
-        layout = self.handover.pop("layout", None)
-        if layout is None:
-            return own_forward(self, hidden)
+    def mlp_forward(
+        self, own_forward: Any, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        layout, self.layout = self.layout, None
+        if layout is None or args or kwargs:  # what else it is given may be of every row
+            return own_forward(module, hidden, *args, **kwargs)
         rows = layout.scored_rows(hidden.device)
-        added = own_forward(self, hidden.index_select(1, rows))
+        added = own_forward(module, hidden.index_select(1, rows))
         if not isinstance(added, Tensor):  # with router logits, of every row
-            return own_forward(self, hidden)
+            return own_forward(module, hidden)
         return added.new_zeros(hidden.shape).index_copy(1, rows, added)
-
-    replace_forward(attention, attention_forward)
-    replace_forward(mlp, mlp_forward)

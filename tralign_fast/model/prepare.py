@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +16,40 @@ from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.model.attention import enable_prefix_attention
 from tralign_fast.model.cpu import speed_up_linears
 from tralign_fast.model.last_mlp import leave_prompts_out_of_last_mlp
-from tralign_fast.model.patching import causal_lm_of
+from tralign_fast.model.masks import watch_masks
+from tralign_fast.model.patching import Patches, causal_lm_of
 from tralign_fast.model.scoring import enable_logprobs, sequence_logps
 from tralign_fast.ops.backend import warn_once
+
+
+class PreparedModel:
+    """What `prepare_model` did to a model: `packs` says whether it can run packed rows.
+
+    `undo()`, or leaving a `with` block, takes everything back, also when others have prepared the
+    model in the meantime, or taken theirs back. It does not keep the model alive, and a model
+    whose `PreparedModel` is dropped stays prepared.
+    """
+
+    def __init__(self, model: PreTrainedModel, packs: bool, undo: contextlib.ExitStack) -> None:
+        self.packs = packs
+        self._model = weakref.ref(model)
+        self._undo = undo
+
+    def compile_layers(self, **options: Any) -> None:
+        """`compile_layers` of the model, until the undo."""
+        model = self._model()
+        assert model is not None
+        self._undo.callback(compile_layers(model, **options))
+
+    def undo(self) -> None:
+        """Gives the model back as it was; a second time does nothing."""
+        self._undo.close()
+
+    def __enter__(self) -> PreparedModel:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.undo()
 
 
 def prepare_model(
@@ -26,39 +60,46 @@ def prepare_model(
     vocab_filter: float | None = None,
     backend: str = "auto",
     probe: bool = True,
-) -> bool:
-    """Makes `sequence_logps` work on `model`; returns whether it can run packed rows.
+) -> PreparedModel:
+    """Makes `sequence_logps` work on `model`, and finds out whether it can run packed rows.
 
     Both are tried on twelve tokens: the log-probs must equal those of the model's own logits, and
     the hidden states of a packed row those of separate sequences. An attention that cannot do
-    packed rows (a recurrent layer, sinks, position biases, …) is left alone with one warning, and
-    the caller uses padded batches. Without `probe` nothing is tried, and `packing` is the answer.
+    packed rows (a recurrent layer, sinks, position biases, a mask of its own, …) is left alone with
+    one warning, and the caller uses padded batches. Without `probe` nothing is tried, and `packing`
+    is the answer.
 
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`, or its 4-bit weights were
-            repacked for inference.
+            repacked for inference. The model is as it was.
     """
-    _keep_4bit_differentiable(model)
-    enable_logprobs(
-        model, logits_budget_mb=logits_budget_mb, vocab_filter=vocab_filter, backend=backend
-    )
-    leave_prompts_out_of_last_mlp(model)
-    speed_up_linears(model)
-    if not probe or next(model.parameters()).device.type == "meta":
-        if packing:
-            enable_prefix_attention(causal_lm_of(model))
-        return packing
-    was_training = model.training
+    options: dict[str, Any] = {"vocab_filter": vocab_filter, "backend": backend}
+    with contextlib.ExitStack() as undo:
+        undo.callback(_keep_4bit_differentiable(model))
+        undo.callback(enable_logprobs(model, logits_budget_mb=logits_budget_mb, **options))
+        undo.callback(speed_up_linears(model))
+        probe = probe and next(model.parameters()).device.type != "meta"
+        with _evaluating(model):
+            if probe:
+                _check_head(model)
+            packs = packing and _enable_packing(model, undo, probe)
+        return PreparedModel(model, packs, undo.pop_all())
+    raise AssertionError  # an ExitStack may swallow exceptions; this one has nothing that does
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        _check_head(model)
-        return packing and _enable_packing(model)
+        yield
     finally:
-        model.train(was_training)
+        for module in were_training:
+            module.training = True
 
 
-def compile_layers(model: PreTrainedModel, **options: Any) -> None:
-    """Compiles the decoder layers in place, with `torch.compile(**options)`.
+def compile_layers(model: PreTrainedModel, **options: Any) -> Callable[[], None]:
+    """Compiles the decoder layers in place, with `torch.compile(**options)`; returns its undo.
 
     Raises:
         ValueError: no layers were found.
@@ -67,22 +108,28 @@ def compile_layers(model: PreTrainedModel, **options: Any) -> None:
     if not layers:
         name = type(causal_lm_of(model)).__name__
         raise ValueError(f"torch_compile: found no decoder layers in {name}; leave it out")
+    patches = Patches()
     for layer in layers:
-        layer.compile(**options)
+        # as `Module.compile` does it
+        patches.attribute(layer, "_compiled_call_impl", torch.compile(layer._call_impl, **options))
+    return patches.undo
 
 
-def _keep_4bit_differentiable(model: nn.Module) -> None:
+def _keep_4bit_differentiable(model: nn.Module) -> Callable[[], None]:
     """Keeps bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU: its packed
     product has no backward, and whatever lies before it would silently be left untrained."""
+    patches = Patches()
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             state = module.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
             if getattr(state, "packing_format_for_cpu", False):
+                patches.undo()
                 raise ValueError(
                     f"{name}: bitsandbytes has repacked its 4-bit weight for inference, which has "
                     "no backward; load the model again and train it before anything is evaluated"
                 )
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+            patches.attribute(module, "support_avx512bf16_for_cpu", False)
+    return patches.undo
 
 
 # Two prompts with two completions each: a sharing error shows as an error of order one.
@@ -107,25 +154,34 @@ def _check_head(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _enable_packing(model: PreTrainedModel) -> bool:
-    # first: the attention that padded batches then run through is also the one compared with
-    undo = enable_prefix_attention(causal_lm_of(model))
-    separate = sequence_logps(model, _probe(model, "padded"))
-    try:
-        shared = sequence_logps(model, _probe(model, "shared"))
-        reason = (
-            None if _close(shared, separate, model.dtype) else "packed rows give other log-probs"
-        )
-    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-    if reason is None:
-        return True
-    undo()
+def _enable_packing(model: PreTrainedModel, undo: contextlib.ExitStack, probe: bool) -> bool:
+    with contextlib.ExitStack() as own:
+        # first: the attention that padded batches then run through is also the one compared with
+        own.callback(enable_prefix_attention(causal_lm_of(model)))
+        own.callback(leave_prompts_out_of_last_mlp(model))
+        reason = _why_not_packed(model) if probe else None
+        if reason is None:
+            undo.push(own.pop_all())
+            return True
     warn_once(
         f"{type(causal_lm_of(model)).__name__} cannot share prompts in a packed row ({reason}): "
         "tralign-fast uses padded batches"
     )
     return False
+
+
+def _why_not_packed(model: PreTrainedModel) -> str | None:
+    with watch_masks() as watch:
+        separate = sequence_logps(model, _probe(model, "padded"))
+    if watch.reason is not None:
+        return watch.reason
+    try:
+        shared = sequence_logps(model, _probe(model, "shared"))
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    if not _close(shared, separate, model.dtype):
+        return "packed rows give other log-probs"
+    return None
 
 
 def _probe(model: PreTrainedModel, layout: str) -> PackedBatch:

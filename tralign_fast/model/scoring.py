@@ -17,8 +17,16 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tralign_fast.data.packing import PackedBatch
+from tralign_fast.model.attention import runs_packed_rows
 from tralign_fast.model.cpu import split_tied_weight
-from tralign_fast.model.patching import causal_lm_of, lm_head_of, replace_forward, unwrapped
+from tralign_fast.model.patching import (
+    Patches,
+    causal_lm_of,
+    decoder_of,
+    lm_head_of,
+    take_back,
+    unwrapped,
+)
 from tralign_fast.ops.logprobs import linear_logprobs
 from tralign_fast.ops.statistics import token_statistics
 
@@ -79,7 +87,6 @@ def enable_logprobs(
             f"{type(causal_lm).__name__}: expected a linear output embedding (lm_head), got "
             f"{type(head).__name__}"
         )
-    disable_logprobs(causal_lm)
     options = {
         **asdict(HeadOptions.of(causal_lm.config)),
         "logits_budget_mb": logits_budget_mb,
@@ -94,8 +101,13 @@ def enable_logprobs(
     ):  # fmt: skip
         if score_index is None:
             return own_forward(self, *args, **kwargs)
+        if kwargs.get("prefix_layout") is not None and not runs_packed_rows(self.config):
+            raise RuntimeError(
+                f"{type(self).__name__} got a packed row, but its attention "
+                f"({self.config._attn_implementation}) reads none: prepare the model again"
+            )
         with split_tied_weight(self) as weight:
-            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+            hidden = decoder_of(self)(*args, use_cache=False, **kwargs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
         score = score or functools.partial(
             _token_logps_and_squares if with_squares else _token_logps,
@@ -109,21 +121,18 @@ def enable_logprobs(
         # within a call of the module the weight is there: hooks of FSDP and ZeRO-3 have gathered it
         return score(hidden, self.weight if weight is None else weight, self.bias)
 
-    replace_forward(causal_lm, forward)
-    replace_forward(head, head_forward)
-    return lambda: disable_logprobs(causal_lm)
+    patches = Patches()
+    patches.forward(causal_lm, "log-probs", forward)
+    patches.forward(head, "log-probs", head_forward)
+    return patches.undo
 
 
 def disable_logprobs(model: Any) -> None:
-    """Gives a model its own forward back; does nothing to a model that has it."""
+    """Gives a model its own forward back, however often log-probs were enabled; does nothing to a
+    model that has it."""
     causal_lm = causal_lm_of(model)
     for module in (causal_lm, lm_head_of(causal_lm)):
-        bound = module.__dict__.get("forward")
-        if not hasattr(bound, "tralign_before"):
-            continue
-        del module.forward
-        if bound.tralign_before is not None:
-            module.forward = bound.tralign_before
+        take_back(module, "log-probs")
 
 
 def _token_logps(
@@ -169,15 +178,23 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not.
     """
     output = model(**_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens)
-    return output.scores
+    return _scores(model, output)
 
 
 def token_logps_and_squares(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """`token_logps`, and (N,) float32 `log Σ_v p(v)²` of the same distributions, no gradient."""
-
     scored = {"score_targets": batch.targets, "grad_tokens": batch.grad_tokens}
-    logps, squares = model(**_inputs(batch), **scored, with_squares=True).scores
+    output = model(**_inputs(batch), **scored, with_squares=True)
+    logps, squares = _scores(model, output)
     return logps, squares.detach()
+
+
+def _scores(model: nn.Module, output: Any) -> Tensor:
+    if getattr(output, "scores", None) is None:
+        raise RuntimeError(
+            f"{type(model).__name__} returned no log-probs: prepare it (again, after an undo)"
+        )
+    return output.scores
 
 
 def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:

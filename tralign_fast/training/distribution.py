@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from tralign_fast.data.packing import PackedBatch, SplitBatch
-from tralign_fast.model.prepare import prepare_model
+from tralign_fast.model.prepare import PreparedModel, prepare_model
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import gathered, is_sharded
@@ -49,7 +49,9 @@ def _zero3_plugin(accelerator: Accelerator) -> Any:
     return plugin if plugin is not None and plugin.zero_stage == 3 else None
 
 
-def prepare_on_all(accelerator: Accelerator, model: PreTrainedModel, **options: Any) -> bool:
+def prepare_on_all(
+    accelerator: Accelerator, model: PreTrainedModel, **options: Any
+) -> PreparedModel:
     """`prepare_model`, with one answer for all: whether the model can take packed rows.
 
     The first process tries the model out: where FSDP fills the weights of the others later they are
@@ -58,11 +60,27 @@ def prepare_on_all(accelerator: Accelerator, model: PreTrainedModel, **options: 
     if accelerator.num_processes == 1 or is_sharded(model):
         with gathered(model):  # loaded under ZeRO-3: all have its weights, and try them out
             return prepare_model(model, **options)
-    packs = [prepare_model(model, **options)] if accelerator.is_main_process else [False]
+    prepared = prepare_model(model, **options) if accelerator.is_main_process else None
+    packs = [prepared is not None and prepared.packs]
     broadcast_object_list(packs)
-    if not accelerator.is_main_process:
-        prepare_model(model, **{**options, "packing": packs[0]}, probe=False)
-    return packs[0]
+    if prepared is None:
+        prepared = prepare_model(model, **{**options, "packing": packs[0]}, probe=False)
+    return prepared
+
+
+def take_off_autocast(model: PreTrainedModel) -> None:
+    """Takes off what accelerate put over the forward for mixed precision.
+
+    accelerate's own `unwrap_model` goes down to the undecorated function, past what transformers
+    and this library have there.
+    """
+    model.__dict__.pop("_is_accelerate_prepared", None)  # by which it would not be put on again
+    before = model.__dict__.pop("_original_forward", None)
+    if before is None:
+        return
+    del model.forward
+    if model.forward != before:
+        model.forward = before
 
 
 def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> dict | None:

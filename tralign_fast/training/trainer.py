@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
-from tralign_fast.model.prepare import compile_layers
 from tralign_fast.model.scoring import (
     hidden_kl,
     sequence_logps,
@@ -54,6 +54,7 @@ from tralign_fast.training.distribution import (
     distribute_frozen,
     even_parts,
     prepare_on_all,
+    take_off_autocast,
     take_over_compilation,
 )
 from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease
@@ -151,6 +152,10 @@ class TRTrainer(Trainer):
         kind = reference_class(place)
         check_distribution(self.accelerator, kind)
         self._compile_options = take_over_compilation(self.accelerator, args)
+        # a trainer that is dropped gives its models back; the stack holds neither it nor them
+        self._prepared = contextlib.ExitStack()
+        self._undo = weakref.finalize(self, self._prepared.close)
+        self._undo.atexit = False
         # copies of the policy are made before it is prepared
         start: Any = ref_model
         if kind.needs_second_model and start is None:
@@ -173,12 +178,13 @@ class TRTrainer(Trainer):
     def _prepare(self, model: PreTrainedModel) -> bool:
         """Lets the model return log-probs; whether it can take packed rows."""
         options = ("packing", "logits_budget_mb", "vocab_filter")
-        packs = prepare_on_all(
+        prepared = prepare_on_all(
             self.accelerator, model, **{name: getattr(self.args, name) for name in options}
         )
+        self._prepared.callback(prepared.undo)
         if self._compile_options is not None:
-            compile_layers(model, **self._compile_options)
-        return packs
+            prepared.compile_layers(**self._compile_options)
+        return prepared.packs
 
     def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
         """A second model that runs beside the policy, and as the policy does."""
@@ -196,6 +202,29 @@ class TRTrainer(Trainer):
             self.optimizer_cls_and_kwargs = factory, options
         self.optimizer = GradientRelease(super().create_optimizer(model))
         return self.optimizer
+
+    def release_model(self) -> PreTrainedModel:
+        """The policy as it was given, with the weights that it has by now.
+
+        Its forward and attention are its own again, compiled layers are not, and the hooks of
+        gradient release and accelerate's autocast are off; so are a `ref_model`'s. The trainer
+        cannot train or evaluate afterwards. A trainer that is dropped gives them back too, once
+        Python has collected it, but for the autocast, which transformers' trainers leave there.
+        """
+        if not self._undo.alive:
+            return self.model
+        optimizer: Any = self.optimizer
+        while optimizer is not None and not isinstance(optimizer, GradientRelease):
+            optimizer = getattr(optimizer, "optimizer", None)  # accelerate's wrapper
+        if optimizer is not None:
+            optimizer.remove()
+        take_off_autocast(self.model)
+        self._undo()
+        return self.model
+
+    def _check_not_released(self) -> None:
+        if not self._undo.alive:
+            raise RuntimeError("release_model() has given the model back: make a new TRTrainer")
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -357,6 +386,7 @@ class TRTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._check_not_released()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         averages = self._means["eval"].pop(self.accelerator)
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in averages.items()}
@@ -366,6 +396,7 @@ class TRTrainer(Trainer):
     # --- runs and checkpoints ---------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        self._check_not_released()
         if not resume_from_checkpoint and not self.args.overwrite_output_dir:
             check_output_dir(self.args.output_dir)
         if resume_from_checkpoint is True:
