@@ -89,7 +89,7 @@ def test_fake_operators_allocate_the_logits_tile_forward_and_backward():
     weight = torch.randn(vocab, width)
     targets = torch.randint(0, vocab, (rows,))
     tile = 256
-    options = (1.0, None, 1.0, "torch", torch.float32, tile, False, 0.0)
+    options = ([1.0, 0.0, 1.0], "torch", torch.float32, tile, False, 0.0)
 
     def peak(name: str, *arguments: Any) -> int:
         kernel: Any = simple_registry.singleton.find(f"tralign_fast::{name}").fake_impl.kernel
@@ -102,7 +102,7 @@ def test_fake_operators_allocate_the_logits_tile_forward_and_backward():
     grads = torch.ones(rows), hidden, weight, targets, None, torch.ones(rows), hidden.new_empty(0)
     needs = [True, False, False]
     backward = peak(
-        "linear_logprobs_backward", *grads, 1.0, None, 1.0, "torch", tile, needs, 0.0
+        "linear_logprobs_backward", *grads, [1.0, 0.0, 1.0], "torch", tile, needs, 0.0
     )  # fmt: skip
     assert backward >= scratch
     # and a trace, which runs the operator's own code, counts it as what it is

@@ -80,6 +80,39 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, keep: b
     return torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
+class Logits:
+    """The logits of a backward, tile by tile: those that were kept, and those made again.
+
+    Args:
+        x: (N, H) hidden states in the dtype of the logits.
+        weight, bias: of the head, (V, H) and (V,).
+        kept: (N·K,), the logits of the first K columns: consumed, and their memory reused.
+        tile: columns of a tile.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, tile: int
+    ) -> None:
+        self.x, self.weight, self.bias, self.kept = x, weight, bias, kept
+        rows, vocab = len(x), len(weight)
+        self.keep = kept.numel() // max(1, rows)  # columns
+        self.parts = list(cut(0, vocab, tile))
+        # kept logits that are consumed make room for those that are computed again
+        self._scratch = kept if self.keep else self.new_tile()
+
+    def new_tile(self) -> Tensor:
+        """Memory of a tile's size."""
+        return self.x.new_empty(len(self.x) * (self.parts[0][1] if self.parts else 0))
+
+    def of(self, start: int, stop: int) -> Tensor:
+        """(N, W), overwritten by the next."""
+        logits = view(self.kept, self._scratch, len(self.x), start, stop, self.keep)
+        if start < self.keep:
+            return logits
+        part = None if self.bias is None else self.bias[start:stop]
+        return project(self.x, self.weight[start:stop], part, logits, keep=False)
+
+
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with an fp32 total of half-precision products."""
     if total.dtype == a.dtype:
