@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tralign_fast.integrations.callback import TrustRegionCallback
+from tralign_fast.ops.backend import device_kind
 from tralign_fast.ops.logprobs import linear_logprobs
 from tralign_fast.ops.transform import LogitTransform
 
@@ -233,7 +234,7 @@ def _statistics(
     transform: LogitTransform,
 ) -> dict[str, Tensor]:
     """TRL's metrics of the next-token distribution, (N,) each, in blocks of rows."""
-    size = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _BLOCK_BYTES
+    size = _CPU_BLOCK_BYTES if device_kind(hidden.device) == "cpu" else _BLOCK_BYTES
     rows = max(1, size // (4 * weight.shape[0]))
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for block, target in zip(hidden.split(rows), targets.split(rows), strict=True):

@@ -7,13 +7,15 @@ import contextlib
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind
+
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
 def check_targets(targets: Tensor, vocab: int) -> None:
-    if targets.device.type != "cpu" or targets.numel() == 0:
+    if device_kind(targets.device) != "cpu" or targets.numel() == 0:
         return
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= vocab:

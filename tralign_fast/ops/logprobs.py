@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tralign_fast.ops import tiles
-from tralign_fast.ops.backend import pick_backend
+from tralign_fast.ops.backend import kernel, pick_backend
 from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets
 from tralign_fast.ops.cpu.pages import give_back
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
@@ -81,8 +81,7 @@ def _fused_forward_(
     tile: int,
     transform: LogitTransform,
 ) -> None:
-    from tralign_kernels import linear_logprob_forward_
-
+    linear_logprob_forward_ = kernel("linear_logprob_forward_")
     x = x if x.stride(1) == 1 else x.contiguous()
     # a weight of another dtype (autocast) is converted tile by tile, never as a whole
     tile = weight.shape[0] if weight.dtype == x.dtype else tile

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind, kernel
 from tralign_fast.ops.cpu.row_blocks import row_blocks, row_buffers
 from tralign_fast.ops.transform import LogitTransform
 
@@ -29,12 +30,10 @@ def tile_ops(
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """(forward, backward) of a backend, for such scores."""
     if backend == "triton":
-        from tralign_kernels import logprob_backward_, logprob_forward_
-
         options = transform.kernel_options()
         return (
-            functools.partial(logprob_forward_, **options),
-            functools.partial(logprob_backward_, **options),
+            functools.partial(kernel("logprob_forward_"), **options),
+            functools.partial(kernel("logprob_backward_"), **options),
         )
     return (
         functools.partial(tile_forward_, transform=transform),
@@ -126,7 +125,7 @@ def row_factor(
     and for logsumexps out of the ordinary.
     """
     plain = dtype == torch.bfloat16 and transform.is_identity
-    if plain and logsumexp.device.type == "cpu" and _is_moderate(logsumexp):
+    if plain and device_kind(logsumexp.device) == "cpu" and _is_moderate(logsumexp):
         return (-grad * (-logsumexp).exp())[:, None]
     return None
 
@@ -137,7 +136,7 @@ def _logsumexp(
     buffer: Tensor,  # (rows, W) float32
 ) -> Tensor:
     """(rows,) float32, of `scores(logits, buffer)`, which may lie in the buffer."""
-    if logits.device.type == "cpu":
+    if device_kind(logits.device) == "cpu":
         found = torch.exp(scores(logits, buffer), out=buffer).sum(1).log_()
         if _is_moderate(found):
             return found

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind
 from tralign_fast.ops.cpu import onednn
 
 # A CPU tile stays in the last-level cache between the product that makes it and the reduction that
@@ -37,7 +38,7 @@ def plan(
 ) -> tuple[int, int]:
     """(columns of a tile, columns whose logits are kept for the backward: whole tiles, or all)."""
     row_bytes = max(1, rows) * dtype.itemsize
-    if device.type == "cpu":
+    if device_kind(device) == "cpu":
         fewest, tile_bytes = FEWEST_COLUMNS, min(budget, CPU_TILE_BYTES[dtype.itemsize])
     else:
         fewest, tile_bytes = FEWEST_DEVICE_COLUMNS, max(budget, SMALLEST_DEVICE_TILE_BYTES)
