@@ -200,9 +200,7 @@ def linear_logprob_forward_(
     target_logit: Tensor,  # (N,) float32, written where the target lies in the tile
     *,
     bias: Tensor | None = None,  # (W,) of the same dtype
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    inverse_temperature: float = 1.0,
+    **transform: float | None,  # of `logprob.fold`
 ) -> None:
     """`logprob_forward_(F.linear(hidden, weight, bias), ...)` without the logits.
 
@@ -222,7 +220,8 @@ def linear_logprob_forward_(
     name = architecture(hidden.device)
     wide = hidden.dtype != torch.float32 and _is_aligned(hidden) and _is_aligned(weight)
     candidates = (WIDE_LAUNCH if wide else SMALL_LAUNCH)[name]
-    if softcap is not None:
+    inner, outer, softcap = fold(**transform)  # pyright: ignore[reportArgumentType]
+    if softcap:
         candidates = [c for c in candidates if _fits_softcap(c)]
     splits = triton.cdiv(W, _SPLIT)
     peaks, masses = hidden.new_empty((2, splits, N), dtype=torch.float32)
@@ -245,9 +244,10 @@ def linear_logprob_forward_(
             H,
             hidden.stride(0),
             weight.stride(0),
-            *fold(logit_scale, softcap, inverse_temperature),
+            inner,
+            outer,
             BIAS=bias is not None,
-            SOFTCAP=softcap is not None,
+            SOFTCAP=softcap,
             TMA=launch.tma,
             PRECISION=FLOAT_PRECISION[name],
             SPLIT=_SPLIT,
@@ -260,7 +260,7 @@ def linear_logprob_forward_(
         )
 
     with device_of(hidden):
-        key = (_linear_logprob_kernel, name, hidden.dtype, N, W, H, bias is None, softcap is None)
+        key = (_linear_logprob_kernel, name, hidden.dtype, N, W, H, bias is None, softcap)
         run(pick(candidates, key, run))
         _combine_kernel[(triton.cdiv(N, _COMBINE_BLOCK),)](
             peaks,

@@ -63,6 +63,19 @@ def score(x, inner, outer, SOFTCAP: tl.constexpr):
     return z
 
 
+@triton.jit
+def score_and_slope(x, inner, outer, SOFTCAP: tl.constexpr):
+    """(z, dz/dx)"""
+    if SOFTCAP:
+        t, slope = tanh_and_slope(x * inner)
+        z = t * outer
+        slope *= inner * outer
+    else:
+        z = x * inner
+        slope = inner
+    return z, slope
+
+
 @triton.jit(do_not_specialize=["start"])
 def _logprob_forward_kernel(
     logits_ptr,  # (N, W)
@@ -131,13 +144,7 @@ def _logprob_backward_kernel(
     logsumexp = tl.load(logsumexp_ptr + row)
     grad = tl.load(grad_ptr + row)
     x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        t, slope = tanh_and_slope(x * inner)
-        z = t * outer
-        slope *= inner * outer
-    else:
-        z = x * inner
-        slope = inner
+    z, slope = score_and_slope(x, inner, outer, SOFTCAP)
     at_target = tl.where(column == target, 1.0, 0.0)
     result = grad * (at_target - tl.exp(z - logsumexp)) * slope
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
@@ -150,10 +157,7 @@ def logprob_forward_(
     start: int,
     logsumexp: Tensor,  # (N,) float32, read and written
     target_logit: Tensor,  # (N,) float32, written where the target lies in the tile
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    inverse_temperature: float = 1.0,
+    **transform: float | None,  # of `fold`
 ) -> None:
     """Folds the tile into the running `logsumexp`; notes the targets that lie in it.
 
@@ -175,8 +179,7 @@ def logprob_forward_(
     # training step fill a GPU (132 SMs on an H100).
     _launch(
         _logprob_forward_kernel, N, FORWARD_LAUNCH[backend()],
-        (logits, targets, logsumexp, target_logit), start,
-        logit_scale, softcap, inverse_temperature,
+        (logits, targets, logsumexp, target_logit), start, transform,
     )  # fmt: skip
 
 
@@ -186,10 +189,7 @@ def logprob_backward_(
     start: int,
     logsumexp: Tensor,  # (N,) float32, over all V columns
     grad: Tensor,  # (N,) float32, gradient of the log-probs
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    inverse_temperature: float = 1.0,
+    **transform: float | None,  # of `fold`
 ) -> None:
     """logits ← d(Σₙ grad[n] · logprob[n]) / d(logits), logprob = z[target - start] - logsumexp.
 
@@ -211,7 +211,7 @@ def logprob_backward_(
     _launch(
         _logprob_backward_kernel, programs, launch,
         (logits, targets, logsumexp.contiguous(), grad.contiguous()),  # a sum's is expanded
-        start, logit_scale, softcap, inverse_temperature,
+        start, transform,
     )  # fmt: skip
 
 
@@ -221,12 +221,11 @@ def _launch(
     launch: Launch,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # logits, targets, logsumexp, a vector
     start: int,
-    logit_scale: float,
-    softcap: float | None,
-    inverse_temperature: float,
+    transform: dict[str, float | None],
 ) -> None:
     """Either kernel: they take the same arguments."""
     logits, targets, logsumexp, vector = tensors
+    inner, outer, softcap = fold(**transform)  # pyright: ignore[reportArgumentType]
     if logits.numel() == 0:
         return
     with device_of(logits):
@@ -238,20 +237,22 @@ def _launch(
             start,
             logits.shape[1],
             logits.stride(0),
-            *fold(logit_scale, softcap, inverse_temperature),
-            SOFTCAP=softcap is not None,
+            inner,
+            outer,
+            SOFTCAP=softcap,
             BLOCK=launch.block,
             num_warps=launch.num_warps,
         )
 
 
 def fold(
-    logit_scale: float, softcap: float | None, inverse_temperature: float
-) -> tuple[float, float]:
-    """(inner, outer) of the module's second form; floats, for Triton types an int as an integer."""
+    logit_scale: float = 1.0, softcap: float | None = None, inverse_temperature: float = 1.0
+) -> tuple[float, float, bool]:
+    """(inner, outer, SOFTCAP) of the module's second form; floats, for Triton types an int as an
+    integer."""
     if softcap is None:
-        return float(logit_scale * inverse_temperature), 1.0
-    return float(logit_scale / softcap), float(softcap * inverse_temperature)
+        return float(logit_scale * inverse_temperature), 1.0, False
+    return float(logit_scale / softcap), float(softcap * inverse_temperature), True
 
 
 def _check_tile(

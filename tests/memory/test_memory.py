@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch._library import simple_registry
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tralign_fast import linear_logprobs
+from tralign_fast import ema_update_, linear_logprobs
 from tralign_fast.cli import main
 from tralign_fast.memory import LiveTensors, MemoryReport, Workload, measure, trace, trace_trl
+from tralign_fast.memory.as_on_gpu import as_on_gpu
 from tralign_fast.memory.plan import GIB, PlanOptions, _as_text, load_config, parse_memory, workload
+from tralign_fast.model import attention
+from tralign_fast.ops import backend, tiles
 
 HARD = {"ref_model_mixup_alpha": 1.0}
 RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0, "optim": "adafactor"}
@@ -89,7 +93,7 @@ def test_fake_operators_allocate_the_logits_tile_forward_and_backward():
     weight = torch.randn(vocab, width)
     targets = torch.randint(0, vocab, (rows,))
     tile = 256
-    options = (1.0, None, 1.0, "torch", torch.float32, tile, False, 0.0)
+    options = ([1.0, 0.0, 1.0], "torch", torch.float32, tile, False, 0.0)
 
     def peak(name: str, *arguments: Any) -> int:
         kernel: Any = simple_registry.singleton.find(f"tralign_fast::{name}").fake_impl.kernel
@@ -102,13 +106,46 @@ def test_fake_operators_allocate_the_logits_tile_forward_and_backward():
     grads = torch.ones(rows), hidden, weight, targets, None, torch.ones(rows), hidden.new_empty(0)
     needs = [True, False, False]
     backward = peak(
-        "linear_logprobs_backward", *grads, 1.0, None, 1.0, "torch", tile, needs, 0.0
+        "linear_logprobs_backward", *grads, [1.0, 0.0, 1.0], "torch", tile, needs, 0.0
     )  # fmt: skip
     assert backward >= scratch
     # and a trace, which runs the operator's own code, counts it as what it is
     with LiveTensors() as live:
         linear_logprobs(hidden, weight, targets, logits_budget_mb=0.0625).sum().backward()
     assert live.report().logits_tile >= scratch
+
+
+def test_one_switch_turns_every_path_to_that_of_a_gpu():
+    """Nothing of this library is replaced: what asks for the device hears of another one."""
+    cpu = torch.device("cpu")
+    query = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
+    options = attention._Options(1.0, 0.0, None, None)
+    hidden, weight = torch.randn(4, 8).bfloat16(), torch.randn(5000, 8).bfloat16()
+    ref = torch.zeros(4)
+    plan = {"wants_grad": False, "wants_all_or_none": False, "is_fused": True}
+    before = {name: vars(module).copy() for name, module in _own_modules().items()}
+    with as_on_gpu():
+        assert backend.device_kind(cpu) == "cuda"
+        assert backend.pick_backend("auto", cpu) == "triton"
+        assert attention._varlen_function(query, options) is attention._torch_varlen
+        assert tiles.plan(4, 5000, torch.bfloat16, cpu, 0, **plan) == (5000, 0)
+        assert ema_update_([ref], [torch.ones(4)], 0.5) is None
+        assert linear_logprobs(hidden, weight, torch.arange(4)).isnan().all()  # no kernel ran
+        after = {name: vars(module) for name, module in _own_modules().items()}
+        changed = {
+            (name, key)
+            for name, values in before.items()
+            for key, value in values.items()
+            if after[name].get(key) is not value
+        }
+        assert changed == {("tralign_fast.ops.backend", "_pretending")}
+    assert (ref == 0).all()
+    assert backend.device_kind(cpu) == "cpu"
+    assert backend.pick_backend("auto", cpu) == "torch"
+
+
+def _own_modules() -> dict[str, Any]:
+    return {k: m for k, m in sys.modules.items() if k.startswith("tralign_fast.")}
 
 
 def test_where_bytes_are_counted():

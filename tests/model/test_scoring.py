@@ -7,12 +7,12 @@ from tests.model.test_attention import build, collate
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import (
-    HeadOptions,
     disable_logprobs,
     enable_logprobs,
     hidden_kl,
     sequence_logps,
 )
+from tralign_fast.ops.transform import LogitTransform
 from tralign_fast.ops.vocab_filter import last_vocab_filter
 
 
@@ -69,10 +69,10 @@ def test_copies_run_their_own_weights():
 
 
 def test_head_options_of_the_architectures():
-    assert HeadOptions.of(build("llama").config) == HeadOptions()
-    assert HeadOptions.of(build("gemma2").config) == HeadOptions(softcap=8.0)
-    assert HeadOptions.of(build("cohere").config).logit_scale == 0.0625
-    assert HeadOptions.of(build("granite").config).logit_scale == pytest.approx(1 / 3)
+    assert LogitTransform.of_config(build("llama").config) == LogitTransform()
+    assert LogitTransform.of_config(build("gemma2").config) == LogitTransform(softcap=8.0)
+    assert LogitTransform.of_config(build("cohere").config).scale == 0.0625
+    assert LogitTransform.of_config(build("granite").config).scale == pytest.approx(1 / 3)
 
 
 def test_a_head_with_an_unknown_scale_is_refused():

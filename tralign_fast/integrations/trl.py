@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tralign_fast.integrations.callback import TrustRegionCallback
+from tralign_fast.ops.backend import device_kind
 from tralign_fast.ops.logprobs import linear_logprobs
+from tralign_fast.ops.transform import LogitTransform
 
 __all__ = ["TrustRegionCallback", "use_fast_logprobs"]
 
@@ -212,12 +214,11 @@ class _Head:
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
-        transform: Any = {
-            "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale,
-        }  # fmt: skip
-        logps = linear_logprobs(hidden, weight, targets, bias=bias, **transform, **self.options)
+        transform = LogitTransform(logit_scale, softcap, temperature)
+        options = {**transform.options(), **self.options}
+        logps = linear_logprobs(hidden, weight, targets, bias=bias, **options)
         wanted = [name for name in _OUTPUTS if name in outputs]
-        extras = _statistics(hidden, weight, bias, targets, wanted, **transform) if wanted else {}
+        extras = _statistics(hidden, weight, bias, targets, wanted, transform) if wanted else {}
         if "entropy" in extras and logps.requires_grad:
             extras["entropy"] = _NoGradient.apply(extras["entropy"], logps)
         return _PerToken(logps, *(extras.get(name) for name in _OUTPUTS))
@@ -230,20 +231,14 @@ def _statistics(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,)
     wanted: list[str],
-    *,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
+    transform: LogitTransform,
 ) -> dict[str, Tensor]:
     """TRL's metrics of the next-token distribution, (N,) each, in blocks of rows."""
-    size = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _BLOCK_BYTES
+    size = _CPU_BLOCK_BYTES if device_kind(hidden.device) == "cpu" else _BLOCK_BYTES
     rows = max(1, size // (4 * weight.shape[0]))
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for block, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        z = F.linear(block, weight, bias).float().mul_(logit_scale)
-        if softcap is not None:
-            z = z.div_(softcap).tanh_().mul_(softcap)
-        z = z.div_(temperature)
+        z = transform.to_scores_(F.linear(block, weight, bias).float())
         if "mean_logits" in wanted:
             parts["mean_logits"].append(z.mean(1))
         if "is_top1" in wanted:

@@ -1,9 +1,8 @@
 """The paths of a GPU on a machine that has none.
 
 Fake tensors of a device that torch was not built for cannot run a backward, so the tensors say
-"cpu", and the few places where this library, torch and TRL look at the device are told that it is a
-GPU: variable-length attention, one logits tile of `logits_budget_mb`, Triton's kernel of product
-and reduction and its in-place tile operations (which allocate nothing), foreach optimizers.
+"cpu". This library asks `ops.backend` for the device, which pretends; the few places where torch
+and TRL look at it themselves are patched: foreach optimizers, TRL's Triton kernels.
 """
 
 from __future__ import annotations
@@ -19,74 +18,65 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tralign_fast.memory.live import LiveTensors
-from tralign_fast.model import attention, scoring
-from tralign_fast.ops import ema, logprobs, tiles
+from tralign_fast.ops.backend import pretend_gpu
 
 
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Inside, tensors on the CPU take the code paths of tensors on a GPU."""
-
-    def varlen(query: Tensor, options: Any) -> Any:
-        usable = query.dtype != torch.float32 and attention._torch_varlen_parameters()
-        return attention._torch_varlen if usable else None
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        """Triton's operations on tiles and reference weights: in place, no allocation."""
-
-    def tile_operations(backend: str) -> Any:
-        return nothing, nothing
-
-    def devices() -> list[str]:
-        return ["cpu", "cuda"]
-
-    with (
-        mock.patch.object(attention, "_varlen_function", varlen),
-        mock.patch.object(tiles, "CPU_TILE_BYTES", dict.fromkeys((2, 4, 8), 1 << 62)),
-        mock.patch.object(logprobs, "tile_ops", tile_operations),
-        mock.patch.object(logprobs, "_is_fused", return_value=True),
-        mock.patch.object(logprobs, "_fused_forward_", nothing),
-        mock.patch.object(ema, "_foreach_update_", nothing),
-        mock.patch.object(scoring, "split_tied_weight", return_value=contextlib.nullcontext()),
-        mock.patch.object(torch_optimizer, "_get_foreach_kernels_supported_devices", devices),
-    ):
+    with pretend_gpu(), _patched(*_TORCH):
         yield
 
 
 @contextlib.contextmanager
 def trl_as_on_gpu() -> Iterator[None]:
     """TRL's chunked LM head: Triton tile operations, and cuBLAS products with an fp32 sum."""
-    from trl.kernels import chunked_logprob
+    from trl.kernels import chunked_logprob as head
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        """Triton's tile operations, and a product added to its sum by cuBLAS."""
-
-    def yes(device: torch.device) -> bool:
-        return True
-
-    class Kernel:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return nothing
-
-    function = chunked_logprob.ChunkedLogProbFunction
-
-    def tagged(method: Callable[..., Any]) -> Any:
-        def call(*args: Any) -> Any:
-            live = _innermost_counter()
-            with live.tagging("logits tile"):
-                return method(*args)
-
-        return staticmethod(call)
-
-    with (
-        mock.patch.object(chunked_logprob, "_use_triton", yes),
-        mock.patch.object(chunked_logprob, "_forward_kernel", Kernel()),
-        mock.patch.object(chunked_logprob, "_backward_kernel", Kernel()),
-        mock.patch.object(chunked_logprob, "_addmm_fp32", nothing),
-        mock.patch.object(function, "forward", tagged(function.forward)),
-        mock.patch.object(function, "backward", tagged(function.backward)),
+    function = head.ChunkedLogProbFunction
+    with _patched(
+        (head, "_use_triton", lambda device: True),
+        (head, "_forward_kernel", _Kernel()),
+        (head, "_backward_kernel", _Kernel()),
+        (head, "_addmm_fp32", _do_nothing),
+        (function, "forward", staticmethod(_tagged(function.forward))),
+        (function, "backward", staticmethod(_tagged(function.backward))),
     ):
         yield
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Inside, tensors have no data, and models of them can be moved and copied."""
+    with FakeTensorMode(), _patched(*_FAKE):
+        yield
+
+
+@contextlib.contextmanager
+def _patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """What torch and TRL look at has other values inside."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patches:
+            create = name == "__deepcopy__"  # the others are there, or their owner has changed
+            stack.enter_context(mock.patch.object(owner, name, value, create=create))
+        yield
+
+
+class _Kernel:
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return _do_nothing
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """TRL's tile operations in Triton, and a product added to its sum by cuBLAS."""
+
+
+def _tagged(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with _innermost_counter().tagging("logits tile"):
+            return method(*args)
+
+    return call
 
 
 def _innermost_counter() -> LiveTensors:
@@ -94,18 +84,6 @@ def _innermost_counter() -> LiveTensors:
 
     modes = [m for m in _get_current_dispatch_mode_stack() if isinstance(m, LiveTensors)]
     return modes[-1]
-
-
-@contextlib.contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Inside, tensors have no data, and models of them can be moved and copied."""
-    with (
-        FakeTensorMode(),
-        mock.patch.object(nn.Module, "_apply", _apply),
-        # a copied model stays in this mode
-        mock.patch.object(FakeTensorMode, "__deepcopy__", lambda m, _: m, create=True),
-    ):
-        yield
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -120,3 +98,10 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
     for name, buffer in module._buffers.items():
         module._buffers[name] = None if buffer is None else function(buffer)
     return module
+
+
+_TORCH = ((torch_optimizer, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]),)
+_FAKE = (
+    (nn.Module, "_apply", _apply),
+    (FakeTensorMode, "__deepcopy__", lambda mode, _: mode),  # a copied model stays in this mode
+)

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tralign_fast.data.packing import PrefixLayout, VarlenArguments
 from tralign_fast.model.masks import check_mask, make_mask
 from tralign_fast.model.patching import Patches
-from tralign_fast.ops.backend import warn_once
+from tralign_fast.ops.backend import device_kind, is_pretending, warn_once
 
 PREFIX = "tralign_"
 # Keywords of an attention layer that change nothing here, or that are honoured below. Any other one
@@ -113,7 +113,7 @@ def prefix_shared_attention(
     varlen = _varlen_function(query, options)
     if varlen is not None:
         return _attend_varlen(varlen, query, key, value, prefix_layout, options), None
-    if not query.is_cuda:
+    if device_kind(query.device) != "cuda":
         return _attend_segments(query, key, value, prefix_layout, options), None
     # cuDNN plans every new pair of lengths anew, which takes longer than a whole step
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -181,7 +181,7 @@ def _attend_one(
         mask, causal = layout.mask(queries, keys, window, query.device), False
     repeats = query.shape[1] // key.shape[1]
     # a GPU's fused kernels want all heads where there is a mask, or fp32
-    if repeats > 1 and (softcap is not None or query.is_cuda):
+    if repeats > 1 and (softcap is not None or device_kind(query.device) == "cuda"):
         key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
         repeats = 1
     if softcap is None:
@@ -263,8 +263,11 @@ def _torch_varlen(q, k, v, arguments, window: tuple[int, int], options: _Options
 
 def _varlen_function(query: Tensor, options: _Options) -> Callable[..., Tensor] | None:
     """The variable-length kernel for these tensors, or None where there is none."""
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+    on_gpu = device_kind(query.device) == "cuda"
+    if not on_gpu or query.dtype not in (torch.float16, torch.bfloat16):
         return None
+    if is_pretending():  # torch's takes fake tensors, and allocates what flash-attn does
+        return _torch_varlen if _torch_varlen_parameters() else None
     if importlib.util.find_spec("flash_attn") is not None:
         return _flash_attn
     if options.softcap is not None or options.dropout > 0:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tralign_fast.model.patching import Patches, has_forward, lm_head_of
+from tralign_fast.ops.backend import device_kind
 from tralign_fast.ops.cpu import onednn
 
 
@@ -41,7 +42,7 @@ def _is_tied_on_cpu(embedding: Any, head: Any) -> bool:
         return False
     weight = embedding.weight
     return (
-        weight.device.type == "cpu"
+        device_kind(weight.device) == "cpu"
         and weight.shape == (embedding.num_embeddings, embedding.embedding_dim)  # ZeRO-3's is empty
         and not hasattr(weight, "device_mesh")  # nor a shard
         and weight.requires_grad

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from tralign_fast.model.patching import (
 )
 from tralign_fast.ops.logprobs import linear_logprobs
 from tralign_fast.ops.statistics import token_statistics
+from tralign_fast.ops.transform import LogitTransform
 
 
 @dataclass
@@ -36,26 +37,6 @@ class ScoreOutput(ModelOutput):
     """What a model returns when it was given `score_index`."""
 
     scores: Tensor | None = None  # (N,) float32 log-probs, or what the given `score` returned
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """What stands between the LM head's product and the softmax, read from a model's config."""
-
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-    @classmethod
-    def of(cls, config: Any) -> HeadOptions:
-        config = config.get_text_config()
-        scale = getattr(config, "logit_scale", None)  # Cohere
-        scaling = getattr(config, "logits_scaling", None)  # Granite divides
-        if scale is None and scaling is not None:
-            scale = 1.0 / scaling
-        return cls(
-            softcap=getattr(config, "final_logit_softcapping", None),  # Gemma-2, Gemma-3
-            logit_scale=1.0 if scale is None else float(scale),
-        )
 
 
 def enable_logprobs(
@@ -88,7 +69,7 @@ def enable_logprobs(
             f"{type(head).__name__}"
         )
     options = {
-        **asdict(HeadOptions.of(causal_lm.config)),
+        **LogitTransform.of_config(causal_lm.config).options(),
         "logits_budget_mb": logits_budget_mb,
         "vocab_filter": vocab_filter,
         "backend": backend,
@@ -226,13 +207,11 @@ def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> T
         return total
 
     def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = nn.functional.linear(hidden, weight, bias).float() * options.logit_scale
-        if options.softcap is not None:
-            z = options.softcap * torch.tanh(z / options.softcap)
-        return z.log_softmax(-1)
+        z = nn.functional.linear(hidden, weight, bias).float()
+        return transform.to_scores_(z).log_softmax(-1)
 
     others: list[tuple[Any, ...]] = []
-    options = HeadOptions.of(causal_lm_of(unwrapped(model)).config)
+    transform = LogitTransform.of_config(causal_lm_of(unwrapped(model)).config)
     other(**inputs, score=keep)
     return model(**inputs, score=compare).scores
 

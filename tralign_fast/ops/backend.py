@@ -1,11 +1,18 @@
-"""Which implementation runs: Triton kernels where they can, plain PyTorch everywhere else."""
+"""Which implementation runs: Triton kernels where they can, plain PyTorch everywhere else.
+
+Code that takes another path on a GPU asks here what a device is. A trace of a GPU's memory on a
+machine without one pretends (`pretend_gpu`), and all of the library follows.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -19,6 +26,47 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+_pretending = False
+
+
+def device_kind(device: torch.device) -> str:
+    """The type of a device, "cpu" or "cuda" or another; inside `pretend_gpu`, a CPU's is "cuda"."""
+    return "cuda" if _pretending and device.type == "cpu" else device.type
+
+
+def is_pretending() -> bool:
+    """Whether this runs inside `pretend_gpu`: real kernels of a GPU cannot be called."""
+    return _pretending
+
+
+@contextlib.contextmanager
+def pretend_gpu() -> Iterator[None]:
+    """Inside, tensors on the CPU take the code paths of tensors on a GPU.
+
+    For fake tensors: a Triton kernel, which writes in place what was allocated before it, does
+    nothing.
+    """
+    global _pretending
+    before, _pretending = _pretending, True
+    try:
+        yield
+    finally:
+        _pretending = before
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """A launcher of `tralign_kernels` that works in place."""
+    if _pretending:
+        return _do_nothing
+    import tralign_kernels
+
+    return getattr(tralign_kernels, name)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 def pick_backend(backend: str, device: torch.device) -> str:
     """ "torch" or "triton" for tensors on `device`.
 
@@ -27,13 +75,14 @@ def pick_backend(backend: str, device: torch.device) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if not HAS_TRITON:
+    kind = device_kind(device)
+    if not (HAS_TRITON or _pretending):
         if backend == "triton":
             raise ValueError('backend="triton" needs the triton package; use backend="torch"')
         warn_once("Triton is not installed: tralign-fast runs its PyTorch backend")
         return "torch"
     if backend == "auto":
-        return "triton" if device.type == "cuda" else "torch"
-    if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton" if kind == "cuda" else "torch"
+    if backend == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError('backend="triton" runs on a GPU (or, for tests, with TRITON_INTERPRET=1)')
     return backend

@@ -7,13 +7,15 @@ import contextlib
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind
+
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
 def check_targets(targets: Tensor, vocab: int) -> None:
-    if targets.device.type != "cpu" or targets.numel() == 0:
+    if device_kind(targets.device) != "cpu" or targets.numel() == 0:
         return
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= vocab:
@@ -27,8 +29,6 @@ def check_arguments(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
     vocab_filter: float | None,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -54,11 +54,6 @@ def check_arguments(
         raise ValueError(
             f"linear_logprobs: expected floating point, got hidden {hidden.dtype}, weight "
             f"{weight.dtype}"
-        )
-    if (softcap is not None and softcap <= 0) or temperature <= 0:
-        raise ValueError(
-            f"linear_logprobs: softcap and temperature must be positive, got {softcap}, "
-            f"{temperature}"
         )
     if vocab_filter is not None and not 0.0 <= vocab_filter < 1.0:
         raise ValueError(f"linear_logprobs: vocab_filter must lie in [0, 1), got {vocab_filter}")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tralign_fast.ops.backend import pick_backend, warn_once
+from tralign_fast.ops.backend import device_kind, kernel, pick_backend, warn_once
 
 # 512 K elements in fp32 are 2 MB: the buffers of a chunk stay in a CPU's cache, and the operators'
 # own time (an eighth of that: 1.9 times as long in all) does not count.
@@ -57,16 +57,17 @@ def ema_update_(
     _check_match(refs, thetas)
     if alpha == 0.0 or not refs:
         return
-    on_gpu = all(r.is_cuda and t.device == r.device for r, t in zip(refs, thetas, strict=True))
+    on_gpu = all(
+        device_kind(r.device) == "cuda" and t.device == r.device
+        for r, t in zip(refs, thetas, strict=True)
+    )
     if (
         on_gpu
         and pick_backend("auto", refs[0].device) == "triton"
         and all(t.is_contiguous() and t.dtype in _FUSED for t in (*refs, *thetas))
     ):
-        from tralign_kernels import ema_update_ as fused_update_
-
         seed = 0 if alpha == 1.0 else _draw_seed(generator)
-        fused_update_(refs, thetas, alpha, rounding=rounding, seed=seed)
+        kernel("ema_update_")(refs, thetas, alpha, rounding=rounding, seed=seed)
         return
     if alpha == 1.0:
         torch._foreach_copy_(refs, thetas)
@@ -171,9 +172,8 @@ def lora_merge_(
     tensors = (ref, weight, lora_a, lora_b)
     if pick_backend(backend, ref.device) == "triton":
         if all(t.dtype in _FUSED and (t.shape[1] <= 1 or t.stride(1) == 1) for t in tensors):
-            from tralign_kernels import lora_merge_ as fused_merge_
-
-            fused_merge_(*tensors, scale, alpha, rounding=rounding, seed=_draw_seed(generator))
+            seed = _draw_seed(generator)
+            kernel("lora_merge_")(*tensors, scale, alpha, rounding=rounding, seed=seed)
             return
         warn_once("lora_merge_: strided columns or fp64 have no kernel and take the torch backend")
     move_ = _Mover(ref.device, alpha, rounding, generator)

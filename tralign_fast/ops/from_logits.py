@@ -11,13 +11,14 @@ from torch import Tensor
 from tralign_fast.ops.backend import pick_backend
 from tralign_fast.ops.checks import check_targets
 from tralign_fast.ops.tile_ops import tile_ops
+from tralign_fast.ops.transform import LogitTransform
 
 
 @torch.library.custom_op("tralign_fast::logprobs_from_logits", mutates_args=())
 def _from_logits_op(
     logits: Tensor,  # (N, V)
     targets: Tensor,  # (N,)
-    inverse_temperature: float,
+    transform: list[float],  # `LogitTransform.numbers()`
     backend: str,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -25,15 +26,13 @@ def _from_logits_op(
     logsumexp = torch.full(targets.shape, float("-inf"), device=logits.device)
     target_logit = torch.full(targets.shape, float("nan"), device=logits.device)
     if targets.numel():
-        tile_ops(backend)[0](
-            logits, targets, 0, logsumexp, target_logit,
-            logit_scale=1.0, softcap=None, inverse_temperature=inverse_temperature,
-        )  # fmt: skip
+        forward_, _ = tile_ops(backend, LogitTransform.of(transform))
+        forward_(logits, targets, 0, logsumexp, target_logit)
     return target_logit - logsumexp, logsumexp
 
 
 @_from_logits_op.register_fake
-def _(logits, targets, inverse_temperature, backend, inplace):
+def _(logits, targets, transform, backend, inplace):
     per_row = logits.new_empty(targets.shape, dtype=torch.float32)
     return per_row, torch.empty_like(per_row)
 
@@ -44,23 +43,21 @@ def _from_logits_backward_op(
     logits: Tensor,
     targets: Tensor,
     logsumexp: Tensor,
-    inverse_temperature: float,
+    transform: list[float],  # `LogitTransform.numbers()`
     backend: str,
 ) -> None:
     if targets.numel():
-        tile_ops(backend)[1](
-            logits, targets, 0, logsumexp, grad,
-            logit_scale=1.0, softcap=None, inverse_temperature=inverse_temperature,
-        )  # fmt: skip
+        _, backward_ = tile_ops(backend, LogitTransform.of(transform))
+        backward_(logits, targets, 0, logsumexp, grad)
 
 
 @_from_logits_backward_op.register_fake
-def _(grad, logits, targets, logsumexp, inverse_temperature, backend):
+def _(grad, logits, targets, logsumexp, transform, backend):
     return None
 
 
 def _from_logits_setup(ctx, inputs, output) -> None:
-    logits, targets, ctx.inverse_temperature, ctx.backend, ctx.inplace = inputs
+    logits, targets, ctx.transform, ctx.backend, ctx.inplace = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, targets, output[1])
@@ -79,9 +76,7 @@ def _from_logits_backward(ctx, grad, _):
     if grad is None:
         return (None,) * 5
     buffer = logits.detach() if ctx.inplace else logits.detach().clone()
-    _from_logits_backward_op(
-        grad.float(), buffer, targets, logsumexp, ctx.inverse_temperature, ctx.backend
-    )
+    _from_logits_backward_op(grad.float(), buffer, targets, logsumexp, ctx.transform, ctx.backend)
     return (buffer, None, None, None, None)
 
 
@@ -117,13 +112,12 @@ def logprobs_from_logits(
             f"logprobs_from_logits: logits {tuple(logits.shape)} need targets of shape "
             f"{tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
         )
-    if temperature <= 0:
-        raise ValueError(f"logprobs_from_logits: temperature must be positive, got {temperature}")
+    transform = LogitTransform(temperature=temperature)
     flat = logits.reshape(-1, logits.shape[-1])
     logps, _ = _from_logits_op(
         flat,
         targets.reshape(-1),
-        1.0 / temperature,
+        transform.numbers(),
         pick_backend(backend, logits.device),
         inplace and not (logits.is_leaf and logits.requires_grad),
     )

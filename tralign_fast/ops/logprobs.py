@@ -10,17 +10,16 @@ inputs takes one kernel for product and reduction instead (`tralign_kernels.line
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tralign_fast.ops import tiles
-from tralign_fast.ops.backend import pick_backend
+from tralign_fast.ops.backend import kernel, pick_backend
 from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets
 from tralign_fast.ops.cpu.pages import give_back
-from tralign_fast.ops.tile_ops import row_factor, tile_ops, tile_powers_, to_scores_
+from tralign_fast.ops.head_gradients import HeadGradients, Saved
+from tralign_fast.ops.tile_ops import tile_ops
+from tralign_fast.ops.transform import LogitTransform
 from tralign_fast.ops.vocab_filter import VocabFilter
 
 
@@ -30,9 +29,7 @@ def _linear_logprobs_op(
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (N,) int64
     bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    softcap: float | None,
-    inverse_temperature: float,
+    transform: list[float],  # `LogitTransform.numbers()`
     backend: str,
     compute_dtype: torch.dtype,
     tile: int,
@@ -48,12 +45,8 @@ def _linear_logprobs_op(
     kept = x.new_empty(rows * keep)
     if rows == 0:
         return logsumexp, logsumexp.clone(), kept
-    transform = {
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "inverse_temperature": inverse_temperature,
-    }
-    tile_forward_, _ = tile_ops(backend)
+    scores = LogitTransform.of(transform)
+    tile_forward_, _ = tile_ops(backend, scores)
     fused = _is_fused(backend, compute_dtype)
     scratch = x.new_empty(0 if fused else rows * min(tile, vocab - keep))
     with autocast_off(hidden.device):
@@ -61,12 +54,10 @@ def _linear_logprobs_op(
             out = tiles.view(kept, scratch, rows, start, stop, keep)
             part = None if bias is None else bias[start:stop]
             logits = tiles.project(x, weight[start:stop], part, out, start < keep)
-            tile_forward_(logits, targets, start, logsumexp, target_logit, **transform)
+            tile_forward_(logits, targets, start, logsumexp, target_logit)
             del logits  # before the next tile is made
         if fused:
-            _fused_forward_(
-                x, weight, targets, bias, logsumexp, target_logit, keep, tile, transform
-            )
+            _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, keep, tile, scores)
     return target_logit - logsumexp, logsumexp, kept
 
 
@@ -88,10 +79,9 @@ def _fused_forward_(
     target_logit: Tensor,
     first: int,  # column
     tile: int,
-    transform: dict[str, Any],
+    transform: LogitTransform,
 ) -> None:
-    from tralign_kernels import linear_logprob_forward_
-
+    linear_logprob_forward_ = kernel("linear_logprob_forward_")
     x = x if x.stride(1) == 1 else x.contiguous()
     # a weight of another dtype (autocast) is converted tile by tile, never as a whole
     tile = weight.shape[0] if weight.dtype == x.dtype else tile
@@ -100,13 +90,12 @@ def _fused_forward_(
         linear_logprob_forward_(
             x, part if part.stride(1) == 1 else part.contiguous(), targets, start, logsumexp,
             target_logit, bias=None if bias is None else bias[start:stop].to(x.dtype).contiguous(),
-            **transform,
+            **transform.kernel_options(),
         )  # fmt: skip
 
 
 @_linear_logprobs_op.register_fake
-def _(hidden, weight, targets, bias, logit_scale, softcap, inverse_temperature, backend,
-      compute_dtype, tile, keep, vocab_filter):  # fmt: skip
+def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, keep, vocab_filter):
     rows = hidden.shape[0]
     kept = hidden.new_empty(rows * keep, dtype=compute_dtype)
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
@@ -125,115 +114,72 @@ def _linear_logprobs_backward_op(
     bias: Tensor | None,  # (V,)
     logsumexp: Tensor,  # (N,) float32
     kept: Tensor,  # (N·W,), of the first W columns: consumed
-    logit_scale: float,
-    softcap: float | None,
-    inverse_temperature: float,
+    transform: list[float],  # `LogitTransform.numbers()`
     backend: str,
     tile: int,
     needs: list[bool],  # gradient of hidden, of weight, of bias
     vocab_filter: float,  # 0: none
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d hidden, d weight, d bias), empty where not needed.
-
-    d weight is written tile by tile, each in one product over all N tokens, in the weight's dtype;
-    d hidden is summed over the tiles in fp32.
-    """
-    rows, vocab = hidden.shape[0], weight.shape[0]
-    needs_hidden, needs_weight, needs_bias = needs
-    keep = kept.numel() // max(1, rows)
-    parts = list(tiles.cut(0, vocab, tile))
-    new = weight.new_zeros if vocab_filter else weight.new_empty
-    grad_weight = new(weight.shape if needs_weight else (0,))
-    grad_bias = new(vocab if needs_bias else 0)
-    if rows == 0:
-        return torch.zeros_like(hidden), grad_weight.zero_(), grad_bias.zero_()
-    x = hidden.to(kept.dtype)
-    sum_dtype = x.dtype if len(parts) == 1 and not vocab_filter else torch.float32
-    grad_hidden = x.new_zeros(hidden.shape if needs_hidden else (0,), dtype=sum_dtype)
-    tile_forward_, tile_backward_ = tile_ops(backend)
-    scores: dict[str, Any] = {
-        "logit_scale": logit_scale, "softcap": softcap, "inverse_temperature": inverse_temperature,
-    }  # fmt: skip
-    # kept logits that are consumed make room for those that are computed again
-    scratch = kept if keep else x.new_empty(rows * min(tile, vocab))
-    # PyTorch leaves a factor of each row to the products where it can
-    factor = row_factor(x.dtype, logsumexp, grad, **scores) if backend == "torch" else None
-    scaled = x if factor is None else (x * factor).to(x.dtype)
-
-    def logits_of(start: int, stop: int) -> Tensor:
-        logits = tiles.view(kept, scratch, rows, start, stop, keep)
-        if start < keep:
-            return logits
-        part = None if bias is None else bias[start:stop]
-        return tiles.project(x, weight[start:stop], part, logits, keep=False)
-
-    def add_(logits: Tensor, targets: Tensor, start: int, columns: slice | Tensor) -> None:
-        """The gradients' part of these columns of the vocabulary; overwrites the logits."""
-        if factor is None:
-            tile_backward_(logits, targets, start, logsumexp, grad, **scores)
-        else:
-            tile_powers_(logits, targets, start, logsumexp)
-        if needs_hidden:
-            tiles.accumulate_(grad_hidden, logits, weight[columns].to(x.dtype))
-        if needs_weight and isinstance(columns, slice):
-            tiles.product_into_(grad_weight[columns], logits.t(), scaled)
-        elif needs_weight:
-            grad_weight[columns] = (logits.t() @ scaled).to(weight.dtype)
-        if needs_bias:
-            if factor is None:
-                sums = logits.sum(0, dtype=torch.float32)
-            else:
-                sums = factor[:, 0].to(x.dtype) @ logits
-            grad_bias[columns] = sums.to(weight.dtype)
-
-    def apply_factor_() -> None:
-        if factor is not None and needs_hidden:
-            grad_hidden.mul_(factor)
-
+    """(d hidden, d weight, d bias), empty where not needed."""
+    if hidden.shape[0] == 0:
+        zeros = (hidden, weight, weight[:, 0])
+        d_hidden, d_weight, d_bias = (
+            torch.zeros_like(t) if need else t.new_empty(0)
+            for t, need in zip(zeros, needs, strict=True)
+        )
+        return d_hidden, d_weight, d_bias
     with autocast_off(hidden.device):
-        if not vocab_filter:
-            for start, stop in parts:
-                add_(logits_of(start, stop), targets, start, slice(start, stop))
-                if start < keep:
-                    give_back(kept, rows * start, rows * stop)
-            apply_factor_()
-            return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
-
-        chosen = VocabFilter(
-            vocab_filter, targets, logsumexp, vocab,
-            functools.partial(tile_forward_, **scores), functools.partial(to_scores_, **scores),
+        saved = Saved(
+            hidden.to(kept.dtype), weight, bias, targets, logsumexp, LogitTransform.of(transform),
+            backend,
         )  # fmt: skip
-        copies = x.new_empty(rows * min(tile, vocab))
-        for start, stop in parts:
-            logits = logits_of(start, stop)
-            chosen.scan(logits, start)
-            part, places, columns = chosen.take(logits, start, copies)
-            if columns.numel():
-                add_(part, places, 0, columns)
-        if chosen.decide():
-            apply_factor_()
-            # of a softcap, the slope at zero: left-out scores are small
-            share = grad * chosen.left_out_mass() * (-logit_scale * inverse_temperature)
-            q = chosen.left_out_shares()
-            if needs_hidden:
-                grad_hidden.addr_(share, (q.to(weight.dtype) @ weight).float())
-            if needs_weight:
-                grad_weight.addr_(q.to(weight.dtype), (share.to(x.dtype) @ x).to(weight.dtype))
-            if needs_bias:
-                grad_bias.add_(q * share.sum())
+        logits = saved.logits(kept, tile)
+        gradients = HeadGradients(
+            saved, grad, needs,
+            one_part=len(logits.parts) == 1 and not vocab_filter, all_columns=not vocab_filter,
+        )  # fmt: skip
+        if vocab_filter:
+            _filtered_backward_(vocab_filter, saved, logits, gradients)
         else:
-            for start, stop in parts:
-                logits = logits_of(start, stop)
-                part, places, columns = chosen.take(logits, start, copies, staying=False)
-                if columns.numel():
-                    add_(part, places, 0, columns)
-            apply_factor_()
-    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+            _dense_backward_(saved, logits, gradients)
+    return gradients.results(hidden.dtype)
+
+
+def _dense_backward_(saved: Saved, logits: tiles.Logits, gradients: HeadGradients) -> None:
+    rows = len(saved.targets)
+    for start, stop in logits.parts:
+        gradients.add_(logits.of(start, stop), saved.targets, start, slice(start, stop))
+        if start < logits.keep:
+            give_back(logits.kept, rows * start, rows * stop)
+    gradients.scale_()
+
+
+def _filtered_backward_(
+    epsilon: float, saved: Saved, logits: tiles.Logits, gradients: HeadGradients
+) -> None:
+    columns_filter = VocabFilter(epsilon, saved)
+    copies = logits.new_tile()
+    for start, stop in logits.parts:
+        tile = logits.of(start, stop)
+        columns_filter.scan(tile, start)
+        part, places, columns = columns_filter.take(tile, start, copies)
+        if columns.numel():
+            gradients.add_(part, places, 0, columns)
+    if columns_filter.decide():
+        gradients.scale_()
+        columns_filter.correct_(gradients)
+        return
+    for start, stop in logits.parts:
+        tile = logits.of(start, stop)
+        part, places, columns = columns_filter.take(tile, start, copies, staying=False)
+        if columns.numel():
+            gradients.add_(part, places, 0, columns)
+    gradients.scale_()
 
 
 @_linear_logprobs_backward_op.register_fake
-def _(grad, hidden, weight, targets, bias, logsumexp, kept, logit_scale, softcap,
-      inverse_temperature, backend, tile, needs, vocab_filter):  # fmt: skip
+def _(grad, hidden, weight, targets, bias, logsumexp, kept, transform, backend, tile, needs,
+      vocab_filter):  # fmt: skip
     scratch = hidden.shape[0] * min(tile, weight.shape[0])
     logits = kept.new_empty(scratch if kept.numel() == 0 else 0)
     copies = kept.new_empty(scratch if vocab_filter else 0)
@@ -265,7 +211,7 @@ def _backward(ctx, grad, *_):
             "linear_logprobs: the first backward consumed the kept logits (or its inputs were "
             "changed in place); call it again, or pass logits_budget_mb=0 to recompute them"
         ) from error
-    logit_scale, softcap, inverse_temperature, backend, _, tile, _, vocab_filter = ctx.options
+    transform, backend, _, tile, _, vocab_filter = ctx.options
     nothing = (None,) * len(ctx.options)
     if grad is None:
         return (None, None, None, None, *nothing)
@@ -274,7 +220,7 @@ def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = _linear_logprobs_backward_op(
         grad.float(), hidden, weight, targets, bias, logsumexp, kept,
-        logit_scale, softcap, inverse_temperature, backend, tile, needs, vocab_filter,
+        transform, backend, tile, needs, vocab_filter,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return (d_hidden, d_weight, None, d_bias, *nothing)
@@ -344,7 +290,8 @@ def linear_logprobs(
             (on a GPU, where looking would stall, such a target's log-prob is NaN).
         RuntimeError: a second backward through logits that the first one has overwritten.
     """
-    check_arguments(hidden, weight, targets, bias, softcap, temperature, vocab_filter)
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    check_arguments(hidden, weight, targets, bias, vocab_filter)
     device = hidden.device
     compute_dtype = hidden.dtype
     if torch.is_autocast_enabled(device.type):
@@ -363,9 +310,7 @@ def linear_logprobs(
         is_fused=_is_fused(backend, compute_dtype),
     )  # fmt: skip
     logps, _, _ = _linear_logprobs_op(
-        hidden, weight, targets, bias,
-        float(logit_scale), None if softcap is None else float(softcap), 1.0 / temperature,
-        backend, compute_dtype, tile, keep,
+        hidden, weight, targets, bias, transform.numbers(), backend, compute_dtype, tile, keep,
         float(vocab_filter or 0.0),
     )  # fmt: skip
     return logps

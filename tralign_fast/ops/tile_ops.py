@@ -10,25 +10,35 @@ Letters: N scored tokens, W columns of one vocabulary tile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind, kernel
 from tralign_fast.ops.cpu.row_blocks import row_blocks, row_buffers
+from tralign_fast.ops.transform import LogitTransform
 
 # Between these logsumexps (those of language models lie between 5 and 40) exp(z) stands for itself,
 # without a maximum to subtract: sums neither overflow nor lose more than 1e-25 of themselves.
 _LOW, _HIGH = -30.0, 60.0
 
 
-def tile_ops(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """(forward, backward) of a backend."""
+def tile_ops(
+    backend: str, transform: LogitTransform
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """(forward, backward) of a backend, for such scores."""
     if backend == "triton":
-        from tralign_kernels import logprob_backward_, logprob_forward_
-
-        return logprob_forward_, logprob_backward_
-    return tile_forward_, tile_backward_
+        options = transform.kernel_options()
+        return (
+            functools.partial(kernel("logprob_forward_"), **options),
+            functools.partial(kernel("logprob_backward_"), **options),
+        )
+    return (
+        functools.partial(tile_forward_, transform=transform),
+        functools.partial(tile_backward_, transform=transform),
+    )
 
 
 def tile_forward_(
@@ -38,23 +48,20 @@ def tile_forward_(
     logsumexp: Tensor,  # (N,) float32, running
     target_logit: Tensor,  # (N,) float32
     *,
-    logit_scale: float,
-    softcap: float | None,
-    inverse_temperature: float,
+    transform: LogitTransform,
 ) -> None:
     """Folds the tile at columns [start, start + W) into `logsumexp`; notes the targets in it."""
     width = logits.shape[1]
     local = targets - start
     inside = (local >= 0) & (local < width)
     picked = logits.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].float()
-    picked = to_scores_(picked, logit_scale, softcap, inverse_temperature)
+    picked = transform.to_scores_(picked)
     target_logit.copy_(torch.where(inside, picked, target_logit))
-    chain = logit_scale * inverse_temperature
 
     def scores(rows: Tensor, buffer: Tensor) -> Tensor:
-        if rows.dtype == torch.float32 and softcap is None and chain == 1.0:
+        if rows.dtype == torch.float32 and transform.is_identity:
             return rows
-        return to_scores_(buffer.copy_(rows), logit_scale, softcap, inverse_temperature)
+        return transform.to_scores_(buffer.copy_(rows))
 
     for rows, buffer in row_buffers(logits):
         running = logsumexp[rows]
@@ -68,9 +75,7 @@ def tile_backward_(
     logsumexp: Tensor,  # (N,) float32
     grad: Tensor,  # (N,) float32
     *,
-    logit_scale: float,
-    softcap: float | None,
-    inverse_temperature: float,
+    transform: LogitTransform,
 ) -> None:
     """logits ← grad · d(z[target] - logsumexp)/d(logits), in place, fp32 inside."""
     width = logits.shape[1]
@@ -78,18 +83,14 @@ def tile_backward_(
     inside = (local >= 0) & (local < width)
     local = local.clamp(0, width - 1)[:, None]
     at_target = torch.where(inside, grad, 0.0)[:, None]
-    chain = logit_scale * inverse_temperature
     for rows, z in row_blocks(logits, inplace=True):
-        to_scores_(z, logit_scale, softcap, inverse_temperature)
-        slope = None
-        if softcap is not None:
-            slope = 1 - (z / (softcap * inverse_temperature)).square_()
+        slope = transform.slope_of_cap(transform.to_scores_(z))
         z.sub_(logsumexp[rows, None]).exp_().mul_(-grad[rows, None])
         z.scatter_add_(1, local[rows], at_target[rows])
         if slope is not None:
             z.mul_(slope)
-        if chain != 1.0:
-            z.mul_(chain)
+        if transform.factor != 1.0:
+            z.mul_(transform.factor)
         if logits.dtype != z.dtype:
             logits[rows] = z
 
@@ -116,19 +117,15 @@ def row_factor(
     dtype: torch.dtype,
     logsumexp: Tensor,  # (N,) float32
     grad: Tensor,  # (N,) float32
-    *,
-    logit_scale: float,
-    softcap: float | None,
-    inverse_temperature: float,
+    transform: LogitTransform,
 ) -> Tensor | None:
     """(N, 1) float32: what the rows that `tile_powers_` leaves are to be multiplied by, in the
     products or after them. None where `tile_backward_` is to be used: for other dtypes than bf16
     (fp16 ends at exp(11); in fp32 nothing is gained), for scores that are not the logits themselves
     and for logsumexps out of the ordinary.
     """
-    plain = softcap is None and logit_scale * inverse_temperature == 1.0
-    on_cpu = logsumexp.device.type == "cpu"
-    if dtype == torch.bfloat16 and plain and on_cpu and _is_moderate(logsumexp):
+    plain = dtype == torch.bfloat16 and transform.is_identity
+    if plain and device_kind(logsumexp.device) == "cpu" and _is_moderate(logsumexp):
         return (-grad * (-logsumexp).exp())[:, None]
     return None
 
@@ -139,7 +136,7 @@ def _logsumexp(
     buffer: Tensor,  # (rows, W) float32
 ) -> Tensor:
     """(rows,) float32, of `scores(logits, buffer)`, which may lie in the buffer."""
-    if logits.device.type == "cpu":
+    if device_kind(logits.device) == "cpu":
         found = torch.exp(scores(logits, buffer), out=buffer).sum(1).log_()
         if _is_moderate(found):
             return found
@@ -164,14 +161,3 @@ def _softmax_(z: Tensor) -> Tensor:  # (rows, W) float32
     z[:, 0] = torch.where(top == float("-inf"), 0.0, z[:, 0])
     torch.softmax(z, 1, out=z)
     return top - z.amax(1).log_()
-
-
-def to_scores_(
-    z: Tensor, logit_scale: float, softcap: float | None, inverse_temperature: float
-) -> Tensor:
-    """Raw logits (fp32) to the softmax's scores: scale (Cohere, Granite), softcap (Gemma),
-    temperature; in place."""
-    if softcap is not None:
-        return z.mul_(logit_scale / softcap).tanh_().mul_(softcap * inverse_temperature)
-    chain = logit_scale * inverse_temperature
-    return z if chain == 1.0 else z.mul_(chain)

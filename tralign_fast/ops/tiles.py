@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind
 from tralign_fast.ops.cpu import onednn
 
 # A CPU tile stays in the last-level cache between the product that makes it and the reduction that
@@ -37,7 +38,7 @@ def plan(
 ) -> tuple[int, int]:
     """(columns of a tile, columns whose logits are kept for the backward: whole tiles, or all)."""
     row_bytes = max(1, rows) * dtype.itemsize
-    if device.type == "cpu":
+    if device_kind(device) == "cpu":
         fewest, tile_bytes = FEWEST_COLUMNS, min(budget, CPU_TILE_BYTES[dtype.itemsize])
     else:
         fewest, tile_bytes = FEWEST_DEVICE_COLUMNS, max(budget, SMALLEST_DEVICE_TILE_BYTES)
@@ -78,6 +79,39 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, keep: b
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+
+
+class Logits:
+    """The logits of a backward, tile by tile: those that were kept, and those made again.
+
+    Args:
+        x: (N, H) hidden states in the dtype of the logits.
+        weight, bias: of the head, (V, H) and (V,).
+        kept: (N·K,), the logits of the first K columns: consumed, and their memory reused.
+        tile: columns of a tile.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, tile: int
+    ) -> None:
+        self.x, self.weight, self.bias, self.kept = x, weight, bias, kept
+        rows, vocab = len(x), len(weight)
+        self.keep = kept.numel() // max(1, rows)  # columns
+        self.parts = list(cut(0, vocab, tile))
+        # kept logits that are consumed make room for those that are computed again
+        self._scratch = kept if self.keep else self.new_tile()
+
+    def new_tile(self) -> Tensor:
+        """Memory of a tile's size."""
+        return self.x.new_empty(len(self.x) * (self.parts[0][1] if self.parts else 0))
+
+    def of(self, start: int, stop: int) -> Tensor:
+        """(N, W), overwritten by the next."""
+        logits = view(self.kept, self._scratch, len(self.x), start, stop, self.keep)
+        if start < self.keep:
+            return logits
+        part = None if self.bias is None else self.bias[start:stop]
+        return project(self.x, self.weight[start:stop], part, logits, keep=False)
 
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:

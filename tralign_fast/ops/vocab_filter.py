@@ -21,14 +21,15 @@ by 0.12%; without the correction by 0.55%, and rounded to bf16 by 0.17%.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.cpu.row_blocks import row_blocks
+from tralign_fast.ops.head_gradients import HeadGradients, Saved
+from tralign_fast.ops.tile_ops import tile_ops
 
 # More than this of a token's probability left out, and the gradient is computed exactly: the part
 # of it that is known in sum only is then no longer small.
@@ -57,28 +58,17 @@ class VocabFilter:
 
     Args:
         epsilon: ε > 0.
-        targets: (N,) int64.
-        logsumexp: (N,) fp32.
-        vocab: V.
-        fold_: the forward tile operation, `(logits, targets, start, logsumexp, target_logit)`.
-        to_scores_: raw logits (fp32) to the scores of the softmax, in place.
+        saved: of the forward.
     """
 
-    def __init__(
-        self,
-        epsilon: float,
-        targets: Tensor,
-        logsumexp: Tensor,
-        vocab: int,
-        fold_: Callable[..., Any],
-        to_scores_: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.epsilon, self.targets, self.logsumexp = epsilon, targets, logsumexp
-        self._fold_, self._to_scores_ = fold_, to_scores_
+    def __init__(self, epsilon: float, saved: Saved) -> None:
+        self.epsilon, self.saved = epsilon, saved
+        logsumexp, vocab = saved.logsumexp, len(saved.weight)
         self.peak = logsumexp.new_full((vocab,), -math.inf)  # log of the largest p of a column
-        self.stays = torch.zeros(vocab, dtype=torch.bool, device=targets.device)
+        self.stays = torch.zeros(vocab, dtype=torch.bool, device=logsumexp.device)
         # a target outside the vocabulary (not looked for on a GPU) has a log-prob of NaN anyway
-        self.stays[targets.clamp(0, vocab - 1)] = True
+        self.stays[saved.targets.clamp(0, vocab - 1)] = True
+        self._fold_, _ = tile_ops(saved.backend, saved.transform)
         self._logsumexp_of_stays = torch.full_like(logsumexp, -math.inf)
         self._unused = torch.empty_like(logsumexp)
 
@@ -87,7 +77,7 @@ class VocabFilter:
         columns = slice(start, start + logits.shape[1])
         peak = self.peak[columns]
         for rows, z in row_blocks(logits):
-            log_p = self._to_scores_(z).sub_(self.logsumexp[rows, None])
+            log_p = self.saved.transform.to_scores_(z).sub_(self.saved.logsumexp[rows, None])
             torch.maximum(peak, log_p.amax(0), out=peak)
         self.stays[columns] |= ~(peak < math.log(self.epsilon))  # so written, a column of NaN stays
 
@@ -105,15 +95,15 @@ class VocabFilter:
             (N, K) logits; (N,) the targets' places among them, -1 for none; (K,) the columns.
         """
         rows, width = logits.shape
-        chosen = self.stays[start : start + width] == staying
-        columns = chosen.nonzero()[:, 0]
+        taken = self.stays[start : start + width] == staying
+        columns = taken.nonzero()[:, 0]
         copy = scratch[: rows * columns.numel()].view(rows, -1)
         # three times as fast on a CPU as index_select
         torch.gather(logits, 1, columns.expand(rows, -1), out=copy)
-        local = self.targets - start
+        local = self.saved.targets - start
         inside = (local >= 0) & (local < width)
         local = local.clamp(0, width - 1)
-        places = torch.where(inside & chosen[local], chosen.cumsum(0)[local] - 1, -1)
+        places = torch.where(inside & taken[local], taken.cumsum(0)[local] - 1, -1)
         if staying and columns.numel():
             self._fold_(copy, places, 0, self._logsumexp_of_stays, self._unused)
         return copy, places, columns + start
@@ -133,9 +123,15 @@ class VocabFilter:
             )
         return good
 
+    def correct_(self, gradients: HeadGradients) -> None:
+        """Puts the left-out mass back, in sum: the module's matrix of rank one."""
+        # of a softcap, the slope at zero: left-out scores are small
+        share = gradients.grad * self.left_out_mass() * -self.saved.transform.factor
+        gradients.add_rank_one_(share, self.left_out_shares())
+
     def left_out_mass(self) -> Tensor:
         """(N,) fp32: m, the probability of all left-out columns together."""
-        return -torch.expm1(self._logsumexp_of_stays - self.logsumexp).clamp_(max=0.0)
+        return -torch.expm1(self._logsumexp_of_stays - self.saved.logsumexp).clamp_(max=0.0)
 
     def left_out_shares(self) -> Tensor:
         """(V,) fp32: q, zero for columns that stay; sums to one (to zero if all stay)."""

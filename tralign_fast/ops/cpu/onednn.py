@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tralign_fast.ops.backend import device_kind
+
 _LONGEST_SUM = 1024  # terms
 
 
@@ -45,7 +47,7 @@ def fits(a: Tensor, *others: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and all(
             type(t) in (Tensor, nn.Parameter)  # no fake tensor, no DTensor
-            and t.device.type == "cpu"
+            and device_kind(t.device) == "cpu"
             and t.dtype == torch.float32
             and t.numel() > 0
             for t in (a, *others)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind
+
 # Below this size glibc may take memory from its heap, whose pages serve the next tensor and should
 # stay (its DEFAULT_MMAP_THRESHOLD_MAX).
 _LARGE = 32 << 20
@@ -23,9 +25,9 @@ def give_back(buffer: Tensor, start: int, stop: int) -> None:
     and for tensors below 32 MiB, nothing happens.
     """
     # a fake tensor, which is a subclass, has no memory
-    if sys.platform != "linux" or type(buffer) is not Tensor or buffer.device.type != "cpu":
+    if sys.platform != "linux" or type(buffer) is not Tensor:
         return
-    if buffer.nbytes <= _LARGE:
+    if device_kind(buffer.device) != "cpu" or buffer.nbytes <= _LARGE:
         return
     first, size, page = buffer.data_ptr(), buffer.element_size(), mmap.PAGESIZE
     begin = max(-(-first // page) * page, (first + start * size) // page * page)

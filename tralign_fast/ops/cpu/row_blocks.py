@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind
+
 # 4 MB of fp32, the caches of two cores. Smaller blocks are up to 8% faster on idle cores, but every
 # block is a few parallel regions, and where another process takes a core each of them waits for a
 # thread that is not running. A GPU wants large blocks.
@@ -42,5 +44,5 @@ def row_buffers(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _slices(logits: Tensor) -> Iterator[slice]:
     rows, width = logits.shape
-    step = max(1, _ELEMENTS.get(logits.device.type, _DEVICE_ELEMENTS) // max(1, width))
+    step = max(1, _ELEMENTS.get(device_kind(logits.device), _DEVICE_ELEMENTS) // max(1, width))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -1,0 +1,113 @@
+"""The gradients of the LM head's inputs, to which every tile of logits adds its part.
+
+Letters: N scored tokens, H hidden size, V vocabulary, W columns of one vocabulary tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tralign_fast.ops import tiles
+from tralign_fast.ops.tile_ops import row_factor, tile_ops, tile_powers_
+from tralign_fast.ops.transform import LogitTransform
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a forward leaves to its backward, beside the kept logits."""
+
+    x: Tensor  # (N, H) hidden states in the dtype of the logits
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,) int64
+    logsumexp: Tensor  # (N,) float32
+    transform: LogitTransform
+    backend: str
+
+    def logits(self, kept: Tensor, tile: int) -> tiles.Logits:
+        return tiles.Logits(self.x, self.weight, self.bias, kept, tile)
+
+
+class HeadGradients:
+    """d hidden, d weight and d bias, None where not needed.
+
+    d weight is written tile by tile, each in one product over all N tokens, in the weight's dtype;
+    d hidden is summed over the tiles in fp32.
+
+    Args:
+        saved: of the forward.
+        grad: (N,) float32, of the log-probs.
+        needs: gradient of hidden, of weight, of bias.
+        one_part: all columns are added at once: no sum that wants fp32.
+        all_columns: every column of the vocabulary is written; else those that are not stay zero.
+    """
+
+    def __init__(
+        self, saved: Saved, grad: Tensor, needs: list[bool], *, one_part: bool, all_columns: bool
+    ) -> None:
+        self.saved, self.grad = saved, grad
+        x, weight = saved.x, saved.weight
+        new = weight.new_empty if all_columns else weight.new_zeros
+        self.weight = new(weight.shape) if needs[1] else None
+        self.bias = new(weight.shape[0]) if needs[2] else None
+        dtype = x.dtype if one_part else torch.float32
+        self.hidden = x.new_zeros(x.shape, dtype=dtype) if needs[0] else None
+        _, self._tile_backward_ = tile_ops(saved.backend, saved.transform)
+        # PyTorch leaves a factor of each row to the products where it can
+        self._factor = (
+            row_factor(x.dtype, saved.logsumexp, grad, saved.transform)
+            if saved.backend == "torch"
+            else None
+        )
+        self._scaled = x if self._factor is None else (x * self._factor).to(x.dtype)
+
+    def add_(
+        self,
+        logits: Tensor,  # (N, W), overwritten
+        targets: Tensor,  # (N,)
+        start: int,  # what a target of the first of the logits is
+        columns: slice | Tensor,  # of the vocabulary
+    ) -> None:
+        """The part of these columns."""
+        if self._factor is None:
+            self._tile_backward_(logits, targets, start, self.saved.logsumexp, self.grad)
+        else:
+            tile_powers_(logits, targets, start, self.saved.logsumexp)
+        if self.hidden is not None:
+            tiles.accumulate_(self.hidden, logits, self.saved.weight[columns].to(logits.dtype))
+        if self.weight is not None and isinstance(columns, slice):
+            tiles.product_into_(self.weight[columns], logits.t(), self._scaled)
+        elif self.weight is not None:
+            self.weight[columns] = (logits.t() @ self._scaled).to(self.weight.dtype)
+        if self.bias is not None:
+            if self._factor is None:
+                sums = logits.sum(0, dtype=torch.float32)
+            else:
+                sums = self._factor[:, 0].to(logits.dtype) @ logits
+            self.bias[columns] = sums.to(self.bias.dtype)
+
+    def add_rank_one_(self, share: Tensor, q: Tensor) -> None:  # (N,), (V,) float32
+        """The part of logits whose gradient is `outer(share, q)`; after `scale_`."""
+        x, weight = self.saved.x, self.saved.weight
+        if self.hidden is not None:
+            self.hidden.addr_(share, (q.to(weight.dtype) @ weight).float())
+        if self.weight is not None:
+            self.weight.addr_(q.to(weight.dtype), (share.to(x.dtype) @ x).to(weight.dtype))
+        if self.bias is not None:
+            self.bias.add_(q * share.sum())
+
+    def scale_(self) -> None:
+        """What the products left to do; once, after the last tile."""
+        if self._factor is not None and self.hidden is not None:
+            self.hidden.mul_(self._factor)
+
+    def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """(d hidden in `dtype`, d weight, d bias), empty where not needed."""
+        hidden, weight, bias = (
+            self.saved.weight.new_empty(0) if t is None else t
+            for t in (self.hidden, self.weight, self.bias)
+        )
+        return hidden.to(dtype), weight, bias
