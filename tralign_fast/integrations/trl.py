@@ -14,12 +14,11 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tralign_fast.integrations.callback import TrustRegionCallback
-from tralign_fast.ops.backend import device_kind
 from tralign_fast.ops.logprobs import linear_logprobs
+from tralign_fast.ops.statistics import STATISTICS, token_statistics
 from tralign_fast.ops.transform import LogitTransform
 
 __all__ = ["TrustRegionCallback", "use_fast_logprobs"]
@@ -32,11 +31,9 @@ _ARGUMENTS = [
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
     "logit_scale", "outputs",
 ]  # fmt: skip
-_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_OUTPUTS = STATISTICS
 _OURS = "_tralign_"
 _numbers = itertools.count()  # of patched functions; an id would come back with a later function
-# A block of logits of the statistics stays in the cache of a CPU; a GPU wants its products large.
-_CPU_BLOCK_BYTES, _BLOCK_BYTES = 16 << 20, 256 << 20
 
 
 def use_fast_logprobs(
@@ -218,39 +215,14 @@ class _Head:
         options = {**transform.options(), **self.options}
         logps = linear_logprobs(hidden, weight, targets, bias=bias, **options)
         wanted = [name for name in _OUTPUTS if name in outputs]
-        extras = _statistics(hidden, weight, bias, targets, wanted, transform) if wanted else {}
+        extras: dict[str, Tensor] = {}
+        if wanted:
+            extras = token_statistics(
+                hidden, weight, targets, wanted, bias=bias, transform=transform
+            )
         if "entropy" in extras and logps.requires_grad:
             extras["entropy"] = _NoGradient.apply(extras["entropy"], logps)
         return _PerToken(logps, *(extras.get(name) for name in _OUTPUTS))
-
-
-@torch.no_grad()
-def _statistics(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,)
-    wanted: list[str],
-    transform: LogitTransform,
-) -> dict[str, Tensor]:
-    """TRL's metrics of the next-token distribution, (N,) each, in blocks of rows."""
-    size = _CPU_BLOCK_BYTES if device_kind(hidden.device) == "cpu" else _BLOCK_BYTES
-    rows = max(1, size // (4 * weight.shape[0]))
-    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for block, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        z = transform.to_scores_(F.linear(block, weight, bias).float())
-        if "mean_logits" in wanted:
-            parts["mean_logits"].append(z.mean(1))
-        if "is_top1" in wanted:
-            parts["is_top1"].append(z.argmax(1) == target)
-        if "entropy" in wanted or "log_sum_sq_probs" in wanted:
-            logsumexp = z.logsumexp(1)
-            p = (z - logsumexp[:, None]).exp_()
-            if "log_sum_sq_probs" in wanted:
-                parts["log_sum_sq_probs"].append(p.square().sum(1).log_())
-            if "entropy" in wanted:
-                parts["entropy"].append(logsumexp - p.mul_(z).sum(1))
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 class _NoGradient(torch.autograd.Function):

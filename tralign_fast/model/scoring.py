@@ -148,9 +148,9 @@ def _token_logps_and_squares(
     logps = _token_logps(
         hidden, weight, bias, targets=targets, grad_tokens=grad_tokens, options=options
     )
-    transform = {name: options[name] for name in ("softcap", "logit_scale")}
+    transform = LogitTransform(options["logit_scale"], options["softcap"], options["temperature"])
     name = "log_sum_sq_probs"
-    found = token_statistics(hidden, weight, targets, [name], bias=bias, **transform)
+    found = token_statistics(hidden, weight, targets, [name], bias=bias, transform=transform)
     return torch.stack([logps, found[name]])
 
 

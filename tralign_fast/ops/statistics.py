@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tralign_fast.ops.backend import device_kind
+from tralign_fast.ops.transform import LogitTransform
+
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # A block of logits stays in the cache of a CPU; a GPU wants its products large.
 _CPU_BLOCK_BYTES, _BLOCK_BYTES = 16 << 20, 256 << 20
+_PLAIN = LogitTransform()
 
 
 @torch.no_grad()
@@ -21,13 +25,11 @@ def token_statistics(
     wanted: Collection[str],
     *,
     bias: Tensor | None = None,  # (V,)
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    transform: LogitTransform = _PLAIN,
 ) -> dict[str, Tensor]:
     """What is wanted of `STATISTICS`, (N,) each, in fp32: one more product of the head.
 
-    With z the scores of the softmax and p = softmax(z):
+    With z the scores of the softmax (`transform` of the logits) and p = softmax(z):
 
         entropy            -Σ p·log p, nats
         log_sum_sq_probs   log Σ p²
@@ -36,14 +38,11 @@ def token_statistics(
 
     Memory: a block of rows of logits, 16 MB on a CPU, 256 MB elsewhere.
     """
-    size = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _BLOCK_BYTES
+    size = _CPU_BLOCK_BYTES if device_kind(hidden.device) == "cpu" else _BLOCK_BYTES
     rows = max(1, size // (4 * weight.shape[0]))
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for block, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        z = F.linear(block, weight, bias).float().mul_(logit_scale)
-        if softcap is not None:
-            z = z.div_(softcap).tanh_().mul_(softcap)
-        z = z.div_(temperature)
+        z = transform.to_scores_(F.linear(block, weight, bias).float())
         if "mean_logits" in wanted:
             parts["mean_logits"].append(z.mean(1))
         if "is_top1" in wanted:

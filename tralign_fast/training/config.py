@@ -67,7 +67,7 @@ class TRConfig(TrainingArguments):
     )
 
     # the loss
-    loss_type: list[str] = _option(
+    loss_type: list[str] | str = _option(
         lambda: ["dpo"],
         f"One loss, or several that are added up: {', '.join(LOSSES)}. dpo and sigmoid are one.",
     )
@@ -220,7 +220,8 @@ class TRConfig(TrainingArguments):
         """The losses of the run, with their weights and options."""
         fields = {f.name: f.default for f in dataclasses.fields(self)}
         taken = {o.name for name in self.loss_type if name in LOSSES for o in LOSSES[name].options}
-        options = dict(self.loss_options or {})  # pyright: ignore[reportArgumentType, reportCallIssue]
+        own: Any = self.loss_options
+        options: dict[str, Any] = dict(own or {})
         for name in _LOSS_FIELDS:
             value, default = getattr(self, name), fields[name]
             unset = value is None or (name not in taken and value in (default, default or 0.0))
