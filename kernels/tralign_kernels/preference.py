@@ -25,15 +25,15 @@ from torch import Tensor
 from .launch import backend, device_of
 from .preference_terms import (
     ALIASES,
-    DIVERGENCES,
     MAX_TERMS,
     METRICS,
     PAIRED,
-    SCORED,
     UNPAIRED,
     Preference,
     PreferenceOptions,
     Term,
+    check_terms,
+    scalars,
     sum_label_terms,
     sum_pair_terms,
 )
@@ -46,8 +46,8 @@ class PreferenceLaunch(NamedTuple):
     num_warps: int
 
 
-# A warp a sequence: 16 chosen, then 16 rejected, 128 tokens of each at a time, 4 (2) loads of 4 bytes
-# a thread in flight, so that a batch of 32 pairs of 512 tokens waits for memory 16 times. A tile is
+# A warp a sequence: 16 chosen, then 16 rejected, 128 tokens of each at a time, 4 (2) loads of
+# 4 bytes a thread in flight: a batch of 32 pairs of 512 tokens waits for memory 16 times. A tile is
 # as wide as a warp: wider, a thread would hold the numbers of several sequences, and the maths of
 # the terms, most of the code, would be compiled once for each of them.
 PREFERENCE_LAUNCH = {
@@ -334,7 +334,7 @@ def preference_forward(
             logps.contiguous(), ref_logps.contiguous(), offsets.contiguous(), *inputs,
             gradient, rewards, sums, totals, loss,
             N, examples,
-            **_scalars(terms, options, nll_tokens),
+            **scalars(terms, options, nll_tokens),
             **_constexprs(
                 terms, options, token_weights is not None, example_weights is not None,
                 kl is not None, mismatched, launch,
@@ -342,19 +342,6 @@ def preference_forward(
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return Preference(loss, rewards, sums, totals, gradient)
-
-
-def _scalars(
-    terms: Sequence[Term], options: PreferenceOptions, nll_tokens: float | None
-) -> dict[str, float]:
-    others = [term.weight for term in terms if term.loss != "sft"]
-    others += [0.0] * (MAX_TERMS - len(others))
-    return {
-        **{f"weight_{i}": float(weight) for i, weight in enumerate(others)},
-        "nll_weight": float(sum(term.weight for term in terms if term.loss == "sft")),
-        "nll_tokens": -1.0 if nll_tokens is None else float(nll_tokens),
-        **options.numbers(),
-    }
 
 
 def _constexprs(
@@ -402,15 +389,8 @@ def _check(
     assert logps.dtype == ref_logps.dtype == torch.float32, (logps.dtype, ref_logps.dtype)
     assert offsets.shape == (S + 1,), (offsets.shape, S)
     assert offsets.dtype == torch.int64, offsets.dtype
+    check_terms(terms, options)
     names = {term.loss for term in terms}
-    assert 1 <= len(terms) <= MAX_TERMS, terms
-    assert names <= {*PAIRED} or names <= {*UNPAIRED}, names
-    assert options.beta > 0.0, options
-    assert 0.0 <= options.label_smoothing < 0.5, options
-    assert "exo_pair" not in names or options.label_smoothing > 0.0, options
-    assert options.discopop_tau > 0.0, options
-    assert options.f_divergence in DIVERGENCES, options
-    assert options.f_divergence == "reverse_kl" or names <= {*SCORED, "sft"}, (options, names)
     if names <= {*PAIRED}:
         assert S % 2 == 0, S
         assert is_desirable is None
@@ -470,21 +450,8 @@ def _configuration(
     mismatched = mismatched or (terms[0].loss == "kto" and not kl)
     flags = (token_weights, example_weights, kl, mismatched)
     constexprs = _constexprs(terms, options, *flags, launch)
-    # in the order of the kernel
-    pointers = {
-        "logps_ptr": "*fp32",
-        "ref_ptr": "*fp32",
-        "offsets_ptr": "*i64",
-        "token_weights_ptr": "*fp32",
-        "example_weights_ptr": "*fp32",
-        "desirable_ptr": "*u8" if unpaired else "*fp32",
-        "kl_ptr": "*fp32",
-        "gradient_ptr": "*fp32",
-        "rewards_ptr": "*fp32",
-        "sums_ptr": "*fp32",
-        "totals_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-    }
+    pointers = dict.fromkeys(_preference_kernel.arg_names[:12], "*fp32")
+    pointers |= {"offsets_ptr": "*i64", "desirable_ptr": "*u8" if unpaired else "*fp32"}
     return {
         "name": f"preference {name}",
         "fn": _preference_kernel,
@@ -492,7 +459,7 @@ def _configuration(
             **pointers,
             "N": "i32",
             "examples": "i32",
-            **dict.fromkeys(_scalars(terms, options, None), "fp32"),
+            **dict.fromkeys(scalars(terms, options, None), "fp32"),
             **dict.fromkeys(constexprs, "constexpr"),
         },
         "constexprs": constexprs,
