@@ -25,15 +25,15 @@ from torch import Tensor
 from .launch import backend, device_of
 from .preference_terms import (
     ALIASES,
-    DIVERGENCES,
     MAX_TERMS,
     METRICS,
     PAIRED,
-    SCORED,
     UNPAIRED,
     Preference,
     PreferenceOptions,
     Term,
+    check_terms,
+    scalars,
     sum_label_terms,
     sum_pair_terms,
 )
@@ -46,8 +46,8 @@ class PreferenceLaunch(NamedTuple):
     num_warps: int
 
 
-# A warp a sequence: 16 chosen, then 16 rejected, 128 tokens of each at a time, 4 (2) loads of 4 bytes
-# a thread in flight, so that a batch of 32 pairs of 512 tokens waits for memory 16 times. A tile is
+# A warp a sequence: 16 chosen, then 16 rejected, 128 tokens of each at a time, 4 (2) loads of
+# 4 bytes a thread in flight: a batch of 32 pairs of 512 tokens waits for memory 16 times. A tile is
 # as wide as a warp: wider, a thread would hold the numbers of several sequences, and the maths of
 # the terms, most of the code, would be compiled once for each of them.
 PREFERENCE_LAUNCH = {
@@ -161,10 +161,10 @@ def _metrics(reward, other_reward, total, other_total, chosen, rejected):
 
 @triton.jit
 def _examples(
-    tensors, gradient_ptr, example_weights_ptr, desirable_ptr, N, examples, kl, nll_slope,
-    desirable_weight, undesirable_weight, exponent, numbers, weights, terms, normalize,
+    tensors, gradient_ptr, example_weights_ptr, lengths_ptr, desirable_ptr, N, examples, kl,
+    nll_slope, desirable_weight, undesirable_weight, exponent, numbers, weights, terms, normalize,
     PAIRED: tl.constexpr, SFT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    TOKEN_WEIGHTS: tl.constexpr, EXAMPLE_WEIGHTS: tl.constexpr,
+    TOKEN_WEIGHTS: tl.constexpr, EXAMPLE_WEIGHTS: tl.constexpr, LENGTHS: tl.constexpr,
     SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """(losses (SEQUENCES,), metrics and their counts (8, SEQUENCES), end of the last sequence)."""
@@ -180,27 +180,24 @@ def _examples(
             tensors, example, inside, N, beta, True, SFT, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES
         )
         losses += wrong
+        divisor = length.to(tl.float32)
+        if LENGTHS:
+            divisor = tl.load(lengths_ptr + example, mask=inside, other=1.0)
         factor = tl.full((SEQUENCES,), 1.0, tl.float32)
         if EXAMPLE_WEIGHTS:
             factor = tl.load(example_weights_ptr + example, mask=inside, other=0.0)
         if PAIRED:
             other = examples + example
             other_begin, other_length, other_total, _, other_ratio, other_reward, wrong = _read(
-                tensors,
-                other,
-                inside,
-                N,
-                beta,
-                True,
-                False,
-                TOKEN_WEIGHTS,
-                SEQUENCES,
-                TOKENS,
-                TILES,
-            )
+                tensors, other, inside, N, beta,
+                True, False, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
+            )  # fmt: skip
             losses += wrong
+            other_divisor = other_length.to(tl.float32)
+            if LENGTHS:
+                other_divisor = tl.load(lengths_ptr + other, mask=inside, other=1.0)
             loss, slope, other_slope = sum_pair_terms(
-                ratio, other_ratio, length, other_length, exponent, numbers,
+                ratio, other_ratio, divisor, other_divisor, exponent, numbers,
                 weights, terms, normalize, DIVERGENCE,
             )  # fmt: skip
             _store_gradient(
@@ -213,7 +210,7 @@ def _examples(
             desirable = tl.load(desirable_ptr + example, mask=inside, other=0) != 0
             factor *= tl.where(desirable, desirable_weight, undesirable_weight)
             pull = tl.where(desirable, beta, -beta)
-            loss, slope = sum_label_terms(ratio, length, kl, pull, weights, terms, normalize)
+            loss, slope = sum_label_terms(ratio, divisor, kl, pull, weights, terms, normalize)
             other_reward, other_total = reward, total
             chosen, rejected = desirable, inside & (desirable == 0)
         loss = factor * loss
@@ -238,6 +235,7 @@ def _preference_kernel(
     offsets_ptr,  # (S + 1,) int64, with MISMATCHED (2·S + 1,)
     token_weights_ptr,  # (N,) fp32
     example_weights_ptr,  # (examples,) fp32
+    lengths_ptr,  # as ref
     desirable_ptr,  # (S,) bool, unpaired
     kl_ptr,  # () fp32
     gradient_ptr,  # (N,) fp32
@@ -253,7 +251,7 @@ def _preference_kernel(
     NORMALIZE_0: tl.constexpr, NORMALIZE_1: tl.constexpr,
     NORMALIZE_2: tl.constexpr, NORMALIZE_3: tl.constexpr,
     PAIRED: tl.constexpr, SFT: tl.constexpr, DIVERGENCE: tl.constexpr,
-    TOKEN_WEIGHTS: tl.constexpr, EXAMPLE_WEIGHTS: tl.constexpr,
+    TOKEN_WEIGHTS: tl.constexpr, EXAMPLE_WEIGHTS: tl.constexpr, LENGTHS: tl.constexpr,
     KL: tl.constexpr,  # "none", "given", "inside": the mean log-ratio of the mismatched
     MISMATCHED: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -274,10 +272,10 @@ def _preference_kernel(
             nll_tokens = (tl.load(offsets_ptr + examples) - origin).to(tl.float32)
         nll_slope = -nll_weight / nll_tokens
     losses, metrics, counts, last = _examples(
-        tensors, gradient_ptr, example_weights_ptr, desirable_ptr, N, examples, kl, nll_slope,
-        desirable_weight, undesirable_weight, exponent, numbers, weights,
+        tensors, gradient_ptr, example_weights_ptr, lengths_ptr, desirable_ptr, N, examples, kl,
+        nll_slope, desirable_weight, undesirable_weight, exponent, numbers, weights,
         (LOSS_0, LOSS_1, LOSS_2, LOSS_3), (NORMALIZE_0, NORMALIZE_1, NORMALIZE_2, NORMALIZE_3),
-        PAIRED, SFT, DIVERGENCE, TOKEN_WEIGHTS, EXAMPLE_WEIGHTS, SEQUENCES, TOKENS, TILES,
+        PAIRED, SFT, DIVERGENCE, TOKEN_WEIGHTS, EXAMPLE_WEIGHTS, LENGTHS, SEQUENCES, TOKENS, TILES,
     )  # fmt: skip
     tl.store(loss_ptr, tl.sum(losses + spoilt) / examples)
     row = tl.arange(0, 8)
@@ -302,6 +300,7 @@ def preference_forward(
     options: PreferenceOptions,
     token_weights: Tensor | None = None,  # (N,) float32
     example_weights: Tensor | None = None,  # (B,) float32, unpaired (S,)
+    lengths: Tensor | None = None,  # (len(ref_logps),) float32; without it the tokens owned
     is_desirable: Tensor | None = None,  # (S,) bool, unpaired
     kl: Tensor | None = None,  # () float32, kto; without it the mean of the mismatched
     nll_tokens: float | None = None,  # sft; without it the chosen's tokens
@@ -311,14 +310,14 @@ def preference_forward(
     In PyTorch, `sums = torch.segment_reduce(logps * token_weights, "sum", offsets=offsets)`, the
     losses of `preference_terms` times `example_weights`, their means and the backward. `sft` takes
     neither of the weights. A normalised term divides log-ratios (scores, with an f-divergence) by
-    the tokens of their sequence; rewards stay those of whole completions. Paired metrics are sums
-    over the pairs; unpaired ones over the desirable (chosen) and the undesirable (rejected).
+    the tokens of their sequence, or by `lengths`; rewards stay those of whole completions. Paired
+    metrics are sums over the pairs; unpaired ones over the desirable (chosen) and the others.
     Tokens that no pair or completion owns have no gradient. Wrong offsets make the loss NaN, and
     nothing outside of the tensors is read or written. Traffic: log-probs are read once, their
     gradient is written once.
     """
     terms = [term._replace(loss=ALIASES.get(term.loss, term.loss)) for term in terms]
-    vectors = (token_weights, example_weights, is_desirable, kl)
+    vectors = (token_weights, example_weights, lengths, is_desirable, kl)
     _check(logps, ref_logps, offsets, terms, options, *vectors)
     N, S = logps.shape[0], ref_logps.shape[0]
     launch = PREFERENCE_LAUNCH[backend()]
@@ -326,7 +325,7 @@ def preference_forward(
     mismatched = is_desirable is not None and examples < S
     inputs = [logps if t is None else t.detach().contiguous() for t in vectors]
     if is_desirable is not None:
-        inputs[2] = inputs[2].view(torch.uint8)
+        inputs[3] = inputs[3].view(torch.uint8)
     gradient, totals = torch.empty_like(logps), logps.new_empty(len(METRICS), 2)
     rewards, sums, loss = logps.new_empty(S), logps.new_empty(S), logps.new_empty(())
     with device_of(logps):
@@ -334,9 +333,10 @@ def preference_forward(
             logps.contiguous(), ref_logps.contiguous(), offsets.contiguous(), *inputs,
             gradient, rewards, sums, totals, loss,
             N, examples,
-            **_scalars(terms, options, nll_tokens),
+            **scalars(terms, options, nll_tokens),
             **_constexprs(
                 terms, options, token_weights is not None, example_weights is not None,
+                lengths is not None,
                 kl is not None, mismatched, launch,
             ),
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
@@ -344,24 +344,12 @@ def preference_forward(
     return Preference(loss, rewards, sums, totals, gradient)
 
 
-def _scalars(
-    terms: Sequence[Term], options: PreferenceOptions, nll_tokens: float | None
-) -> dict[str, float]:
-    others = [term.weight for term in terms if term.loss != "sft"]
-    others += [0.0] * (MAX_TERMS - len(others))
-    return {
-        **{f"weight_{i}": float(weight) for i, weight in enumerate(others)},
-        "nll_weight": float(sum(term.weight for term in terms if term.loss == "sft")),
-        "nll_tokens": -1.0 if nll_tokens is None else float(nll_tokens),
-        **options.numbers(),
-    }
-
-
 def _constexprs(
     terms: Sequence[Term],
     options: PreferenceOptions,
     token_weights: bool,
     example_weights: bool,
+    lengths: bool,
     kl: bool,
     mismatched: bool,
     launch: PreferenceLaunch,
@@ -378,6 +366,7 @@ def _constexprs(
         "DIVERGENCE": options.divergence(),
         "TOKEN_WEIGHTS": token_weights,
         "EXAMPLE_WEIGHTS": example_weights,
+        "LENGTHS": lengths,
         "KL": "none" if not wants_kl else "given" if kl else "inside",
         "MISMATCHED": mismatched,
         "SEQUENCES": launch.sequences,
@@ -394,6 +383,7 @@ def _check(
     options: PreferenceOptions,
     token_weights: Tensor | None,
     example_weights: Tensor | None,
+    lengths: Tensor | None,
     is_desirable: Tensor | None,
     kl: Tensor | None,
 ) -> None:
@@ -402,16 +392,8 @@ def _check(
     assert logps.dtype == ref_logps.dtype == torch.float32, (logps.dtype, ref_logps.dtype)
     assert offsets.shape == (S + 1,), (offsets.shape, S)
     assert offsets.dtype == torch.int64, offsets.dtype
+    check_terms(terms, options)
     names = {term.loss for term in terms}
-    assert 1 <= len(terms) <= MAX_TERMS, terms
-    assert names <= {*PAIRED} or names <= {*UNPAIRED}, names
-    assert options.beta > 0.0, options
-    limit = 0.5 if names & {"sigmoid", "robust"} else 1.0
-    assert 0.0 <= options.label_smoothing < limit, options
-    assert "exo_pair" not in names or options.label_smoothing > 0.0, options
-    assert options.discopop_tau > 0.0, options
-    assert options.f_divergence in DIVERGENCES, options
-    assert options.f_divergence == "reverse_kl" or names <= {*SCORED, "sft"}, (options, names)
     if names <= {*PAIRED}:
         assert S % 2 == 0, S
         assert is_desirable is None
@@ -424,7 +406,8 @@ def _check(
         assert is_desirable.dtype == torch.bool, is_desirable.dtype
         assert S in (examples, 2 * examples), (S, examples)
         assert kl is not None or "kto" not in names or examples < S, (S, examples)
-    for tensor, shape in ((token_weights, (N,)), (example_weights, (examples,)), (kl, ())):
+    sizes = ((token_weights, (N,)), (example_weights, (examples,)), (lengths, (S,)), (kl, ()))
+    for tensor, shape in sizes:
         assert tensor is None or tensor.shape == shape, (tensor.shape, shape)
         assert tensor is None or tensor.dtype == torch.float32, tensor.dtype
 
@@ -445,6 +428,7 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
     cases += [
         ("sigmoid normalized", [Term("sigmoid", 1.0, True)], {}),
         ("ipo whole", [Term("ipo")], {}),
+        ("ipo lengths", alone["ipo"], {"lengths": True}),
         ("kto kl", alone["kto"], {"kl": True}),
         ("kto kl mismatched", alone["kto"], {"kl": True, "mismatched": True}),
         ("sigmoid bco_pair sft", several, {}),
@@ -462,6 +446,7 @@ def _configuration(
     f_divergence: str = "reverse_kl",
     token_weights: bool = False,
     example_weights: bool = False,
+    lengths: bool = False,
     kl: bool = False,
     mismatched: bool = False,
 ) -> dict[str, Any]:
@@ -469,23 +454,10 @@ def _configuration(
     launch, unpaired = PREFERENCE_LAUNCH[backend], terms[0].loss in UNPAIRED
     options = PreferenceOptions(0.1, f_divergence=f_divergence)
     mismatched = mismatched or (terms[0].loss == "kto" and not kl)
-    flags = (token_weights, example_weights, kl, mismatched)
+    flags = (token_weights, example_weights, lengths, kl, mismatched)
     constexprs = _constexprs(terms, options, *flags, launch)
-    # in the order of the kernel
-    pointers = {
-        "logps_ptr": "*fp32",
-        "ref_ptr": "*fp32",
-        "offsets_ptr": "*i64",
-        "token_weights_ptr": "*fp32",
-        "example_weights_ptr": "*fp32",
-        "desirable_ptr": "*u8" if unpaired else "*fp32",
-        "kl_ptr": "*fp32",
-        "gradient_ptr": "*fp32",
-        "rewards_ptr": "*fp32",
-        "sums_ptr": "*fp32",
-        "totals_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-    }
+    pointers = dict.fromkeys(_preference_kernel.arg_names[:13], "*fp32")
+    pointers |= {"offsets_ptr": "*i64", "desirable_ptr": "*u8" if unpaired else "*fp32"}
     return {
         "name": f"preference {name}",
         "fn": _preference_kernel,
@@ -493,7 +465,7 @@ def _configuration(
             **pointers,
             "N": "i32",
             "examples": "i32",
-            **dict.fromkeys(_scalars(terms, options, None), "fp32"),
+            **dict.fromkeys(scalars(terms, options, None), "fp32"),
             **dict.fromkeys(constexprs, "constexpr"),
         },
         "constexprs": constexprs,
@@ -515,6 +487,7 @@ def traffic(
     examples = own // 2 if constexprs["PAIRED"] else own
     # of a token: log-prob and gradient; of a sequence: reference, sum and reward; the results
     least = 8 * N + 12 * S + (2 * len(METRICS) + 1) * 4
+    least += 4 * S * constexprs["LENGTHS"]
     least += 4 * examples * constexprs["EXAMPLE_WEIGHTS"] + 4 * (constexprs["KL"] == "given")
     least += own * (not constexprs["PAIRED"])
     weights = 4 * N * constexprs["TOKEN_WEIGHTS"]  # read again for the gradient

@@ -103,6 +103,33 @@ class PreferenceOptions:
         }
 
 
+def check_terms(terms: Sequence[Term], options: PreferenceOptions) -> None:
+    names = {term.loss for term in terms}
+    assert 1 <= len(terms) <= MAX_TERMS, terms
+    assert names <= {*PAIRED} or names <= {*UNPAIRED}, names
+    assert options.beta > 0.0, options
+    limit = 0.5 if names & {"sigmoid", "robust"} else 1.0
+    assert 0.0 <= options.label_smoothing < limit, options
+    assert "exo_pair" not in names or options.label_smoothing > 0.0, options
+    assert options.discopop_tau > 0.0, options
+    assert options.f_divergence in DIVERGENCES, options
+    assert options.f_divergence == "reverse_kl" or names <= {*SCORED, "sft"}, (options, names)
+
+
+def scalars(
+    terms: Sequence[Term], options: PreferenceOptions, nll_tokens: float | None
+) -> dict[str, float]:
+    """The arguments of the kernel by name; sft is summed apart from the other terms."""
+    others = [term.weight for term in terms if term.loss != "sft"]
+    others += [0.0] * (MAX_TERMS - len(others))
+    return {
+        **{f"weight_{i}": float(weight) for i, weight in enumerate(others)},
+        "nll_weight": float(sum(term.weight for term in terms if term.loss == "sft")),
+        "nll_tokens": -1.0 if nll_tokens is None else float(nll_tokens),
+        **options.numbers(),
+    }
+
+
 class Preference(NamedTuple):
     """What `preference_forward` returns, all float32."""
 
@@ -138,6 +165,13 @@ def _log_sigmoid(x):
 @triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))  # exp may overflow to inf: 0
+
+
+@triton.jit
+def _sigmoid_slope(x):
+    """σ(x)·σ(-x); 1 - q adds nothing to the error of q, which in the product cancels near q = ½."""
+    q = _sigmoid(-tl.abs(x))
+    return q * (1.0 - q)
 
 
 @triton.jit
@@ -190,21 +224,20 @@ def _pair_term(chosen, rejected, numbers, LOSS: tl.constexpr):
             slope, other_slope = -_sigmoid(-a), _sigmoid(b)
         elif LOSS == "apo_zero":
             loss = _sigmoid(-a) + _sigmoid(b)
-            slope, other_slope = -_sigmoid(a) * _sigmoid(-a), _sigmoid(b) * _sigmoid(-b)
+            slope, other_slope = -_sigmoid_slope(a), _sigmoid_slope(b)
         else:
             loss = _sigmoid(a) + _sigmoid(-u)
-            other_slope = _sigmoid(u) * _sigmoid(-u)
-            slope = _sigmoid(a) * _sigmoid(-a) - other_slope
+            other_slope = _sigmoid_slope(u)
+            slope = _sigmoid_slope(a) - other_slope
         slope, other_slope = beta * slope, beta * other_slope
     else:
         if LOSS == "hinge":
             loss = tl.where(u >= 1.0, 0.0, 1.0 - u)
             slope = tl.where(u >= 1.0, 0.0, tl.where(u < 1.0, -1.0, u))  # NaN stays
         elif LOSS == "exo_pair":
-            right, wrong = _sigmoid(u), _sigmoid(-u)
-            loss = _times(right, _log_sigmoid(u) - log_keep)
-            loss += _times(wrong, _log_sigmoid(-u) - log_flip)
-            slope = _times(right * wrong, u + (log_flip - log_keep))
+            loss = _times(_sigmoid(u), _log_sigmoid(u) - log_keep)
+            loss += _times(_sigmoid(-u), _log_sigmoid(-u) - log_flip)
+            slope = _times(_sigmoid_slope(u), u + (log_flip - log_keep))
         elif LOSS == "discopop":
             logistic = -_log_sigmoid(u)
             m, rest = _sigmoid(u * rate), _sigmoid(-u * rate)
@@ -212,7 +245,7 @@ def _pair_term(chosen, rejected, numbers, LOSS: tl.constexpr):
             tail = tl.exp(tl.where(u < 0.0, _times(rate - 1.0, u), -u))
             mixed = tail * tl.where(u < 0.0, rest, m)
             loss = _times(rest, logistic) + mixed
-            turn = rate * (m * rest)  # dm/du
+            turn = rate * _sigmoid_slope(u * rate)  # dm/du
             slope = -_sigmoid(-u) * rest - _times(turn, logistic) + _times(mixed, rate * rest - 1.0)
         else:
             keep, flip = 1.0 - smoothing, smoothing
@@ -287,7 +320,7 @@ def _add_label_term(
         if LOSS == "kto":
             own = own - kl
         u = pull * own
-        near = -pull * _sigmoid(u) * _sigmoid(-u)
+        near = -pull * _sigmoid_slope(u)
         if NORMALIZE:
             near = near * _share(length)
         total += weight * _sigmoid(-u)
@@ -316,6 +349,7 @@ def preference_naive(
     options: PreferenceOptions,
     token_weights: Tensor | None = None,
     example_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
     is_desirable: Tensor | None = None,
     kl: Tensor | None = None,
     nll_tokens: float | None = None,
@@ -325,7 +359,8 @@ def preference_naive(
     x = logps.detach().to(dtype).requires_grad_()
     weighted = x if token_weights is None else x * token_weights.to(dtype)
     sums = torch.stack([weighted[a:b].sum() for a, b in pairwise(offsets.tolist())])
-    ratios, lengths = sums - ref_logps.to(dtype), offsets.diff()
+    ratios = sums - ref_logps.to(dtype)
+    lengths = offsets.diff() if lengths is None else lengths
     rewards = options.beta * ratios.detach()
     factor = 1.0 if example_weights is None else example_weights.to(dtype)
     totals = torch.zeros(len(METRICS), 2, dtype=dtype)

@@ -21,8 +21,8 @@ AT_LEAST = {
     "test_logprob": 120,
     "test_lora_merge": 53,
     "test_ops": 16,
-    "test_preference": 28,
-    "test_traffic": 6,
+    "test_preference": 283,
+    "test_traffic": 8,
 }
 
 

@@ -5,6 +5,8 @@ import torch
 
 from tests.kernels.conftest import INTERPRETED
 from tralign_kernels import (
+    PreferenceOptions,
+    Term,
     ema,
     ema_update_,
     linear_logprob,
@@ -74,14 +76,25 @@ def test_linear_logprob(asked, monkeypatch):
     assert sum(asked) == linear_logprob.traffic(N, W, H, 2, launch, bias=True)["moved"]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_preference(asked, loss):
+@pytest.mark.parametrize("case", ["sigmoid", "sums", "kto", "mismatched"])
+def test_preference(asked, case):
     N, offsets = 300, torch.tensor([0, 100, 130, 131, 300])
-    kto = {"is_desirable": torch.ones(4, dtype=torch.bool), "kl": torch.zeros(())}
-    options = kto if loss == "kto" else {}
-    preference_forward(torch.zeros(N), torch.zeros(4), offsets, loss=loss, beta=0.1, **options)
-    stated = preference.traffic(N, 4, loss == "kto", preference.PREFERENCE_LAUNCH["cuda"])
-    assert sum(asked) == stated["moved"]
+    weights = {"token_weights": torch.ones(N), "example_weights": torch.ones(2)}
+    labels, kl = torch.ones(4, dtype=torch.bool), torch.zeros(())
+    terms, tensors = {
+        "sigmoid": ([Term("sigmoid")], weights),
+        "sums": ([Term("sigmoid"), Term("sft")], {}),
+        "kto": ([Term("kto")], {"is_desirable": labels, "kl": kl}),
+        "mismatched": ([Term("kto")], {"is_desirable": labels[:2]}),
+    }[case]
+    options = PreferenceOptions(0.1)
+    preference_forward(
+        torch.zeros(N), torch.zeros(4), offsets, terms=terms, options=options, **tensors
+    )
+    flags = (case == "sigmoid", case == "sigmoid", case == "kto", case == "mismatched")
+    launch = preference.PREFERENCE_LAUNCH["cuda"]
+    constexprs = preference._constexprs(terms, options, *flags, launch)
+    assert sum(asked) == preference.traffic(N, 4, constexprs)["moved"]
 
 
 def test_ema(asked):
