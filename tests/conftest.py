@@ -15,39 +15,8 @@ import torch
 # Where those tests compute that can do so on either: "cuda" with `make test-gpu`.
 DEVICE = torch.device(os.environ.get("TRALIGN_TEST_DEVICE", "cpu"))
 
-# Files that workers take first, the longest at the front, so that none of them is left for the
-# end, when the other workers have nothing to do. (seconds: `make test` prints them)
-LONG = ("tests/kernels/test_interpreter.py",)
-# A file whose tests share nothing: workers take them one by one.
-APART = "tests/kernels/test_interpreter.py"
-
-
-def scope_of(nodeid: str) -> str:
-    """What one worker runs as a whole: a file, for its fixtures are of the module."""
-    file = nodeid.partition("::")[0]
-    return nodeid if file == APART else file
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Files in the order in which they were collected, where `-n` comes without `--dist`."""
-    if config.getvalue("dist") != "load":
-        return None
-    from xdist.scheduler import LoadScopeScheduling
-
-    class FileByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return scope_of(nodeid)
-
-    config.option.loadscopereorder = False  # that is by the number of tests
-    return FileByFile(config, log)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    if hasattr(config, "workerinput"):
-        order = {file: place for place, file in enumerate(LONG)}
-        items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(LONG)))
+# `-n`: who runs what, and what ends the run
+pytest_plugins = ["tests.workers"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,6 +40,26 @@ def smollm2():
 @pytest.fixture(scope="session")
 def tokenizer(smollm2):
     return smollm2[1]
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused("train", ...) -> stderr of a command line that ends with code 2.
+
+    In this process: another takes 5 s to import what it refuses with.
+    """
+    from tralign_fast.cli import main
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        try:
+            code = main([*arguments])
+        except SystemExit as end:  # argparse
+            code = end.code
+        assert code == 2
+        return capsys.readouterr().err
+
+    return run
 
 
 WORDS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -132,21 +132,26 @@ def unpair(rows):
     ]
 
 
+@cache  # it takes 2.5 s to load
+def with_bos():
+    from tokenizers.processors import TemplateProcessing
+
+    other = load_smollm2_tokenizer()  # a copy may share its backend
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert other("x")["input_ids"][0] == 1
+    return other
+
+
 def variant(tokenizer, kind):
     """SmolLM2's tokenizer with another chat template, or with a BOS before every text."""
     if kind == "plain":
         return tokenizer
-    other = copy.deepcopy(tokenizer)
     if kind == "bos":
-        from tokenizers.processors import TemplateProcessing
-
-        other = load_smollm2_tokenizer()  # a copy may share its backend
-        other.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
-        )
-        assert other("x")["input_ids"][0] == 1
-    else:
-        other.chat_template = {"options": TEMPLATE, "thinking": THINKING}[kind]
+        return with_bos()
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = {"options": TEMPLATE, "thinking": THINKING}[kind]
     return other
 
 

@@ -10,7 +10,7 @@ from tests.test_package import run_cli
 
 
 @pytest.mark.slow
-def test_the_demo_trains_measures_and_saves(tmp_path):
+def test_the_demo_trains_measures_and_saves(tmp_path, refused):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "demo"
@@ -34,9 +34,9 @@ def test_the_demo_trains_measures_and_saves(tmp_path):
         [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
-    again = run_cli("demo", *options)
-    assert again.returncode == 2
-    assert "holds another run" in again.stderr.splitlines()[-1]
-    kto = run_cli("demo", "--loss_type", "kto", "--output_dir", str(tmp_path / "other"))
-    assert kto.returncode == 2
-    assert "the demo's pairs need dpo or ipo" in kto.stderr
+    assert "holds another run" in refused("demo", *options).splitlines()[-1]
+
+
+def test_the_demo_refuses_a_loss_that_its_pairs_cannot_have(tmp_path, refused):
+    error = refused("demo", "--loss_type", "kto", "--output_dir", str(tmp_path / "other"))
+    assert "the demo's pairs need dpo or ipo" in error
