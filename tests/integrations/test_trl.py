@@ -72,10 +72,8 @@ def test_a_bf16_reference_arrives_where_it_should(build, tiny_llama):
 def lora(**extra):
     from peft import LoraConfig
 
-    targets = ["q_proj", "v_proj", "down_proj"]
-    return LoraConfig(
-        r=2, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **extra
-    )  # fmt: skip
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"], **extra}
+    return LoraConfig(r=2, lora_alpha=8, task_type="CAUSAL_LM", **options)
 
 
 class _MixMerged(TrainerCallback):
@@ -181,6 +179,51 @@ def test_another_runs_checkpoint_is_resumed_with_its_reference(build):
     again.add_callback(TrustRegionCallback(0.6, 2, trainer=again))
     resumed = [log["loss"] for log in logs(again, resume_from_checkpoint=folder)]
     assert resumed[-3:] == pytest.approx(expected[3:], rel=1e-5)
+
+
+def test_a_path_given_to_train_is_the_one_that_counts(build):
+    """args.resume_from_checkpoint names step 2, train() step 4, of a run with other settings."""
+    extra = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 2e-2}
+    first = build("dpo", **extra)
+    first.add_callback(TrustRegionCallback(0.6, 1, trainer=first))
+    expected = [log["loss"] for log in logs(first)]
+    folder = f"{first.args.output_dir}/checkpoint-"
+    again = build("dpo", resume_from_checkpoint=f"{folder}2", **extra)
+    again.args.output_dir = first.args.output_dir
+    again.add_callback(TrustRegionCallback(0.6, 1, trainer=again))
+    resumed = [log["loss"] for log in logs(again, resume_from_checkpoint=f"{folder}4")]
+    assert resumed == pytest.approx(expected, rel=1e-5)
+    # another run's checkpoint of the same step is not this one's
+    other = build("dpo", **{**extra, "learning_rate": 1e-3})
+    other.add_callback(TrustRegionCallback(0.6, 1, trainer=other))
+    other.train()
+    named = build("dpo", resume_from_checkpoint=f"{folder}4", **extra)
+    named.args.output_dir = other.args.output_dir
+    named.add_callback(TrustRegionCallback(0.6, 1, trainer=named))
+    resumed = [log["loss"] for log in logs(named, resume_from_checkpoint=f"{folder}4")]
+    assert resumed == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_merging_where_the_adapter_is_off_is_refused(alpha, build):
+    trainer = build("dpo", peft_config=lora(), learning_rate=5e-2)
+    trainer.add_callback(TrustRegionCallback(alpha, 2, trainer=trainer))
+    trainer.train()
+    model, ids = trainer.model.eval(), torch.arange(3, 20)[None]
+    with torch.no_grad(), model.disable_adapter():
+        before = model(ids).logits
+    refused = pytest.raises(ValueError, match="would put the policy's adapter into the base")
+    with refused, model.disable_adapter(), model.disable_adapter():
+        model.merge_adapter()
+    model.merge_adapter()  # as TRL does before it generates
+    with (
+        pytest.raises(ValueError, match=r"call unmerge_adapter\(\) first"),
+        model.disable_adapter(),
+    ):
+        pass
+    model.unmerge_adapter()
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
 
 
 def test_a_resume_without_a_saved_reference_warns(build):
@@ -377,8 +420,39 @@ def two_added_late(build):
     trainer.train()
 
 
+def two_by_their_model(build):
+    trainer = build("dpo")
+    for _ in range(2):
+        trainer.add_callback(TrustRegionCallback(ref_model=trainer.ref_model))
+    trainer.train()
+
+
 def with_trls(build):
     TrustRegionCallback(trainer=build("dpo", sync_ref_model=True))
+
+
+def with_trls_by_its_model(build):
+    trainer = build("dpo", sync_ref_model=True)
+    trainer.add_callback(TrustRegionCallback(ref_model=trainer.ref_model))
+    trainer.train()
+
+
+def the_policy_itself(build):
+    trainer = build("dpo")
+    trainer.add_callback(TrustRegionCallback(ref_model=trainer.model))
+    trainer.train()
+
+
+def the_policy_itself_in_the_trainer(build):
+    trainer = build("dpo")
+    trainer.ref_model = trainer.model
+    TrustRegionCallback(trainer=trainer)
+
+
+def the_base_of_the_policy(build):
+    trainer = build("dpo", peft_config=lora())
+    trainer.add_callback(TrustRegionCallback(ref_model=trainer.model.get_base_model()))
+    trainer.train()
 
 
 def mixed_devices(build):
@@ -415,7 +489,12 @@ def other_forward(model):
         (lambda build: TrustRegionCallback(trainer=build("grpo", beta=0.0)), "beta=0 uses no ref"),
         (two, "moves this trainer's reference already: keep one"),
         (two_added_late, "moves this trainer's reference already: keep one"),
+        (two_by_their_model, "another TrustRegionCallback moves this reference already: keep one"),
         (with_trls, "SyncRefModelCallback moves .*: set sync_ref_model=False"),
+        (with_trls_by_its_model, "moves a reference itself: set sync_ref_model=False"),
+        (the_policy_itself, "ref_model is the policy itself, or shares weights with it"),
+        (the_policy_itself_in_the_trainer, "ref_model is the policy itself, or shares weights"),
+        (the_base_of_the_policy, "ref_model is the policy itself, or shares weights with it"),
         (lambda build: TrustRegionCallback(), "pass trainer= .* or ref_model="),
         (lambda build: TrustRegionCallback(2.0, trainer=build("dpo")), r"alpha must lie in \[0"),
         (mixed_devices, "is on meta, its reference on cpu: put both models on one device"),

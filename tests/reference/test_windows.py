@@ -32,7 +32,7 @@ def two_epochs(method, accumulation):
         "gradient_accumulation_steps": accumulation,
         "train_sampling_strategy": "random",
         "learning_rate": 2e-3,
-        "precompute_ref_batch_size": 6,  # three batches are scored as one
+        "precompute_ref_batch_size": 6,  # three batches' (the forwards are counted below)
     }
 
 
@@ -55,6 +55,35 @@ def test_losses_equal_those_of_a_resident_reference(
     assert len(runs[place]) == STEPS
     assert runs[place] == pytest.approx(runs["resident"], rel=1e-5)
     assert len(set(runs[place])) > 4
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "forwards"),
+    [(6, [3, 3, 3, 3]), (4, [2, 1] * 4), (2, [1] * STEPS), (None, [1] * STEPS)],
+)
+def test_batches_of_a_window_are_scored_as_one(
+    batch_size, forwards, tiny_llama, small_tokenizer, tmp_path, monkeypatch
+):
+    """Four windows of three batches of two pairs each: what a forward of the sweep holds."""
+    from tralign_fast.reference import window
+
+    seen, real = [], window.sequence_logps
+
+    def counted(model, batch):
+        seen.append(len(batch.rows))
+        return real(model, batch)
+
+    monkeypatch.setattr(window, "sequence_logps", counted)
+    rows, extra = two_epochs("dpo", 1)
+    extra |= {"precompute_ref_batch_size": batch_size, "reference": "snapshot"}
+    trainer = make(
+        tiny_llama, small_tokenizer, tmp_path, rows=rows, **extra, **WINDOWED["snapshot"]
+    )
+    losses = history(trainer)
+    assert [pairs // 2 for pairs in seen] == forwards
+    extra |= {"reference": "resident", **WINDOWED["snapshot"]}
+    resident = make(tiny_llama, small_tokenizer, tmp_path / "resident", rows=rows, **extra)
+    assert losses == pytest.approx(history(resident), rel=1e-5)
 
 
 @pytest.mark.parametrize("place", WINDOWED)

@@ -7,7 +7,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissingImports]
 from pydantic import BaseModel
 
-from tralign_fast.integrations.callback import TrustRegionCallback
+from tralign_fast.integrations.callback import HoldingTrainer, TrustRegionCallback
 
 
 class TrustRegionArgs(BaseModel):
@@ -23,7 +23,9 @@ class TrustRegionPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "tralign_fast.integrations.axolotl.TrustRegionArgs"
 
-    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrustRegionCallback]:
+    def add_callbacks_post_trainer(
+        self, cfg: Any, trainer: HoldingTrainer
+    ) -> list[TrustRegionCallback]:
         return [
             TrustRegionCallback(cfg.trust_region_alpha, cfg.trust_region_every, trainer=trainer)
         ]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.ema import ema_update_, local_shard
 from tralign_fast.reference import TrustRegion
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import load_generator, save_generator
+from tralign_fast.reference.merged import follow_merged_, has_adapters, merged_weights
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.sharding import is_sharded, own_file, process_count, reshard
 
@@ -23,6 +27,20 @@ from tralign_fast.reference.sharding import is_sharded, own_file, process_count,
 FOLDER = "reference"
 # What activation checkpointing and torch.compile put into the names of parameters.
 _WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+# model -> (the state of the run, the callback) that moves it: two in a run would move it twice
+_movers: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, weakref.ref]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class HoldingTrainer(Protocol):
+    """What the callback asks of a trainer; a `ref_model`, if it has one, is its reference."""
+
+    args: Any
+    model: Any
+    callback_handler: Any
 
 
 class TrustRegionCallback(TrainerCallback):
@@ -36,7 +54,10 @@ class TrustRegionCallback(TrainerCallback):
       of its way at α = 0.01 (`ema_update_`);
     - for PEFT policies, which TRL refuses. Their reference is the base with the adapter switched
       off; from here on `disable_adapter` of this model means the moved reference instead
-      (`AdapterReference`: exact, LoRA factors only; α = 1 follows any kind of adapter);
+      (`AdapterReference`: exact, LoRA factors only; α = 1 follows any kind of adapter). With a
+      `ref_model`, a whole model, this follows the policy's merged weights `W + s·B·A` instead, a
+      layer at a time, and B·A is never in memory (`lora_merge_`: plain LoRA on linear layers,
+      `modules_to_save`);
     - for FSDP2: each process moves its own shards, nothing is communicated. TRL shards its
       reference itself; elsewhere shard yours as the policy is, before training:
       `accelerate.utils.fsdp_utils.fsdp2_prepare_model(trainer.accelerator, ref_model)`;
@@ -52,9 +73,9 @@ class TrustRegionCallback(TrainerCallback):
         save: whether checkpoints hold the reference (the size of its weights).
 
     Raises:
-        ValueError: there is no reference that could move, another callback moves it, or (when
-            training starts) it is not sharded as the policy is, or a resumed checkpoint holds the
-            shards of another number of processes.
+        ValueError: there is no reference that could move, it is the policy itself, another callback
+            moves it, or (when training starts) it is not sharded as the policy is, or a resumed
+            checkpoint holds the shards of another number of processes.
     """
 
     def __init__(
@@ -62,7 +83,7 @@ class TrustRegionCallback(TrainerCallback):
         alpha: float = 0.6,
         every: int = 512,
         *,
-        trainer: Any = None,
+        trainer: HoldingTrainer | None = None,
         ref_model: nn.Module | None = None,
         rounding: str = "stochastic",
         seed: int = 0,
@@ -88,7 +109,7 @@ class TrustRegionCallback(TrainerCallback):
             self._reference = _ModelReference(ref_model, self.schedule.alpha, **options)
             # on meta outside the first process until FSDP fills it: looked at when training starts
             if trainer is not None and not _will_be_sharded(trainer):
-                matching_parameters(ref_model, trainer.model)
+                self._reference.check(trainer.model)
         elif trainer is not None and hasattr(trainer.model, "peft_config"):
             self._reference = _PeftReference(trainer, self.schedule, **options)
         else:
@@ -99,6 +120,7 @@ class TrustRegionCallback(TrainerCallback):
 
     def _check_trainer(self) -> None:
         self._refuse_second_mover()
+        assert self._trainer is not None
         args, name = self._trainer.args, type(self._trainer).__name__
         plugin = getattr(getattr(self._trainer, "accelerator", None), "state", None)
         plugin = getattr(plugin, "fsdp_plugin", None)
@@ -115,6 +137,7 @@ class TrustRegionCallback(TrainerCallback):
             raise ValueError(f"{name}: beta=0 uses no reference; set beta > 0 to move one")
 
     def _refuse_second_mover(self) -> None:
+        assert self._trainer is not None
         for other in self._trainer.callback_handler.callbacks:
             # TRL's is known by its name: TRL need not be installed
             is_trl = type(other).__name__ == "SyncRefModelCallback"
@@ -129,22 +152,37 @@ class TrustRegionCallback(TrainerCallback):
             self._refuse_second_mover()
         if self.schedule.is_frozen:
             return
+        self._claim(args, state)
         self._reference.check(model)
         if state.global_step == 0:
             return
-        resumed = getattr(args, "resume_from_checkpoint", None)
         folders = [_folder(args, state)]
-        if isinstance(resumed, str):  # another run's, perhaps; train()'s argument is not told
-            folders.insert(0, Path(resumed) / FOLDER)
-        folder = next((folder for folder in folders if folder.is_dir()), None)
-        if folder is not None:
+        if isinstance(named := getattr(args, "resume_from_checkpoint", None), str):
+            folders.append(Path(named) / FOLDER)  # another run's, perhaps
+        # train()'s argument, which may name a third, is not told: the state is that of its file
+        found = (folder for folder in folders if folder.is_dir() and _is_of(folder.parent, state))
+        if (folder := next(found, None)) is not None:
             self._reference.load(folder)
             return
         warn_once(
-            f"{folders[-1]} holds no reference: the run goes on from the one that the trainer was "
+            f"{folders[0]} holds no reference: the run goes on from the one that the trainer was "
             "built with (to resume another run's checkpoint, name it in "
             "args.resume_from_checkpoint)"
         )
+
+    def _claim(self, args: Any, state: Any) -> None:
+        """Makes this the one that moves the reference in the run of `state`."""
+        if getattr(args, "sync_ref_model", False):
+            raise ValueError(
+                "TrustRegionCallback: the trainer moves a reference itself: set "
+                "sync_ref_model=False"
+            )
+        run, other = (ref() for ref in _movers.get(self._reference.model, (lambda: None,) * 2))
+        if run is state and other is not None and other is not self:
+            raise ValueError(
+                "another TrustRegionCallback moves this reference already: keep one of them"
+            )
+        _movers[self._reference.model] = weakref.ref(state), weakref.ref(self)
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if self.schedule.should_sync(state.global_step):
@@ -162,12 +200,24 @@ class TrustRegionCallback(TrainerCallback):
         self._reference.detach()
 
 
-def _folder(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
+
+
+def _is_of(checkpoint: Path, state: TrainerState) -> bool:
+    """Whether a state was read from that checkpoint: of its step, with its history."""
+    try:
+        saved = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    keys = ("global_step", "log_history")
+    here = {key: getattr(state, key) for key in keys}
+    # as text: NaN equals itself
+    return json.dumps({key: saved.get(key) for key in keys}) == json.dumps(here)
 
 
 class _ModelReference:
-    """A second model."""
+    """A second model, whole: it follows the policy's weights, those of a LoRA policy merged."""
 
     def __init__(self, model: nn.Module, alpha: float, *, rounding: str, seed: int) -> None:
         _refuse_unmovable(model)
@@ -181,11 +231,36 @@ class _ModelReference:
         return is_sharded(self.model)
 
     def check(self, policy: Any) -> None:
-        matching_parameters(self.model, policy)
+        _refuse_shared(self.model, policy)
+        if not self._merges(policy):
+            matching_parameters(self.model, policy)
+            return
+        if is_sharded(policy):
+            raise ValueError(
+                "TrustRegionCallback: a ref_model follows a LoRA policy whose factors are whole: "
+                "train it with DDP or ZeRO-2"
+            )
+        merged_weights(list(_named(self.model)), policy)
 
     def move(self, policy: Any) -> None:
+        options = {"rounding": self.rounding, "generator": self.generator}
+        if self._merges(policy):
+            follow_merged_(list(_named(self.model)), policy, self.alpha, **options)
+            return
         refs, thetas = matching_parameters(self.model, policy)
-        ema_update_(refs, thetas, self.alpha, rounding=self.rounding, generator=self.generator)
+        ema_update_(refs, thetas, self.alpha, **options)
+
+    def _merges(self, policy: Any) -> bool:
+        if not has_adapters(policy):
+            return False
+        if not has_adapters(self.model):
+            return True
+        if self.alpha < 1.0:
+            raise ValueError(
+                f"TrustRegionCallback: alpha={self.alpha} would mix the factors of two adapters, "
+                "not their weights: pass a ref_model without an adapter, or leave it out"
+            )
+        return False
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +294,7 @@ class _PeftReference:
 
     is_sharded = False
 
-    def __init__(self, trainer: Any, schedule: TrustRegion, **options: Any) -> None:
+    def __init__(self, trainer: HoldingTrainer, schedule: TrustRegion, **options: Any) -> None:
         if _will_be_sharded(trainer):
             raise ValueError(
                 "TrustRegionCallback: a PEFT policy's factors are sharded under FSDP and DeepSpeed "
@@ -239,7 +314,25 @@ class _PeftReference:
         # TRL copies a pretrained adapter to "ref" and prefers it: the same start as ours
         if "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
-        self.model.disable_adapter = self.held.weights
+        self._layers = _adapted_layers(self.model)
+        self.model.disable_adapter = self._as_reference
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Inside, the policy's modules compute the reference. An adapter that PEFT merges into the
+        base would be in both."""
+        if any(layer.merged for layer in self._layers):
+            raise ValueError(
+                "disable_adapter: the policy's adapter is merged into the base weights, which the "
+                "reference shares: call unmerge_adapter() first"
+            )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.held.weights())
+            for layer in self._layers:
+                outer = layer.__dict__.get("merge")  # a context inside another
+                layer.merge = _refuse_merge
+                stack.callback(_give_back, layer, outer)
+            yield
 
     def check(self, policy: Any) -> None:
         pass
@@ -257,6 +350,35 @@ class _PeftReference:
         self.model.__dict__.pop("disable_adapter", None)
 
 
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _refuse_merge(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "merge_adapter() inside disable_adapter() would put the policy's adapter into the base "
+        "weights of the reference: merge outside of it"
+    )
+
+
+def _give_back(layer: Any, merge: Any) -> None:
+    del layer.merge
+    if merge is not None:
+        layer.merge = merge
+
+
+def _refuse_shared(ref: nn.Module, policy: nn.Module) -> None:
+    """A reference that shares a weight with the policy would be it, or move with it."""
+    ours = {id(p) for p in policy.parameters()}
+    if any(id(p) in ours for p in ref.parameters()):
+        raise ValueError(
+            "ref_model is the policy itself, or shares weights with it: pass a model of its own, "
+            "such as copy.deepcopy(model) from before training"
+        )
+
+
 def matching_parameters(ref: nn.Module, policy: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters of two models of one architecture, wrapped or not, in one order.
 
@@ -269,7 +391,7 @@ def matching_parameters(ref: nn.Module, policy: nn.Module) -> tuple[list[Tensor]
         where = "reference" if odd in theirs else "policy"
         raise ValueError(
             f"policy and reference are different models (only the {where} has {odd}): expected one "
-            "architecture; a PEFT policy takes no ref_model"
+            "architecture"
         )
     for name, tensor in ours.items():
         mine, other = (tuple(local_shard(t).shape) for t in (tensor, theirs[name]))
@@ -317,7 +439,7 @@ def _refuse_unmovable(model: nn.Module) -> None:
             )
 
 
-def _will_be_sharded(trainer: Any) -> bool:
+def _will_be_sharded(trainer: HoldingTrainer) -> bool:
     plugin = getattr(trainer.args, "deepspeed_plugin", None)
     zero3 = plugin is not None and getattr(plugin, "zero_stage", 0) == 3
     return bool(getattr(trainer, "is_fsdp_enabled", False)) or zero3

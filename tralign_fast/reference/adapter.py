@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tralign_fast.reference.base import ReferenceOptions, ReferencePolicy
-from tralign_fast.reference.lora import trained_adapters
+from tralign_fast.reference.lora import refusal, trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.sharding import process_index
 from tralign_fast.reference.trust_region import TrustRegion
@@ -236,27 +236,6 @@ def _lora_layers(policy: nn.Module) -> list[tuple[str, str, Any]]:
             'or use reference="auto"'
         )
     for name, adapter, layer in found:
-        if refusal := _refusal(layer, adapter):
-            raise ValueError(f'reference="adapter": {name} is {refusal}')
+        if why := refusal(layer, adapter, 'ref_model_mixup_alpha=1 with reference="snapshot"'):
+            raise ValueError(f'reference="adapter": {name} is {why}')
     return found
-
-
-def _refusal(layer: Any, adapter: str) -> str | None:
-    """What a PEFT layer is whose weight is not `W + s·B·A`, and the remedy."""
-    from peft.tuners.lora import LoraLayer
-
-    kind = None if isinstance(layer, LoraLayer) else type(layer)
-    kind = kind or type(layer.lora_variant.get(adapter, None))
-    if kind is not type(None):
-        return (
-            f"a {kind.__module__}.{kind.__name__}, whose weight is not W + s·B·A; use plain LoRA, "
-            'or ref_model_mixup_alpha=1 with reference="snapshot"'
-        )
-    # stacked experts share a pair of factors in a layer of their own kind
-    linear = adapter in layer.lora_A and type(layer.lora_A[adapter]) is nn.Linear
-    if linear and type(layer).__name__ != "ParamWrapper":
-        return None
-    return (
-        f"LoRA on a layer that is not linear ({type(layer.get_base_layer()).__name__}); leave it "
-        "out of target_modules, or train it whole with modules_to_save"
-    )

@@ -37,6 +37,31 @@ def _parameters(layer: Any, adapter: str) -> Iterator[nn.Parameter]:
             yield from [held] if isinstance(held, nn.Parameter) else held.parameters()
 
 
+def refusal(layer: Any, adapter: str, otherwise: str) -> str | None:
+    """What a PEFT layer is whose weight is not `W + s·B·A`, and the remedy; None: plain LoRA.
+
+    Args:
+        otherwise: what works for any kind of adapter.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    kind = None if isinstance(layer, LoraLayer) else type(layer)
+    kind = kind or type(layer.lora_variant.get(adapter, None))
+    if kind is not type(None):
+        return (
+            f"a {kind.__module__}.{kind.__name__}, whose weight is not W + s·B·A; use plain LoRA, "
+            f"or {otherwise}"
+        )
+    # stacked experts share a pair of factors in a layer of their own kind
+    linear = adapter in layer.lora_A and type(layer.lora_A[adapter]) is nn.Linear
+    if linear and type(layer).__name__ != "ParamWrapper":
+        return None
+    return (
+        f"LoRA on a layer that is not linear ({type(layer.get_base_layer()).__name__}); leave it "
+        "out of target_modules, or train it whole with modules_to_save"
+    )
+
+
 def mixed_parameters(policy: nn.Module, schedule: TrustRegion, place: str) -> dict[str, Tensor]:
     """What the policy trains, by name, for a reference that mixes it tensor by tensor.
 
