@@ -70,9 +70,10 @@ def prepare_model(
     is the answer.
 
     Raises:
-        ValueError: the model's head is not `softcap(scale · (W h + b))`, or its 4-bit weights were
-            repacked for inference. The model is as it was.
+        ValueError: the model's head is not `softcap(scale · (W h + b))`, its 4-bit weights were
+            repacked for inference, or its PEFT type cannot be scored. The model is as it was.
     """
+    _check_peft_type(model)
     options: dict[str, Any] = {"vocab_filter": vocab_filter, "backend": backend}
     with contextlib.ExitStack() as undo:
         undo.callback(_keep_4bit_differentiable(model))
@@ -132,6 +133,23 @@ def _keep_4bit_differentiable(model: nn.Module) -> Callable[[], None]:
     return patches.undo
 
 
+# PEFT's types that cannot be scored, and why.
+_REFUSED = {
+    "MULTITASK_PROMPT_TUNING": "needs a task id for every row, which preference data does not have",
+    "POLY": "needs a task id for every row, which preference data does not have",
+    "ADAPTION_PROMPT": "keeps the forward that the model had when it was made",
+}
+
+
+def _check_peft_type(model: PreTrainedModel) -> None:
+    peft_type = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    if peft_type is not None and (why := _REFUSED.get(peft_type.value)) is not None:
+        raise ValueError(
+            f"{type(causal_lm_of(model)).__name__}: PEFT's {peft_type.value} {why}; use "
+            "PROMPT_TUNING or LORA"
+        )
+
+
 # Two prompts with two completions each: a sharing error shows as an error of order one.
 _PROBE = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]},
@@ -144,6 +162,7 @@ def _check_head(model: PreTrainedModel) -> None:
     batch = _probe(model, "padded")
     ours = sequence_logps(model, batch)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = logits[:, -batch.input_ids.shape[1] :]  # without PEFT's virtual tokens
     own = logits.flatten(0, 1)[batch.score_index].float().log_softmax(-1)
     theirs = batch.sum_per_sequence(own.gather(1, batch.targets[:, None])[:, 0])
     if not _close(ours, theirs, model.dtype):
@@ -155,11 +174,13 @@ def _check_head(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _enable_packing(model: PreTrainedModel, undo: contextlib.ExitStack, probe: bool) -> bool:
+    reason = _why_not_packed_by_peft(model)
     with contextlib.ExitStack() as own:
         # first: the attention that padded batches then run through is also the one compared with
         own.callback(enable_prefix_attention(causal_lm_of(model)))
         own.callback(leave_prompts_out_of_last_mlp(model))
-        reason = _why_not_packed(model) if probe else None
+        if reason is None and probe:
+            reason = _why_not_packed(model)
         if reason is None:
             undo.push(own.pop_all())
             return True
@@ -168,6 +189,15 @@ def _enable_packing(model: PreTrainedModel, undo: contextlib.ExitStack, probe: b
         "tralign-fast uses padded batches"
     )
     return False
+
+
+def _why_not_packed_by_peft(model: PreTrainedModel) -> str | None:
+    config: Any = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        return f"{config.peft_type.value} puts virtual tokens before every row, not every sequence"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "aLoRA looks for its invocation once in every row"
+    return None
 
 
 def _why_not_packed(model: PreTrainedModel) -> str | None:

@@ -78,6 +78,7 @@ def enable_logprobs(
     def forward(
         own_forward, self, *args,
         score_index=None, score_targets=None, grad_tokens=None, with_squares=False, score=None,
+        row_tokens=None,
         **kwargs,
     ):  # fmt: skip
         if score_index is None:
@@ -87,8 +88,14 @@ def enable_logprobs(
                 f"{type(self).__name__} got a packed row, but its attention "
                 f"({self.config._attn_implementation}) reads none: prepare the model again"
             )
+        if kwargs.get("past_key_values") is not None:
+            _check_prefix_is_kept(self)
         with split_tied_weight(self) as weight:
             hidden = decoder_of(self)(*args, use_cache=False, **kwargs).last_hidden_state
+        if row_tokens is not None and hidden.shape[1] != row_tokens:
+            # PEFT's virtual tokens, before those of every row
+            added = hidden.shape[1] - row_tokens
+            score_index = score_index + added * (1 + score_index // row_tokens)
         hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
         score = score or functools.partial(
             _token_logps_and_squares if with_squares else _token_logps,
@@ -106,6 +113,15 @@ def enable_logprobs(
     patches.forward(causal_lm, "log-probs", forward)
     patches.forward(head, "log-probs", head_forward)
     return patches.undo
+
+
+def _check_prefix_is_kept(causal_lm: Any) -> None:
+    """Raises where transformers would drop PEFT's trained keys and values, with a mere notice."""
+    if causal_lm.training and causal_lm.is_gradient_checkpointing:
+        raise ValueError(
+            f"{type(causal_lm).__name__}: gradient checkpointing drops the keys and values that "
+            "prefix tuning puts before every sequence; set gradient_checkpointing=False"
+        )
 
 
 def disable_logprobs(model: Any) -> None:
@@ -218,10 +234,14 @@ def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> T
 
 def _inputs(batch: PackedBatch) -> dict[str, Any]:
     """The keywords of the model's forward, but for what is scored how."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids}
     if batch.layout is None:
+        # rows are padded on the right: their positions are the model's own, and PEFT's prompt
+        # learning, which has others, takes none
         inputs["attention_mask"] = batch.attention_mask
+        inputs["row_tokens"] = batch.input_ids.shape[1]
     else:
+        inputs["position_ids"] = batch.position_ids
         # transformers passes a 4-D mask on as it is: none of (T, T) is built, and ours is not read
         inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
         inputs["prefix_layout"] = batch.layout
