@@ -14,7 +14,13 @@ PAIRS = [
 ROWS = [
     {"row": 0, "prompt_ids": [1, 2, 3], "completion_ids": [4, 5], "label": True},
     {"row": 1, "prompt_ids": [6], "completion_ids": [7, 8, 9], "label": False},
-    {"row": 2, "prompt_ids": [10, 11], "completion_ids": [12], "label": True},
+    {
+        "row": 2,
+        "prompt_ids": [10, 11],
+        "completion_ids": [12],
+        "label": True,
+        "borrowed_ids": [7, 8],
+    },
 ]
 
 
@@ -167,3 +173,65 @@ def test_merged_rows_score_what_each_scores(layout, tiny_llama):
         torch.testing.assert_close(
             sequence_logps(tiny_llama, merged), expected, rtol=1e-5, atol=1e-5
         )
+
+
+EMPTY = {"row": 3, "prompt_ids": [], "chosen_ids": [4, 5, 6], "rejected_ids": [7, 9]}
+SHORT = {"row": 4, "prompt_ids": [], "chosen_ids": [4], "rejected_ids": [7]}
+APART = {"row": 5, "prompt_ids": [8], "chosen_ids": [4], "rejected_ids": [7]}
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_empty_prompts_score_the_same_wherever_they_stand(layout, tiny_llama):
+    """At the head of a packed row too, where no token stands before them."""
+    prepare_model(tiny_llama)
+    rows = [EMPTY, *PAIRS, SHORT, APART]
+
+    def scores(order):
+        batch = collate([rows[i] for i in order], paired=True, layout=layout)
+        with torch.no_grad():
+            chosen, rejected = sequence_logps(tiny_llama, batch).chunk(2)
+        return {i: (chosen[k], rejected[k]) for k, i in enumerate(order)}
+
+    alone = {i: scores([i])[i] for i in range(len(rows))}
+    for order in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1], [2, 1, 0, 3, 4], [4, 3, 2, 1, 0]):
+        for i, got in scores(order).items():
+            torch.testing.assert_close(got, alone[i], rtol=1e-5, atol=1e-5)
+    assert alone[3] == (0, 0)  # a first token without a context is not scored
+
+
+def test_gradients_of_an_empty_prompt_in_the_middle_are_those_of_padded_rows(tiny_llama):
+    prepare_model(tiny_llama)
+    grads = {}
+    for layout in ("shared", "packed", "padded"):
+        tiny_llama.zero_grad()
+        batch = collate([PAIRS[0], EMPTY, SHORT], paired=True, layout=layout)
+        sequence_logps(tiny_llama, batch).sum().backward()
+        grads[layout] = [p.grad.clone() for p in tiny_llama.parameters()]
+    for layout in ("shared", "packed"):
+        torch.testing.assert_close(grads[layout], grads["padded"], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_an_empty_prompt_are_its_own():
+    layout = collate([EMPTY, PAIRS[1], SHORT], paired=True).layout
+    assert layout is not None
+    assert layout.scored_rows(torch.device("cpu")).tolist() == list(range(11))
+    nothing = collate([SHORT], paired=True, layout="packed")
+    assert nothing.score_index.dtype == torch.int64
+    varlen = collate([SHORT, EMPTY], paired=True).layout.varlen(torch.device("cpu"))
+    assert all(i.dtype == torch.int64 for pair in varlen.again for i in pair)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_a_kto_row_alone_borrows_from_another_prompt(layout):
+    batch = collate(ROWS[2:], paired=False, layout=layout)
+    assert batch.targets.tolist() == [12, 7, 8]
+    assert batch.grad_tokens == 1
+    cut = collate(ROWS[2:], paired=False, layout=layout, max_length=3)
+    assert cut.targets.tolist() == [12, 7]
+    # in company it does not
+    assert collate(ROWS, paired=False, layout=layout).targets.tolist()[-3:] == [7, 8, 9]
+
+
+def test_a_kto_row_alone_without_another_is_refused():
+    with pytest.raises(ValueError, match="row 1: alone in its batch, .* another prompt; expected"):
+        collate(ROWS[1:2], paired=False)

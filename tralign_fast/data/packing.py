@@ -85,28 +85,25 @@ class PrefixLayout:
                 torch.tensor(list(accumulate(keys)), dtype=torch.int32).to(device),
                 max(queries),
                 max(keys),
-                torch.tensor(index).to(device),
-                torch.tensor(first).to(device),
-                tuple(
-                    (torch.tensor(a).to(device), torch.tensor(b).to(device))
-                    for a, b in again.values()
-                ),
+                _int64(index).to(device),
+                _int64(first).to(device),
+                tuple((_int64(a).to(device), _int64(b).to(device)) for a, b in again.values()),
             )
         return self._cache[device]
 
     def scored_rows(self, device: torch.device) -> Tensor:
         """(R,) int64, every row whose output can be scored: each prompt's last token, completions.
 
-        Made once a batch.
+        Made once a batch. An empty prompt has no last token: the row before is another group's.
         """
         key = ("scored", device)
         if key not in self._cache:
             rows = [
                 row
                 for start, prompt, completions in self.groups
-                for row in range(start + prompt - 1, start + prompt + sum(completions))
+                for row in range(start + max(prompt - 1, 0), start + prompt + sum(completions))
             ]
-            self._cache[key] = torch.tensor(rows).to(device)
+            self._cache[key] = _int64(rows).to(device)
         return self._cache[key]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -246,12 +243,17 @@ def merge_packed(batches: Sequence[PackedBatch]) -> PackedBatch:
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
     """(S + 1,) int64: where the scored tokens of each sequence begin, and where the last end."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+    return _int64([0, *accumulate(lengths)])
 
 
 def _joined(tensors: list[Tensor | None]) -> Tensor | None:
     present = [t for t in tensors if t is not None]
     return torch.cat(present) if present else None
+
+
+def _int64(values: list[int]) -> Tensor:
+    """A tensor of whole numbers even where there are none: `torch.tensor([])` has floats."""
+    return torch.tensor(values, dtype=torch.int64)
 
 
 @dataclass
@@ -261,7 +263,8 @@ class PreferenceCollator:
     Args:
         paired: rows hold `chosen_ids` and `rejected_ids`; else `completion_ids` and `label`, and
             every prompt also gets the completion of the row before it in the batch (the first row
-            that of the last one), from which KTO estimates its KL term.
+            that of the last one), from which KTO estimates its KL term. A row that is alone in its
+            batch gets its `borrowed_ids`, which tokenising took from another prompt.
         layout: "shared" (a prompt once for all its completions), "packed" (a prompt for each, no
             padding), "padded" (one row each, for attentions that know no packing).
         max_length: KTO's completions, own and borrowed, are cut to what their prompt leaves of it
@@ -275,7 +278,8 @@ class PreferenceCollator:
         mismatched: whether unpaired rows get the completion of another row at all.
 
     Raises:
-        ValueError: a token id outside the vocabulary, naming the row.
+        ValueError: a token id outside the vocabulary, or a KTO row that is alone and borrows
+            nothing; the message names the row.
     """
 
     paired: bool
@@ -293,16 +297,19 @@ class PreferenceCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> PackedBatch | SplitBatch:
         prompts = [list(e["prompt_ids"]) for e in examples]
+        rows = tuple(int(e.get("row", i)) for i, e in enumerate(examples))
         if self.paired:
             completions = [[list(e["chosen_ids"]), list(e["rejected_ids"])] for e in examples]
         else:
             own = [list(e["completion_ids"]) for e in examples]
+            lent = [own[-1], *own[:-1]]
+            if self.mismatched and len(own) == 1:
+                lent = [_borrowed(examples[0], rows[0])]
             room = [None if self.max_length is None else self.max_length - len(p) for p in prompts]
             completions = [
-                [own[i][: room[i]], *([own[i - 1][: room[i]]] if self.mismatched else [])]
-                for i in range(len(own))
+                [mine[:left], *([other[:left]] if self.mismatched else [])]
+                for mine, other, left in zip(own, lent, room, strict=True)
             ]
-        rows = tuple(int(e.get("row", i)) for i, e in enumerate(examples))
         self._check_vocabulary(prompts, completions, rows)
         labels = None if self.paired else [bool(e["label"]) for e in examples]
         cuts = self._cuts(prompts, completions)
@@ -354,8 +361,8 @@ class PreferenceCollator:
             position_ids=torch.tensor(tokens.position_ids),
             attention_mask=None if tokens.mask is None else torch.tensor(tokens.mask),
             layout=tokens.layout,
-            score_index=torch.tensor([i for s in scored for i in s], dtype=torch.int64),
-            targets=torch.tensor([t for s in targets for t in s], dtype=torch.int64),
+            score_index=_int64([i for s in scored for i in s]),
+            targets=_int64([t for s in targets for t in s]),
             scored_lengths=lengths,
             offsets=_offsets(lengths),
             token_weights=None if weights is None else torch.tensor(weights),
@@ -393,6 +400,20 @@ def _ld_weights(lengths: Sequence[int], alpha: float) -> list[float]:
         for length, common in zip(lengths, shared, strict=True)
         for place in range(length)
     ]
+
+
+def _borrowed(example: dict[str, Any], row: int) -> list[int]:
+    """Another prompt's completion for a row that has no other in its batch.
+
+    Its own would make the KL term equal to its reward, and the loss 0.5 for ever.
+    """
+    if not example.get("borrowed_ids"):
+        raise ValueError(
+            f"row {row}: alone in its batch, and KTO's KL term wants the completion of another "
+            "prompt; expected a batch of two or more, or a dataset of several rows that "
+            "tokenize_unpaired made (it adds borrowed_ids)"
+        )
+    return list(example["borrowed_ids"])
 
 
 class _Tokens(NamedTuple):
