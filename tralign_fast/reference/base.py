@@ -37,6 +37,7 @@ class ReferencePolicy(ABC):
         self.policy = policy
         self.schedule = schedule
         self.run: dict[str, Any] = {}  # what else of the run a checkpoint must agree with
+        self.folder: Path | None = None  # the run's, while it trains
 
     @classmethod
     def build(cls, policy: nn.Module, start: nn.Module | None, args: Any) -> ReferencePolicy:
@@ -56,6 +57,9 @@ class ReferencePolicy(ABC):
     @abstractmethod
     def sync(self) -> None:
         """Moves the reference towards the policy as it is now: `π_ref ← α·π_θ + (1-α)·π_ref`."""
+
+    def restart(self) -> None:  # noqa: B027
+        """A training starts from step 0, maybe not the first one: the reference stays as it is."""
 
     @abstractmethod
     def save_weights(self, folder: Path) -> None: ...
