@@ -153,7 +153,7 @@ def test_resume_with_other_data_is_refused(tiny_llama, small_tokenizer, tmp_path
         tiny_llama, small_tokenizer, tmp_path,
         rows=pair_rows(24, conversational=True), **{**extra, "max_length": 256},
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"trained with reference {'data': .*the data it was"):
+    with pytest.raises(ValueError, match=r"other options \(data: .*those that it was"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 

@@ -51,13 +51,12 @@ class ReferencePolicy(ABC):
     can_be_sharded: ClassVar[frozenset[str]] = frozenset({"FSDP2", "ZeRO-3"})
     # an update adds to what it holds, until past weights are negligible
     grows: ClassVar[bool] = False
-    # `WindowedReference`: `score_window` has to be called before the next step
-    needs_window = False
 
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         self.policy = policy
         self.schedule = schedule
         self.run: dict[str, Any] = {}  # what else of the run a checkpoint must agree with
+        self.folder: Path | None = None  # the run's, while it trains
 
     @classmethod
     def starts_from_policy(cls, lora: bool) -> bool:
@@ -93,6 +92,13 @@ class ReferencePolicy(ABC):
     @abstractmethod
     def sync(self) -> None:
         """Moves the reference towards the policy as it is now: `π_ref ← α·π_θ + (1-α)·π_ref`."""
+
+    def must_score(self, step: int) -> bool:
+        """Whether a window has to be scored (`WindowedReference`) before the step after `step`."""
+        return False
+
+    def restart(self) -> None:  # noqa: B027
+        """A training starts from step 0, maybe not the first one: the reference stays as it is."""
 
     @abstractmethod
     def save_weights(self, folder: Path) -> None: ...

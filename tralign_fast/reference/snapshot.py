@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
-from torch import nn
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
+from tralign_fast.ops.backend import warn_once
+from tralign_fast.ops.ema import local_shard
+from tralign_fast.reference.sharding import (
+    is_sharded,
+    named_parameters,
+    own_file,
+    process_count,
+    process_index,
+)
 from tralign_fast.reference.trust_region import TrustRegion
 from tralign_fast.reference.window import WindowedReference
+
+KEPT_FOLDER = "reference-window"
+_KEPT_FILE = "window-start.safetensors"
 
 
 class SnapshotReference(WindowedReference):
     """Weights: none. Exact for hard updates (α = 1), and for a frozen reference that starts as the
     policy (the whole run is one window).
+
+    A window that the end of the run cuts short leaves the trained weights that it began with in the
+    run's folder, once, and in its checkpoints as hard links: by the time that a run goes on, with
+    more steps or in a second `train`, the policy has moved on from them.
 
     Raises:
         ValueError: the schedule mixes weights (0 < α < 1), which takes a second set of them.
@@ -28,6 +49,8 @@ class SnapshotReference(WindowedReference):
                 f'{schedule.alpha}; soft updates need reference="offloaded" or "resident"'
             )
         super().__init__(policy, schedule)
+        self._kept: Path | None = None  # the folder with the weights that the window began with
+        self._inside = False
 
     @classmethod
     def starts_from_policy(cls, lora: bool) -> bool:
@@ -35,10 +58,94 @@ class SnapshotReference(WindowedReference):
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
-        yield
+        if self.needs_window or self._inside:
+            yield
+            return
+        if self._kept is None:
+            raise ValueError(
+                f"reference={self.name!r}: the policy has moved since the reference's last update, "
+                "and nothing of that time is kept: go on with resume_from_checkpoint"
+            )
+        held = self._put(self._load_tensors(self._kept, _KEPT_FILE))
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+            self._put(held)
+
+    @torch.no_grad()
+    def _put(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gives the policy these weights; its own, on the host."""
+        held = {}
+        parameters = named_parameters(self.policy)
+        for name, tensor in tensors.items():
+            own = local_shard(parameters[name])
+            held[name] = own.to("cpu", copy=True)
+            own.copy_(tensor)
+        torch.clear_autocast_cache()  # it knows a parameter by its address, not by its values
+        return held
 
     def can_score_now(self) -> bool:
-        return self.needs_window  # no step since the update: the policy still is the reference
+        # no step since the update: the policy still is the reference
+        return self.needs_window or self._inside
 
     def move(self) -> None:
         """Nothing moves: from here on the policy is the reference."""
+        if self._kept is not None:
+            _barrier()
+            if process_index() == 0:
+                shutil.rmtree(self._kept, ignore_errors=True)
+            self._kept = None
+
+    def keep_weights(self) -> None:
+        if self.folder is None:
+            return
+        folder = self.folder / KEPT_FOLDER
+        trained = {n: p for n, p in named_parameters(self.policy).items() if p.requires_grad}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_tensors(folder, _KEPT_FILE, {n: p.detach() for n, p in trained.items()})
+            self._kept = folder
+        except (OSError, SafetensorError) as error:
+            warn_once(
+                f"{folder} cannot be written ({str(error).splitlines()[0]}): this run can be "
+                "resumed, but not go on with more steps than it has"
+            )
+        _barrier()
+
+    def save_weights(self, folder: Path) -> None:
+        super().save_weights(folder)
+        if self._kept is not None and (is_sharded(self.policy) or process_index() == 0):
+            source = self._own(self._kept)
+            _link(source, folder / source.name)
+
+    def load_weights(self, folder: Path) -> None:
+        super().load_weights(folder)
+        source = self._own(folder)
+        self._kept = None
+        if not source.exists():
+            return
+        assert self.folder is not None
+        self._kept = self.folder / KEPT_FOLDER  # the checkpoint will be deleted
+        if is_sharded(self.policy) or process_index() == 0:
+            self._kept.mkdir(parents=True, exist_ok=True)
+            _link(source, self._kept / source.name)
+        _barrier()
+
+    def _own(self, folder: Path) -> Path:
+        return own_file(folder, _KEPT_FILE) if is_sharded(self.policy) else folder / _KEPT_FILE
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes under another name; a copy where the disk knows no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _barrier() -> None:
+    if process_count() > 1:
+        torch.distributed.barrier()

@@ -36,6 +36,7 @@ class WindowedReference(ReferencePolicy):
         self._scores: dict[int, Tensor] = {}  # fingerprint -> (S,) float32 on the host
         self.wrapped: nn.Module | None = None
         self.needs_window = True  # true from an update until the next window is scored
+        self.scored_until = 0  # the step up to which steps are scored
 
     @abstractmethod
     def weights(self) -> contextlib.AbstractContextManager[None]:
@@ -53,6 +54,18 @@ class WindowedReference(ReferencePolicy):
         self.move()
         self._scores = {}
         self.needs_window = True
+
+    def must_score(self, step: int) -> bool:
+        """Whether a window has to be scored before the step after `step`: a new one, or the rest of
+        one that ended with a run that goes on."""
+        return self.needs_window or step >= self.scored_until
+
+    def restart(self) -> None:
+        self._scores, self.scored_until = {}, 0
+
+    def keep_weights(self) -> None:
+        """Called before a window that the end of the run cuts short, while `weights` are at hand:
+        who holds none keeps what going on would need."""
 
     def score_window(
         self, batches: Iterable[Sequence[PackedBatch]], total: int | None, *, merge: int = 1
@@ -121,13 +134,17 @@ class WindowedReference(ReferencePolicy):
         save_file(
             scores,
             own_file(folder, "window.safetensors"),
-            metadata={"needs_window": json.dumps(self.needs_window)},
+            metadata={
+                "needs_window": json.dumps(self.needs_window),
+                "scored_until": json.dumps(self.scored_until),
+            },
         )
 
     def load_weights(self, folder: Path) -> None:
         with safe_open(own_file(folder, "window.safetensors"), "pt") as file:
             self._scores = {int(k): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             self.needs_window = json.loads(file.metadata()["needs_window"])
+            self.scored_until = json.loads(file.metadata()["scored_until"])
 
 
 def _few(rows: Sequence[int]) -> str:

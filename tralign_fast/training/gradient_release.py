@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Adafactor
 
 from tralign_fast.ops.ema import round_stochastically_
+from tralign_fast.training.optimizer_state import restore_dtypes
 
 # Names of `TrainingArguments.optim` whose update of a parameter looks at that parameter alone.
 RELEASABLE = (
@@ -117,6 +118,7 @@ class GradientRelease(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
+        restore_dtypes(self.optimizer, state_dict)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -152,6 +154,10 @@ class BlockAdafactor(Adafactor):
         if options.get("beta1") is not None:
             raise ValueError("BlockAdafactor keeps no first moment: expected beta1=None")
         super().__init__(params, **options)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        restore_dtypes(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:

@@ -58,7 +58,8 @@ class Lookahead:
         step, reference = trainer.state.global_step, trainer.reference
         assert isinstance(reference, WindowedReference), reference.name
         left, schedule = trainer.state.max_steps - step, reference.schedule
-        steps = left if schedule.is_frozen else min(left, schedule.every - step % schedule.every)
+        window = None if schedule.is_frozen else schedule.every - step % schedule.every
+        steps = left if window is None else min(left, window)
         # a window of one step is swept at every step: no bar for it
         bar = trainer.is_world_process_zero() and not args.disable_tqdm and steps > 1
 
@@ -67,6 +68,8 @@ class Lookahead:
             reference.score_window(parts, total if bar else None, merge=args.merged_batches)
 
         reference.wrapped = trainer.model_wrapped
+        if steps != window and reference.needs_window:
+            reference.keep_weights()
         # one visit of the reference's weights for all that is scored
         with trainer.compute_loss_context_manager(), reference.weights():
             batches = self.steps(epoch_iterator, steps)
@@ -76,6 +79,7 @@ class Lookahead:
                 for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
                     loader = trainer.get_eval_dataloader(dataset)
                     score(loader, len(loader) if has_length(loader) else None)
+        reference.scored_until = step + steps
 
     def _evaluates_between(self, first: int, last: int) -> bool:
         """Whether held-out batches are looked at after step `first` and up to `last`."""
@@ -86,6 +90,10 @@ class Lookahead:
             return True
         every: Any = trainer.state.eval_steps if trainer.args.eval_strategy == "steps" else 0
         return bool(every) and last // every > first // every
+
+    def restart(self) -> None:
+        """Another training begins: what an earlier one has fetched is not its."""
+        self._ahead.clear()
 
     def take(self, epoch_iterator: Iterator[Any], count: int) -> list[Any]:
         """The next `count` batches of the running epoch (fewer at its end)."""

@@ -20,13 +20,39 @@ def load_model(model: str | PreTrainedModel, args: TRConfig) -> PreTrainedModel:
     """The model itself, or the one of that name, with `model_init_kwargs`, in fp32 as TRL does.
 
     Raises:
-        ValueError: no such model, or an option of it needs a package that is not there.
+        ValueError: no such model, an option of it needs a package that is not there, or nothing of
+            it can be trained.
     """
-    if not isinstance(model, str):
-        return model
-    # JSON of the command line is a dict by now: TrainingArguments has parsed it
-    options = cast("dict[str, Any]", args.model_init_kwargs or {})
-    return _load(AutoModelForCausalLM, model, **{"dtype": torch.float32, **options})
+    loaded: PreTrainedModel
+    if isinstance(model, str):
+        # JSON of the command line is a dict by now: TrainingArguments has parsed it
+        options = cast("dict[str, Any]", args.model_init_kwargs or {})
+        loaded = _load(AutoModelForCausalLM, model, **{"dtype": torch.float32, **options})
+    else:
+        loaded = model
+    _check_trainable(loaded, model if isinstance(model, str) else None)
+    return loaded
+
+
+def _check_trainable(model: PreTrainedModel, name: str | None) -> None:
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if name is not None and getattr(model, "peft_config", None):
+        remedy = (
+            f"{name} holds an adapter, which is loaded for inference: pass "
+            f"PeftModel.from_pretrained(base_model, {name!r}, is_trainable=True)"
+        )
+    elif getattr(model, "peft_config", None):
+        remedy = (
+            "its adapter was loaded for inference: pass is_trainable=True to "
+            "PeftModel.from_pretrained"
+        )
+    else:
+        remedy = (
+            "call model.requires_grad_(True), also after merge_and_unload, or put an adapter on it "
+            "with peft.get_peft_model"
+        )
+    raise ValueError(f"the model has no trainable parameter: {remedy}")
 
 
 def load_tokenizer(

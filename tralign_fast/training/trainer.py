@@ -1,8 +1,8 @@
 """`transformers.Trainer` for TR-DPO, TR-IPO and TR-KTO.
 
-The loop, optimizers, checkpoints and distribution are transformers'. Here, in the order of a run:
-what is set up, a step (a window of batches scored by the reference, log-probs, loss, the
-reference's move), evaluation and metrics, and what a checkpoint holds besides.
+The loop, optimizers and distribution are transformers', runs and checkpoints are those of
+`resumable.py`. Here, in the order of a run: what is set up, a step (a window of batches scored by
+the reference, log-probs, loss, the reference's move), evaluation and metrics.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from transformers import (
     Adafactor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
 )
 from transformers.integrations.liger import apply_liger_kernel
@@ -40,14 +39,8 @@ from tralign_fast.ops.segments import pair_weights
 from tralign_fast.reference import build_reference, choose_reference, reference_class
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
-from tralign_fast.reference.sharding import gathered, reshard
-from tralign_fast.training.checkpoints import (
-    REFERENCE_FOLDER,
-    check_output_dir,
-    check_whole,
-    digest,
-    newest_checkpoint,
-)
+from tralign_fast.reference.sharding import gathered
+from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.distribution import (
     check_distribution,
@@ -67,9 +60,10 @@ from tralign_fast.training.pretrained import (
     load_tokenizer,
     vocabulary_size,
 )
+from tralign_fast.training.resumable import ResumableTrainer
 
 
-class TRTrainer(Trainer):
+class TRTrainer(ResumableTrainer):
     """Preference alignment with a moving reference.
 
     Args:
@@ -111,6 +105,8 @@ class TRTrainer(Trainer):
         if ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out and a copy is made")
         args = args if args is not None else TRConfig("tr-output")
+        if args.should_save:
+            check_writable(args.output_dir)
         tokenizer = load_tokenizer(processing_class, model)
         policy = load_model(model, args)
         if args.disable_dropout:
@@ -172,7 +168,7 @@ class TRTrainer(Trainer):
         if self._initial is not None:
             self._prepare(self._initial)
         self._lookahead = Lookahead(self)
-        self.add_callback(_SyncReference(self.reference))
+        self.add_callback(_SyncReference(self.reference, self._lookahead))
         self._means = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
 
     def _prepare(self, model: PreTrainedModel) -> bool:
@@ -230,7 +226,9 @@ class TRTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step; before the first of a window, all of the window are scored."""
-        if self.reference.needs_window:
+        if self.control.should_training_stop:  # a run that is resumed at its end
+            return [], None
+        if self.reference.must_score(self.state.global_step):
             self._lookahead.score_window(epoch_iterator)
         return self._lookahead.take(epoch_iterator, num_batches), None
 
@@ -397,26 +395,7 @@ class TRTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._check_not_released()
-        if not resume_from_checkpoint and not self.args.overwrite_output_dir:
-            check_output_dir(self.args.output_dir)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        reshard(self.model)  # an evaluation leaves the head's weights gathered, under other names
-        super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        if not self.args.save_only_model:
-            run = Path(self._get_output_dir(trial))
-            self.reference.save(run / f"checkpoint-{self.state.global_step}" / REFERENCE_FOLDER)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir) -> None:
-        super()._save_rng_state(output_dir)
-        # next comes trainer_state.json, by which a whole checkpoint is known, and the old one goes
-        self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
@@ -424,25 +403,16 @@ class TRTrainer(Trainer):
             card = Path(self.args.output_dir or ".") / "README.md"
             add_trust_region(card, self.args, self.reference.name)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self._load_reference(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.is_deepspeed_enabled:
-            self._load_reference(checkpoint)  # its engine has loaded weights and optimizer
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_reference(self, checkpoint: str) -> None:
-        check_whole(Path(checkpoint))
-        self.reference.load(Path(checkpoint) / REFERENCE_FOLDER)
-
 
 class _SyncReference(TrainerCallback):
     """Moves the reference after the optimizer step, as TRL's `SyncRefModelCallback` does."""
 
-    def __init__(self, reference: ReferencePolicy) -> None:
+    def __init__(self, reference: ReferencePolicy, lookahead: Lookahead) -> None:
         self.reference = reference
+        self.lookahead = lookahead
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.lookahead.restart()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.reference.schedule.should_sync(state.global_step):

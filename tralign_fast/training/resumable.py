@@ -1,0 +1,246 @@
+"""`transformers.Trainer` whose checkpoints are whole or not there, and belong to one run.
+
+transformers writes a checkpoint file by file into its final folder, takes the folder with the
+highest number for the newest one, and starts a fresh optimizer where its file is missing. Here it
+is written into `.writing/`, gets a manifest when every process has written its part, and then its
+name. What that costs: the files are read once for their checksums, and flushed to the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
+
+from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.sharding import reshard
+from tralign_fast.training.manifest import write_manifest
+from tralign_fast.training.optimizer_state import follow_schedule, load_exactly
+from tralign_fast.training.resume import check_options, model_facts, recorded_options
+from tralign_fast.training.runs import WRITING, OpenedRun, locked, open_run, publish, run_in
+from tralign_fast.training.signals import StopOnSignal
+
+REFERENCE_FOLDER = "reference"
+_WRITE_ERRORS = (OSError, SafetensorError)
+
+
+class ResumableTrainer(Trainer):
+    """Runs, checkpoints and resumes of a trainer that has a `reference`.
+
+    `train` also ends on SIGTERM and SIGHUP, with a checkpoint and exit code 128 + signal, in a run
+    that saves any.
+    """
+
+    reference: ReferencePolicy
+    _run = OpenedRun("", None, {})
+    _pushed: str | None = None
+    _writes = False
+    _facts: dict[str, Any] | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Trains, or goes on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: True: the newest whole checkpoint of the run in `output_dir`; or
+                a checkpoint's folder. What may differ from the run that wrote it: `resume.py`.
+
+        Raises:
+            ValueError: the folder holds another run or is in use; there is nothing whole to resume
+                from; options differ that a resume cannot change; the disk is full.
+        """
+        folder = Path(self.args.output_dir or ".")
+        saves = self.args.save_strategy != SaveStrategy.NO
+        signals = self._signals()
+        with contextlib.ExitStack() as stack:
+            options = self._options()
+            self._run = self._on_main(
+                lambda: self._open(stack, folder, resume_from_checkpoint, options)
+            )
+            self.reference.folder = folder
+            if self._run.checkpoint is None:
+                self.reference.restart()
+            stack.enter_context(signals.listening(saves))
+            output = super().train(self._run.checkpoint, *args, **kwargs)
+        if signals.received is not None:
+            last = f"checkpoint-{self.state.global_step}"
+            self.accelerator.print(
+                f"signal {signals.received}: stopped after step {self.state.global_step}; "
+                f"go on from {folder / last} with resume_from_checkpoint=True",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 + signals.received)
+        return output
+
+    def _open(
+        self,
+        stack: contextlib.ExitStack,
+        folder: Path,
+        resume: str | bool | None,
+        options: dict[str, Any],
+    ) -> OpenedRun:
+        stack.enter_context(locked(folder))
+        again = self._run.identity != "" and run_in(folder) == self._run.identity
+        overwrite = getattr(self.args, "overwrite_output_dir", False)
+        return open_run(
+            folder, resume, overwrite=overwrite or again,
+            check=lambda checkpoint, facts: check_options(facts["options"], options, checkpoint),
+        )  # fmt: skip
+
+    def _on_main(self, action: Any) -> Any:
+        """What `action` returns or raises in the main process, in all of them."""
+        outcome: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                outcome[0] = action()
+            except (ValueError, OSError) as error:
+                if self.args.world_size == 1:
+                    raise
+                outcome[1] = str(error)
+        if self.args.world_size > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
+    def _signals(self) -> StopOnSignal:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StopOnSignal):
+                return callback
+        callback = StopOnSignal()
+        self.add_callback(_EndInTime())
+        self.add_callback(callback)
+        return callback
+
+    def _options(self) -> dict[str, Any]:
+        if self._facts is None:  # before anything shards or wraps the model
+            self._facts = {**model_facts(self.model), **self.reference.run}
+        return recorded_options(self.args, self.reference.name, self._facts)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / WRITING) if self._writes else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        written = run / WRITING / name
+        try:
+            if self.args.should_save:
+                shutil.rmtree(run / WRITING, ignore_errors=True)
+                written.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            with self._writing():
+                if not self.args.save_only_model:
+                    self.reference.save(written / REFERENCE_FOLDER)
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            self._make_whole(written, run)
+        except (*_WRITE_ERRORS, RuntimeError) as error:
+            raise _write_error(error, written, run / name) from error
+        self.accelerator.wait_for_everyone()
+        if self._pushed is not None:
+            self._pushed = None
+            super()._push_from_checkpoint(str(run / name))
+
+    def _make_whole(self, written: Path, run: Path) -> None:
+        best = self.state.best_model_checkpoint == str(written)
+        if best:
+            self.state.best_model_checkpoint = str(run / written.name)
+        if not self.args.should_save:
+            return
+        if best:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        facts = {
+            "run": self._run.identity,
+            "step": self.state.global_step,
+            "resumable": not self.args.save_only_model,
+            "options": self._options(),
+        }
+        write_manifest(written, facts)
+        publish(written, run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._writes = True
+        try:
+            yield
+        finally:
+            self._writes = False
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._pushed = checkpoint_folder  # when it has its name
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        reshard(self.model)  # an evaluation leaves the head's weights gathered, under other names
+        super().save_model(output_dir, _internal_call)
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        base_lrs = list(getattr(self.lr_scheduler, "base_lrs", []))
+        if self.is_deepspeed_enabled:  # its engine has loaded weights and optimizer
+            self.reference.load(folder / REFERENCE_FOLDER)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            # on the host: the optimizer takes it to its parameters' devices, state by state
+            on_host = self.args.device.type == "cpu"
+            state = torch.load(
+                folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=not on_host
+            )
+            load_exactly(self.optimizer, state)
+            self.lr_scheduler.load_state_dict(  # pyright: ignore[reportOptionalMemberAccess]
+                torch.load(folder / SCHEDULER_NAME, weights_only=True)
+            )
+        follow_schedule(self.optimizer, self.lr_scheduler, base_lrs)
+
+
+class _EndInTime(TrainerCallback):
+    """Lets a run that is resumed at its end end there: transformers takes one more step if that is
+    inside an epoch."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:  # a checkpoint is written while these are set
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+
+
+def _write_error(error: BaseException, written: Path, final: Path) -> BaseException:
+    """One line with the file's name; the error itself if it is not of the disk."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+    if not isinstance(error, _WRITE_ERRORS) and not of_torch:
+        return error
+    files = [f for f in written.rglob("*") if f.is_file()] if written.exists() else []
+    name = getattr(error, "filename", None)
+    if name is None and files:
+        name = max(files, key=lambda file: file.stat().st_mtime_ns)
+    free = shutil.disk_usage(final.parent).free
+    shutil.rmtree(written, ignore_errors=True)  # room for those that are whole
+    return ValueError(
+        f"{final} could not be written: {Path(name).name if name else 'its folder'}: {text} "
+        f"({free / 2**20:.0f} MiB are free); checkpoints before it are whole"
+    )

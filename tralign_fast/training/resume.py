@@ -1,0 +1,118 @@
+"""What a run that goes on may change, and what it says.
+
+A checkpoint keeps the options of the run that wrote it. Of those that differ on a resume:
+
+| what                                                                    | becomes of it     |
+|-------------------------------------------------------------------------|-------------------|
+| the objective: losses, their weights and options, length normalisation, | refused           |
+| divergence, dropout, length limit, auxiliary losses                     |                   |
+| the reference: place, α, τ, rounding, adapter tolerance                 | refused           |
+| the data and its order: rows, seeds, order, batch size, accumulation,   | refused           |
+| number of processes, dropped last batches                               |                   |
+| the state: model (names, shapes, frozen weights), dtypes, bf16, fp16,   | refused           |
+| optimizer and its options                                               |                   |
+| token budget beside a windowed reference (its scores are of the parts)  | refused           |
+| learning rate, schedule, warm-up, length of the run, weight decay, β₁,  | taken over, one   |
+| β₂, ε, clipping, vocabulary filter, token budget else                   | line each         |
+| logging, evaluation, saving, loaders, packing, kernels, compiling,      | free              |
+| checkpointing of activations, gradient release                          |                   |
+
+Free is what changes no number but by rounding. A refused one is changed by starting a new run from
+the checkpoint's weights: `model="…/checkpoint-100"` without `resume_from_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+# `TRConfig`'s names; those that a version does not have are left out
+REFUSED = (
+    "loss_type", "loss_weights", "loss_options", "beta", "label_smoothing", "discopop_tau",
+    "desirable_weight", "undesirable_weight", "length_normalized", "f_divergence_type",
+    "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "router_aux_loss_coef",
+    "disable_dropout", "neftune_noise_alpha", "max_length",
+    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "ema_rounding",
+    "adapter_tolerance",
+    "seed", "data_seed", "train_sampling_strategy", "train_batch_size",
+    "gradient_accumulation_steps", "dataloader_drop_last", "world_size",
+    "bf16", "fp16", "optim", "optim_args",
+)  # fmt: skip
+TAKEN_OVER = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio",
+    "max_steps", "num_train_epochs", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "vocab_filter", "token_budget",
+)  # fmt: skip
+_WINDOWED = ("snapshot", "offloaded")
+# what messages call it, where that is not the option's name
+_NAMES = {
+    "train_batch_size": "per_device_train_batch_size",
+    "world_size": "processes",
+}
+
+
+def recorded_options(args: Any, reference: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps: options, the reference's place, and `facts` of model and data."""
+    options = {n: _plain(getattr(args, n)) for n in (*REFUSED, *TAKEN_OVER) if hasattr(args, n)}
+    return {**options, "reference": reference, **facts}
+
+
+def check_options(saved: dict[str, Any], present: dict[str, Any], checkpoint: str) -> None:
+    """Compares a checkpoint's options with the run's; one line for each that changes.
+
+    Raises:
+        ValueError: one differs that a resume cannot change.
+    """
+    differs = [name for name in saved if name in present and saved[name] != present[name]]
+    windowed = present["reference"] in _WINDOWED
+    taken = [n for n in differs if n in TAKEN_OVER and not (n == "token_budget" and windowed)]
+    if refused := [name for name in differs if name not in taken]:
+        changes = ", ".join(
+            f"{_NAMES.get(n, n)}: {saved[n]!r} there, {present[n]!r} here" for n in refused
+        )
+        raise ValueError(
+            f"{checkpoint} was written by a run of other options ({changes}): resume with those "
+            "that it was started with, or start a new run from its weights (model="
+            f"{checkpoint!r} without resume_from_checkpoint)"
+        )
+    for name in taken:
+        warnings.warn(
+            f"resumed with another {name}: {saved[name]!r} in {checkpoint}, from here on "
+            f"{present[name]!r}",
+            stacklevel=3,
+        )
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """By which a model is known again: names, shapes and dtypes of its parameters, and the first
+    numbers of those that are frozen and not quantised."""
+    shapes, frozen, dtypes = xxhash.xxh3_64(), xxhash.xxh3_64(), set()
+    trained = 0
+    for name, parameter in sorted(model.named_parameters()):
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shapes.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
+        dtypes.add(str(parameter.dtype).removeprefix("torch."))
+        if parameter.requires_grad:
+            trained += 1
+        elif parameter.is_floating_point() and parameter.device.type != "meta":
+            first = parameter.detach().flatten()[:16].to("cpu", torch.float32)
+            frozen.update(first.numpy().tobytes())
+    return {
+        "model": f"{trained} trained tensors, {shapes.hexdigest()}",
+        "frozen weights": frozen.hexdigest(),
+        "dtype": sorted(dtypes),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    value = getattr(value, "value", value)
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return str(value)
