@@ -2,8 +2,8 @@
 
     python -m benchmarks.kill --trials 200
 
-Every trial starts a run in a folder of its own, kills it after a random time, with some chance kills
-what resumes it, too, and lets it end. What starts again does what a scheduler's script would:
+Every trial starts a run in a folder of its own, kills it after a random time, with some chance
+kills what resumes it, too, and lets it end. What starts again does what a scheduler's script would:
 `resume_from_checkpoint=True`, and from the beginning (`overwrite_output_dir`) if no checkpoint is
 whole. The loss of every step then has to be that of the unkilled run, to 1e-6.
 
@@ -292,7 +292,7 @@ def run_trials(names: Sequence[str], trials: int, folder: Path, seed: int = 0) -
 def report(results: dict[str, Result]) -> str:
     places = ("before the first", "later", "writing")
     lines = [
-        "| case | trials | kills | before a checkpoint | between | while writing | worst | faults |",
+        "| case | trials | kills | before a checkpoint | between | in writing | worst | faults |",
         "|------|-------:|------:|------:|------:|------:|------:|------:|",
     ]
     for name, result in results.items():
