@@ -91,13 +91,8 @@ def train(case, folder, *, batch, resume_from=None, **extra):
 
 
 def _let_accelerate_shard_on_cpus() -> None:
-    """accelerate closes its FSDP branch to CPUs, and names them "cpu:0", a device that torch.load
-    does not know. All that comes after is what runs on GPUs."""
-    set_device, init = PartialState.set_device, AcceleratorState.__init__
-
-    def set_plain_device(self):
-        set_device(self)
-        self.device = torch.device(self.device.type)
+    """accelerate closes its FSDP branch to CPUs. All that comes after is what runs on GPUs."""
+    init = AcceleratorState.__init__
 
     def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -106,7 +101,6 @@ def _let_accelerate_shard_on_cpus() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
 
-    PartialState.set_device = set_plain_device
     AcceleratorState.__init__ = init_with_fsdp
 
 

@@ -324,7 +324,7 @@ REFUSED: dict[str, Any] = {
     "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 3, "ema_rounding": "nearest",
     "sync_ref_model": False, "reference": "offloaded", "seed": 7, "data_seed": 3,
     "train_sampling_strategy": "random", "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2, "optim": "adafactor", "max_length": 32, "fp16": True,
+    "gradient_accumulation_steps": 2, "optim": "adafactor", "max_length": 63, "fp16": True,
 }  # fmt: skip
 
 
@@ -338,7 +338,9 @@ def test_what_changes_the_objective_or_the_order_is_refused(
         name, value = "bf16", True
     else:
         value = REFUSED[name]
-    changed = make(tiny_llama, small_tokenizer, folder, **{**SAVING, name: value})
+    options = {**SAVING, name: value}
+    method = options.pop("loss_type", "dpo")
+    changed = make(tiny_llama, small_tokenizer, folder, method, **options)
     with pytest.raises(ValueError, match=rf"other options \(.*{name}: .* there, .* here") as error:
         changed.train(resume_from_checkpoint=True)
     assert "start a new run from its weights" in str(error.value)

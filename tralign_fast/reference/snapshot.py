@@ -58,21 +58,24 @@ class SnapshotReference(WindowedReference):
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
-        if self.needs_window or self._inside:
+        if self._inside:  # a sweep inside a visit: they are there already
             yield
             return
-        if self._kept is None:
-            raise ValueError(
-                f"reference={self.name!r}: the policy has moved since the reference's last update, "
-                "and nothing of that time is kept: go on with resume_from_checkpoint"
-            )
-        held = self._put(self._load_tensors(self._kept, _KEPT_FILE))
+        held = {} if self.needs_window else self._put(self._load_kept())
         self._inside = True
         try:
             yield
         finally:
             self._inside = False
             self._put(held)
+
+    def _load_kept(self) -> dict[str, Tensor]:
+        if self._kept is None:
+            raise ValueError(
+                f"reference={self.name!r}: the policy has moved since the reference's last update, "
+                "and nothing of that time is kept: go on with resume_from_checkpoint"
+            )
+        return self._load_tensors(self._kept, _KEPT_FILE)
 
     @torch.no_grad()
     def _put(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
