@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -96,8 +99,39 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def disable_dropout(model: nn.Module) -> None:
+    """Sets every probability of dropping something to 0: modules, numbers, and layers left out.
+
+    Half of transformers' models keep theirs as a number (`self.dropout = config.dropout`, for
+    `F.dropout`), and some read it in the config at every forward: those entries of the config are
+    changed too, and saved so.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
+        for name in _probabilities(vars(module)):
+            setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if config is not None:
+            for name in _probabilities(vars(config)) & _read_in_forward(type(module)):
+                setattr(config, name, 0.0)
+
+
+def _probabilities(attributes: Mapping[str, Any]) -> set[str]:
+    """Names such as `dropout`, `attn_pdrop`, `layerdrop`, `drop_prob`, where they hold one."""
+    return {
+        name
+        for name, value in attributes.items()
+        if "drop" in name.lower() and isinstance(value, float) and 0.0 < value <= 1.0
+    }
+
+
+@functools.cache
+def _read_in_forward(module_class: type) -> frozenset[str]:
+    """What methods that use `config` read of it, among others, once the module is there."""
+    names: set[str] = set()
+    for base in module_class.__mro__:
+        for name, method in vars(base).items():
+            code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+            if code is not None and name != "__init__" and "config" in code.co_names:
+                names.update(code.co_names)
+    return frozenset(names)
