@@ -95,9 +95,7 @@ def preference_loss(
             For unpaired losses S = E, or S = 2E: E completions, then as many that do not belong to
             their prompt, of which KTO's KL term is made.
         loss: a name of `LOSSES`; several, to add them up; or an `Objective` with all its options.
-        loss_weights: a factor of each loss; None: 1.
-        length_normalized: log-ratios are divided by the tokens of their sequence (rewards are not);
-            None: as each loss is defined ("ipo" and "sigmoid_norm" are).
+        loss_weights, length_normalized: as in `objective_of`; rewards are never divided.
         f_divergence_type, f_alpha_divergence_coef: the divergence from the reference that losses of
             the difference of scores take: reverse_kl (scores are ρ), forward_kl (1 - exp(-ρ)),
             js_divergence (log 2 + log σ(ρ)), alpha_divergence ((exp((α-1)·ρ) - 1)/(α-1)). Source:

@@ -123,15 +123,7 @@ class TRTrainer(ResumableTrainer):
         if hasattr(train_dataset, "_ex_iterable"):
             # IterableDataset: a PackedBatch cannot be cut up
             args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        collator = data_collator or PreferenceCollator(
-            paired=args.objective.paired,
-            mismatched=args.objective.needs_kl,
-            ld_alpha=args.ld_alpha,
-            max_length=args.max_length,
-            token_budget=args.token_budget,
-            pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
-            vocab_size=vocabulary_size(policy),
-        )
+        collator = data_collator or _collator(args, tokenizer, vocabulary_size(policy))
         super().__init__(
             model=policy,
             args=args,
@@ -145,31 +137,35 @@ class TRTrainer(ResumableTrainer):
         self._objective = args.objective
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
-        kind = reference_class(place)
-        check_distribution(self.accelerator, kind)
-        self._compile_options = take_over_compilation(self.accelerator, args)
         # a trainer that is dropped gives its models back; the stack holds neither it nor them
         self._prepared = contextlib.ExitStack()
         self._undo = weakref.finalize(self, self._prepared.close)
         self._undo.atexit = False
-        # copies of the policy are made before it is prepared
-        start: Any = ref_model
-        if kind.needs_second_model and start is None:
-            start = _copy(policy)
-        self._initial = _copy(policy).eval() if args.log_kl_initial else None
-        packs = self._prepare(policy)
-        if isinstance(collator, PreferenceCollator):
-            collator.layout = ("shared" if args.prefix_sharing else "packed") if packs else "padded"
-        if kind.needs_second_model:
-            start = self._prepare_frozen(start)
-        self.reference = build_reference(place, policy, start, args)
+        self.reference = self._build_reference(place, policy, ref_model)
         self.reference.run = {"data": digest(train_dataset)}
         self.accelerator.print(f"reference: {place} ({why})", file=sys.stderr)
-        if self._initial is not None:
-            self._prepare(self._initial)
         self._lookahead = Lookahead(self)
         self.add_callback(_SyncReference(self.reference, self._lookahead))
         self._means = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
+
+    def _build_reference(self, place: str, policy: PreTrainedModel, start: Any) -> ReferencePolicy:
+        """Prepares the policy, the copies of it that the run wants, and its reference."""
+        kind = reference_class(place)
+        check_distribution(self.accelerator, kind)
+        self._compile_options = take_over_compilation(self.accelerator, self.args)
+        # copies of the policy are made before it is prepared
+        if kind.needs_second_model and start is None:
+            start = _copy(policy)
+        self._initial = _copy(policy).eval() if self.args.log_kl_initial else None
+        packs, collator = self._prepare(policy), self.data_collator
+        if isinstance(collator, PreferenceCollator):
+            shared = "shared" if self.args.prefix_sharing else "packed"
+            collator.layout = shared if packs else "padded"
+        if kind.needs_second_model:
+            start = self._prepare_frozen(start)
+        if self._initial is not None:
+            self._prepare(self._initial)
+        return build_reference(place, policy, start, self.args)
 
     def _prepare(self, model: PreTrainedModel) -> bool:
         """Lets the model return log-probs; whether it can take packed rows."""
@@ -417,6 +413,20 @@ class _SyncReference(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.reference.schedule.should_sync(state.global_step):
             self.reference.sync()
+
+
+def _collator(
+    args: TRConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
+) -> PreferenceCollator:
+    return PreferenceCollator(
+        paired=args.objective.paired,
+        mismatched=args.objective.needs_kl,
+        ld_alpha=args.ld_alpha,
+        max_length=args.max_length,
+        token_budget=args.token_budget,
+        pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
+        vocab_size=vocab_size,
+    )
 
 
 def _tokenize(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: TRConfig, name: str) -> Any:
