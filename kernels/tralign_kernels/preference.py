@@ -14,6 +14,8 @@ the same in PyTorch (some thirty) take longer than the work. Hence no atomics an
 sums are made in one order, and the mean over the pairs is there when the last pair is.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

