@@ -48,12 +48,12 @@ class PreferenceLaunch(NamedTuple):
     num_warps: int
 
 
-# A warp a sequence: 16 chosen, then 16 rejected, 128 tokens of each at a time, 4 (2) loads of
-# 4 bytes a thread in flight: a batch of 32 pairs of 512 tokens waits for memory 16 times. A tile is
-# as wide as a warp: wider, a thread would hold the numbers of several sequences, and the maths of
-# the terms, most of the code, would be compiled once for each of them.
+# 16 chosen, then 16 rejected, 128 tokens of each at a time, 8 (4) loads of 4 bytes a thread in
+# flight: a batch of 32 pairs of 512 tokens waits for memory 16 times. A tile is as wide as a warp:
+# wider, a thread would hold the numbers of more than two sequences, and the maths of the terms,
+# most of the code, would be compiled once for each of them.
 PREFERENCE_LAUNCH = {
-    "cuda": PreferenceLaunch(sequences=16, tokens=32, tiles=4, num_warps=16),
+    "cuda": PreferenceLaunch(sequences=16, tokens=32, tiles=4, num_warps=8),
     "hip": PreferenceLaunch(sequences=16, tokens=64, tiles=2, num_warps=16),
 }
 
@@ -61,7 +61,8 @@ PREFERENCE_LAUNCH = {
 @triton.jit
 def _read(
     tensors, sequence, inside, N, beta,
-    OWN: tl.constexpr, PLAIN: tl.constexpr, TOKEN_WEIGHTS: tl.constexpr,
+    OWN, PLAIN,  # constants too
+    TOKEN_WEIGHTS: tl.constexpr,
     SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """(first token, length, Σ w·log-prob, Σ log-prob, log-ratio, reward, NaN if wrong offsets).
@@ -79,7 +80,7 @@ def _read(
     sums = tl.zeros((SEQUENCES, TOKENS), tl.float32)
     plain_sums = tl.zeros((SEQUENCES, TOKENS), tl.float32)
     for first in range(0, tl.max(length), TOKENS * TILES):  # pyright: ignore[reportArgumentType]
-        for i in tl.static_range(TILES):
+        for i in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
             token = first + i * TOKENS + tl.arange(0, TOKENS)
             own = token[None, :] < length[:, None]
             place = begin[:, None] + token[None, :]
@@ -133,7 +134,7 @@ def _store_gradient(
 ):  # fmt: skip
     """Slopes by Σ w·log-prob, (SEQUENCES,), and by Σ log-prob, () → the gradient of the tokens."""
     for first in range(0, tl.max(length), TOKENS * TILES):  # pyright: ignore[reportArgumentType]
-        for i in tl.static_range(TILES):
+        for i in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
             token = first + i * TOKENS + tl.arange(0, TOKENS)
             own = token[None, :] < length[:, None]
             place = begin[:, None] + token[None, :]
@@ -321,6 +322,7 @@ def preference_forward(
     terms = [term._replace(loss=ALIASES.get(term.loss, term.loss)) for term in terms]
     vectors = (token_weights, example_weights, lengths, is_desirable, kl)
     _check(logps, ref_logps, offsets, terms, options, *vectors)
+    assert nll_tokens is None or nll_tokens >= 0, nll_tokens
     N, S = logps.shape[0], ref_logps.shape[0]
     launch = PREFERENCE_LAUNCH[backend()]
     examples = S // 2 if is_desirable is None else is_desirable.shape[0]
@@ -328,21 +330,20 @@ def preference_forward(
     inputs = [logps if t is None else t.detach().contiguous() for t in vectors]
     if is_desirable is not None:
         inputs[3] = inputs[3].view(torch.uint8)
-    gradient, totals = torch.empty_like(logps), logps.new_empty(len(METRICS), 2)
+    gradient, totals = logps.new_empty(N), logps.new_empty(len(METRICS), 2)
     rewards, sums, loss = logps.new_empty(S), logps.new_empty(S), logps.new_empty(())
+    positional = [
+        logps.contiguous(), ref_logps.contiguous(), offsets.contiguous(), *inputs,
+        gradient, rewards, sums, totals, loss, N, examples,
+    ]  # fmt: skip
+    given = (t is not None for t in (token_weights, example_weights, lengths, kl))
     with device_of(logps):
         _preference_kernel[(1,)](
-            logps.contiguous(), ref_logps.contiguous(), offsets.contiguous(), *inputs,
-            gradient, rewards, sums, totals, loss,
-            N, examples,
+            *positional,
             **scalars(terms, options, nll_tokens),
-            **_constexprs(
-                terms, options, token_weights is not None, example_weights is not None,
-                lengths is not None,
-                kl is not None, mismatched, launch,
-            ),
+            **_constexprs(terms, options, *given, mismatched, launch),
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
+        )
     return Preference(loss, rewards, sums, totals, gradient)
 
 

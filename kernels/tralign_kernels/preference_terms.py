@@ -294,7 +294,7 @@ def sum_pair_terms(
     total = tl.zeros(ratio.shape, tl.float32)
     near = tl.zeros(ratio.shape, tl.float32)
     far = tl.zeros(ratio.shape, tl.float32)
-    for i in tl.static_range(4):
+    for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         total, near, far = _add_pair_term(
             total,
             near,
@@ -335,7 +335,7 @@ def sum_label_terms(ratio, length, kl, pull, weights, losses, normalize):
     """(Σ weight·loss, its slope by the log-ratio) for λ = 1; pull: β, -β of the undesirable."""
     total = tl.zeros(ratio.shape, tl.float32)
     slope = tl.zeros(ratio.shape, tl.float32)
-    for i in tl.static_range(4):
+    for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         total, slope = _add_label_term(
             total, slope, ratio, length, kl, pull, weights[i], losses[i], normalize[i]
         )
@@ -368,7 +368,8 @@ def preference_naive(
     totals = torch.zeros(len(METRICS), 2, dtype=dtype)
     if is_desirable is None:
         B = len(ratios) // 2
-        nll = -x[offsets[0] : offsets[B]].sum() / (nll_tokens or offsets[B] - offsets[0])
+        tokens = offsets[B] - offsets[0] if nll_tokens is None else nll_tokens
+        nll = -x[offsets[0] : offsets[B]].sum() / tokens
         (chosen, rejected), (c, r) = rewards.chunk(2), sums.detach().chunk(2)
         columns = (chosen, rejected, (chosen > rejected).to(dtype), chosen - rejected, c, r)
         losses = [
@@ -377,9 +378,8 @@ def preference_naive(
         ]
     else:
         S = len(is_desirable)
-        if kl is None and any(term.loss == "kto" for term in terms):
-            kl = ratios[S:].mean()
-        kl = None if kl is None else kl.detach().to(dtype).clamp(min=0)
+        kl = ratios[S:].mean() if kl is None else kl  # NaN without mismatched: no KL is used
+        kl = kl.detach().to(dtype).clamp(min=0)
         own, none = rewards[:S], rewards[:0]
         rewards = torch.cat([own, torch.zeros_like(rewards[S:])])
         labels = (is_desirable, ~is_desirable)
@@ -446,7 +446,7 @@ def _naive_completions(
     ratios: Tensor,
     lengths: Tensor,
     is_desirable: Tensor,
-    kl: Tensor | None,
+    kl: Tensor,  # ()
     options: PreferenceOptions,
 ) -> Tensor:  # (S,)
     rho = ratios / lengths if term.length_normalized else ratios
@@ -456,6 +456,5 @@ def _naive_completions(
         sigmoid = torch.sigmoid(options.beta * rho)
         return weight * torch.where(is_desirable, 1 - sigmoid, sigmoid)
     assert term.loss == "kto", term.loss
-    assert kl is not None
     distance = options.beta * torch.where(is_desirable, rho - kl, kl - rho)
     return weight - weight * torch.sigmoid(distance)
