@@ -1,13 +1,14 @@
-"""SIGKILL at random moments of a tiny run, resume, and the losses of a run that nobody killed.
+"""SIGKILL in the middle of a tiny run, resume, and the losses of a run that nobody killed.
 
     python -m benchmarks.kill --trials 200
 
-Every trial starts a run in a folder of its own, kills it after a random time, with some chance
-kills what resumes it, too, and lets it end. What starts again does what a scheduler's script would:
-`resume_from_checkpoint=True`, and from the beginning (`overwrite_output_dir`) if no checkpoint is
-whole. The loss of every step then has to be that of the unkilled run, to 1e-6.
+Every trial starts a run in a folder of its own, kills it after a random time or before a random
+touch of a file of the run (every other trial), with some chance kills what resumes it, too, and
+lets it end. What starts again does what a scheduler's script would: `resume_from_checkpoint=True`,
+and from the beginning (`overwrite_output_dir`) if no checkpoint is whole. The loss of every step
+then has to be that of the unkilled run, to 1e-6.
 
-Trainers run in forks of one process that has imported everything: a trial takes about a second.
+Trainers run in forks of one process that has imported everything: a trial takes some two seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,6 +85,14 @@ class Result:
     during: Counter = field(default_factory=Counter)  # where a kill fell
     worst: float = 0.0
     faults: list[str] = field(default_factory=list)
+
+
+class Whole(NamedTuple):
+    """The run that nobody kills."""
+
+    losses: list[float]
+    seconds: float
+    touches: int
 
 
 def make_tokenizer() -> Any:
@@ -165,8 +174,25 @@ def train(case: Case, folder: Path, resume: bool) -> None:
         (folder / "losses.json").write_text(json.dumps(losses))
 
 
-def start(case: Case, folder: Path, resume: bool) -> list[int]:
-    """The ids of forks that train."""
+def count_touches(folder: Path, die_at: int | None) -> list[int]:
+    """A list with how often the run's files were opened for writing, renamed, linked or deleted by
+    this process, which kills itself before number `die_at`."""
+    names = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+    seen, run = [0], str(folder / "run")
+
+    def hook(event: str, arguments: tuple) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_ACCMODE
+        if (writes or event in names) and str(arguments[0]).startswith(run):
+            seen[0] += 1
+            if seen[0] == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return seen
+
+
+def start(case: Case, folder: Path, resume: bool, die_at: int | None = None) -> list[int]:
+    """The ids of forks that train; the first one kills itself before a touch of its files."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -187,7 +213,10 @@ def start(case: Case, folder: Path, resume: bool) -> list[int]:
                     "WORLD_SIZE": str(case.processes), "MASTER_PORT": str(port),
                     "LOCAL_WORLD_SIZE": str(case.processes), "ACCELERATE_USE_CPU": "true",
                 }  # fmt: skip
+            touches = count_touches(folder, die_at if rank == 0 else None)
             train(case, folder, resume)
+            if rank == 0:
+                (folder / "touches.json").write_text(str(touches[0]))
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -208,6 +237,10 @@ def wait(children: Sequence[int], seconds: float | None = None) -> list[int] | N
                 found, status = os.waitpid(child, os.WNOHANG)
                 if found:
                     codes[child] = os.waitstatus_to_exitcode(status)
+                    if codes[child]:  # the others would wait for it
+                        for other in children:
+                            if other not in codes:
+                                os.kill(other, signal.SIGKILL)
         if len(codes) < len(children):
             if end is not None and time.monotonic() >= end:
                 return None
@@ -230,17 +263,20 @@ def where(folder: Path) -> str:
 
 
 def try_once(
-    case: Case, folder: Path, expected: list[float], seconds: float, chance: random.Random
+    case: Case, folder: Path, whole: Whole, chance: random.Random, by_touch: bool
 ) -> tuple[list[str], float, str | None]:
     """(where kills fell, the worst relative difference of a loss, a fault or None)."""
     folder.mkdir(parents=True)
     fell: list[str] = []
+    expected = whole.losses
     for attempt in range(4):
-        children = start(case, folder, resume=attempt > 0)
         last = attempt == 3 or (attempt > 0 and chance.random() < 0.6)
-        codes = wait(children, None if last else chance.uniform(0.0, seconds))
-        if codes is None:
-            kill(children)
+        die_at = chance.randint(1, whole.touches) if by_touch and not last else None
+        children = start(case, folder, attempt > 0, die_at)
+        codes = wait(children, None if last or by_touch else chance.uniform(0.0, whole.seconds))
+        if codes is None or -signal.SIGKILL in codes:
+            if codes is None:
+                kill(children)
             fell.append(where(folder))
             continue
         if any(codes):
@@ -259,24 +295,30 @@ def _last_lines(folder: Path) -> str:
     return " | ".join(line for lines in texts for line in lines)
 
 
-def run_trials(names: Sequence[str], trials: int, folder: Path, seed: int = 0) -> dict[str, Result]:
+def run_whole(case: Case, folder: Path) -> Whole:
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    if any(wait(start(case, folder, resume=False)) or []):
+        raise RuntimeError(f"the run that nobody kills fails: {_last_lines(folder)}")
+    seconds = time.monotonic() - began
+    touches = int((folder / "touches.json").read_text())
+    return Whole(json.loads((folder / "losses.json").read_text()), seconds, touches)
+
+
+def run_trials(
+    names: Sequence[str], trials: int, folder: Path, seed: int = 0, *, touches_only: bool = False
+) -> dict[str, Result]:
     """`trials` in turn over the cases."""
     chance = random.Random(seed)
-    unkilled: dict[str, tuple[list[float], float]] = {}
+    wholes: dict[str, Whole] = {}
     results = {name: Result() for name in names}
     for index in range(trials):
         name = names[index % len(names)]
         case, place = CASES[name], folder / f"{index}"
-        if name not in unkilled:
-            whole = folder / f"whole-{index}"
-            whole.mkdir(parents=True)
-            began = time.monotonic()
-            codes = wait(start(case, whole, resume=False))
-            if any(codes or []):
-                raise RuntimeError(f"{name}: {_last_lines(whole)}")
-            losses = json.loads((whole / "losses.json").read_text())
-            unkilled[name] = losses, time.monotonic() - began
-        fell, worst, fault = try_once(case, place, *unkilled[name], chance)
+        if name not in wholes:
+            wholes[name] = run_whole(case, folder / f"whole-{index}")
+        by_touch = touches_only or (index // len(names)) % 2 == 1
+        fell, worst, fault = try_once(case, place, wholes[name], chance, by_touch)
         result = results[name]
         result.trials += 1
         result.kills += len(fell)
@@ -286,13 +328,14 @@ def run_trials(names: Sequence[str], trials: int, folder: Path, seed: int = 0) -
             shutil.rmtree(place)
         else:
             result.faults.append(f"trial {index}: {fault} ({place})")
+            print(result.faults[-1], file=sys.stderr)
     return results
 
 
 def report(results: dict[str, Result]) -> str:
     places = ("before the first", "later", "writing")
     lines = [
-        "| case | trials | kills | before a checkpoint | between | in writing | worst | faults |",
+        "| case | trials | kills | before one | later | while writing | worst | faults |",
         "|------|-------:|------:|------:|------:|------:|------:|------:|",
     ]
     for name, result in results.items():
@@ -311,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kill", description=__doc__)
     parser.add_argument("--trials", type=int, default=len(CASES))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--touches", action="store_true", help="kill only where files are touched")
     parser.add_argument("--case", action="append", choices=list(CASES), help="these cases only")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -320,8 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         results = run_trials(
-            options.case or list(CASES), options.trials, Path(folder), options.seed
-        )
+            options.case or list(CASES), options.trials, Path(folder), options.seed,
+            touches_only=options.touches,
+        )  # fmt: skip
         print(report(results))
         faults = any(result.faults for result in results.values())
     return 1 if faults else 0

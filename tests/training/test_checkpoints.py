@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -542,15 +541,14 @@ def test_a_model_without_a_trainable_parameter_is_refused(tiny_llama, small_toke
 
 def test_killed_runs_resume_to_the_losses_of_one_that_was_not(tmp_path):
     """A sample of `python -m benchmarks.kill`."""
-    command = [sys.executable, "-m", "benchmarks.kill", "--trials", "4", "--seed", "1"]
+    command = [sys.executable, "-m", "benchmarks.kill", "--trials", "2", "--touches"]
     cases = ("snapshot, DPO", "resident, DPO, bf16 Adafactor, release")
     for case in cases:
         command += ["--case", case]
-    began = time.monotonic()
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "4 trials, " in done.stdout, time.monotonic() - began
+    assert "2 trials, " in done.stdout
     assert ", 0 faults" in done.stdout

@@ -121,6 +121,13 @@ class GradientRelease(Optimizer):
         restore_dtypes(self.optimizer, state_dict)
 
 
+def releases(optimizer: Any) -> bool:
+    """Whether gradients are released, also inside what accelerate wraps an optimizer in."""
+    while optimizer is not None and not isinstance(optimizer, GradientRelease):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer is not None
+
+
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()

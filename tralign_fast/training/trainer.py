@@ -50,7 +50,7 @@ from tralign_fast.training.distribution import (
     take_off_autocast,
     take_over_compilation,
 )
-from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease
+from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease, releases
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.metrics import PreferenceMetrics
 from tralign_fast.training.model_card import add_trust_region
@@ -186,7 +186,7 @@ class TRTrainer(ResumableTrainer):
         return distribute_frozen(self.accelerator, model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if not self.args.gradient_release or isinstance(self.optimizer, GradientRelease):
+        if not self.args.gradient_release or releases(self.optimizer):  # of an earlier training
             return super().create_optimizer(model)
         if self.optimizer is None:
             factory, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
