@@ -233,5 +233,5 @@ def test_a_kto_row_alone_borrows_from_another_prompt(layout):
 
 
 def test_a_kto_row_alone_without_another_is_refused():
-    with pytest.raises(ValueError, match="row 1: alone in its batch, .* another prompt; expected"):
+    with pytest.raises(ValueError, match=r"row 1: alone in its batch, .* another prompt; expected"):
         collate(ROWS[1:2], paired=False)
