@@ -25,9 +25,12 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
-from tralign_fast.data.tokenization import tokenize_pairs, tokenize_unpaired
+from tralign_fast.data.sampling import EpochLengthSampler
+from tralign_fast.data.tokenization import add_lengths, tokenize_pairs, tokenize_unpaired
 from tralign_fast.model.scoring import (
     hidden_kl,
     sequence_logps,
@@ -119,10 +122,9 @@ class TRTrainer(ResumableTrainer):
             own_start=ref_model is not None,
             lora=next(trained_adapters(policy), None) is not None,
         )
-        train_dataset = _tokenize(train_dataset, tokenizer, args, "train")
-        if hasattr(train_dataset, "_ex_iterable"):
-            # IterableDataset: a PackedBatch cannot be cut up
-            args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        train_dataset = _tokenize(train_dataset, tokenizer, args, "train", training=True)
+        # accelerate would cut up the batches of a stream, of training or of evaluation
+        args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         collator = data_collator or _collator(args, tokenizer, vocabulary_size(policy))
         super().__init__(
             model=policy,
@@ -217,6 +219,13 @@ class TRTrainer(ResumableTrainer):
     def _check_not_released(self) -> None:
         if not self._undo.alive:
             raise RuntimeError("release_model() has given the model back: make a new TRTrainer")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            return EpochLengthSampler(sampler, seed)
+        return sampler
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -351,6 +360,13 @@ class TRTrainer(ResumableTrainer):
             eval_dataset = _tokenize(eval_dataset, tokenizer, self.args, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
 
+    def predict(self, test_dataset: Any, ignore_keys=None, metric_key_prefix: str = "test"):
+        """The metrics of rows as `evaluate` takes them; there are no predictions."""
+        tokenizer: Any = self.processing_class
+        test_dataset = one_dataset(test_dataset, metric_key_prefix)
+        rows = _tokenize(test_dataset, tokenizer, self.args, metric_key_prefix)
+        return super().predict(rows, ignore_keys, metric_key_prefix)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -429,21 +445,31 @@ def _collator(
     )
 
 
-def _tokenize(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: TRConfig, name: str) -> Any:
-    """The rows as token ids; those of each dataset in a dict."""
-    if isinstance(dataset, dict):
+def _tokenize(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TRConfig,
+    name: str,
+    training: bool = False,
+) -> Any:
+    """The rows as token ids; to evaluate, those of each dataset in a dict."""
+    if isinstance(dataset, dict) and not training:
         return {key: _tokenize(part, tokenizer, args, key) for key, part in dataset.items()}
     if dataset is None:
         return None
-    tokenize = tokenize_pairs if args.objective.paired else tokenize_unpaired
-    return tokenize(
+    paired = args.objective.paired
+    rows = (tokenize_pairs if paired else tokenize_unpaired)(
         dataset,
         tokenizer,
         max_length=args.max_length,
         name=name,
         on_bad_rows=args.on_bad_rows,
         num_proc=args.dataset_num_proc,
+        **({} if paired else {"one_label": not training}),
     )
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        rows = add_lengths(rows, args.length_column_name)
+    return rows
 
 
 def _copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,191 @@
+"""What the trainer makes of rows: TRL's losses of odd rows, batches of one, streams, splits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from tests.conftest import words
+from tests.training.test_trl_parity import history, kto_rows, options, pair_rows, run_both
+from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.data.sampling import EpochLengthSampler
+
+
+def train(model, tokenizer, tmp_path, rows, held_out=None, **extra):
+    extra = {"reference": "resident", **extra}
+    return TRTrainer(
+        model,
+        args=TRConfig(**options(tmp_path, **extra)),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+
+
+def stream_of(rows):
+    rows = list(rows)
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def with_empty_prompts(every):
+    g = torch.Generator().manual_seed(5)
+    rows = list(pair_rows())
+    for i in range(0, len(rows), every):
+        rows[i] = {**rows[i], "prompt": ""}
+    for i in range(1, len(rows), every):  # one token and EOS, or one token alone
+        rows[i] = {**rows[i], "chosen": "a", "rejected": words(1, g)[:1].replace("a", "b")}
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    ("method", "layout"), [("dpo", {}), ("ipo", {}), ("dpo", {"packing": False})]
+)
+def test_empty_prompts_have_trls_losses(method, layout, tiny_llama, small_tokenizer, tmp_path):
+    rows = with_empty_prompts(4)  # at the head of every batch
+    assert small_tokenizer("")["input_ids"] == []
+    theirs, mine = run_both(method, tiny_llama, small_tokenizer, tmp_path, rows, ours=layout)
+    assert history(mine) == pytest.approx(history(theirs), rel=1e-4)
+
+
+def test_empty_prompts_of_kto_have_trls_losses(tiny_llama, small_tokenizer, tmp_path):
+    rows = kto_rows().map(lambda row, i: {"prompt": row["prompt"] * (i % 4 > 0)}, with_indices=True)
+    theirs, mine = run_both("kto", tiny_llama, small_tokenizer, tmp_path, rows)
+    assert history(mine) == pytest.approx(history(theirs), rel=1e-4)
+
+
+@pytest.mark.parametrize(("streaming", "budget"), [(False, 40), (True, None)])
+def test_kto_learns_from_batches_of_one(streaming, budget, tiny_llama, small_tokenizer, tmp_path):
+    rows = stream_of(kto_rows()) if streaming else kto_rows()
+    extra = {"loss_type": "kto", "per_device_train_batch_size": 1, "token_budget": budget}
+    losses = history(train(tiny_llama, small_tokenizer, tmp_path, rows, **extra))
+    assert losses[0] == pytest.approx(0.5, abs=1e-6)  # the policy is the reference
+    assert all(abs(loss - 0.5) > 1e-4 for loss in losses[1:])
+
+
+def test_a_last_batch_of_one_has_a_loss_of_its_own(tiny_llama, small_tokenizer, tmp_path):
+    extra = {"loss_type": "kto", "per_device_eval_batch_size": 4, "num_train_epochs": 1}
+    held_out = kto_rows(5)
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, kto_rows(), held_out, **extra)
+    trainer.train()
+    last = trainer.data_collator(list(trainer.eval_dataset)[4:])
+    assert last.targets[last.grad_tokens :].tolist() != last.targets[: last.grad_tokens].tolist()
+    alone = trainer.evaluate(kto_rows(5).select([4, 3]))
+    assert abs(alone["eval_loss"] - 0.5) > 1e-3
+
+
+def test_resumed_batches_of_one_borrow_the_same(tiny_llama, small_tokenizer, tmp_path):
+    import copy
+
+    extra = {
+        "loss_type": "kto", "per_device_train_batch_size": 1, "train_sampling_strategy": "random",
+        "save_strategy": "steps", "save_steps": 3, "ref_model_sync_steps": 2,
+        "num_train_epochs": 2, "max_steps": 10,
+    }  # fmt: skip
+    model = copy.deepcopy(tiny_llama)
+    expected = history(train(tiny_llama, small_tokenizer, tmp_path, kto_rows(7), **extra))
+    resumed = train(model, small_tokenizer, tmp_path, kto_rows(7), **extra)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    losses = [log["loss"] for log in resumed.state.log_history if "loss" in log]
+    assert losses == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_kto_set_of_one_label_evaluates(label, tiny_llama, small_tokenizer, tmp_path):
+    held_out = kto_rows(6).map(lambda row: {"label": label})
+    # a key of the name that training has too
+    trainer = train(
+        tiny_llama, small_tokenizer, tmp_path, kto_rows(), {"train": held_out}, loss_type="kto"
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_train_loss"] == pytest.approx(0.5, abs=1e-6)
+    other = "rejected" if label else "chosen"
+    assert f"eval_train_rewards/{other}" not in metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    with pytest.raises(ValueError, match=f"train: every label is {label}; expected both"):
+        train(tiny_llama, small_tokenizer, tmp_path, held_out, loss_type="kto")
+
+
+def test_a_streamed_evaluation_set_beside_a_table(tiny_llama, small_tokenizer, tmp_path):
+    rows, held_out = pair_rows(), pair_rows(7)
+    extra = {"per_device_eval_batch_size": 4}
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, rows, held_out, **extra)
+    expected = trainer.evaluate()
+    for given in (stream_of(held_out), {"a": stream_of(held_out), "b": held_out}):
+        streamed = train(tiny_llama, small_tokenizer, tmp_path, rows, given, **extra)
+        metrics = streamed.evaluate()
+        for prefix in ["eval"] if not isinstance(given, dict) else ["eval_a", "eval_b"]:
+            for key in ("loss", "rewards/accuracies", "logps/chosen"):
+                assert metrics[f"{prefix}_{key}"] == pytest.approx(expected[f"eval_{key}"])
+    metrics = trainer.evaluate(stream_of(held_out))
+    assert metrics["eval_loss"] == pytest.approx(expected["eval_loss"])
+
+
+def test_a_streamed_evaluation_inside_a_window(tiny_llama, small_tokenizer, tmp_path):
+    extra = {
+        "reference": "snapshot", "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 4,
+        "eval_strategy": "steps", "eval_steps": 2,
+    }  # fmt: skip
+    held_out = stream_of(pair_rows(6))
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, pair_rows(), held_out, **extra)
+    assert len(history(trainer, "eval_loss")) == 4
+
+
+def test_predict_takes_rows(tiny_llama, small_tokenizer, tmp_path):
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, pair_rows())
+    held_out = pair_rows(6)
+    expected = trainer.evaluate(held_out)
+    for rows in (held_out, stream_of(held_out), DatasetDict(test=held_out)):
+        output = trainer.predict(rows)
+        assert output.metrics["test_loss"] == pytest.approx(expected["eval_loss"])
+        assert output.metrics["test_logps/chosen"] == pytest.approx(expected["eval_logps/chosen"])
+    with pytest.raises(ValueError, match="test: got a DatasetDict of a, b; expected one dataset"):
+        trainer.predict(DatasetDict(a=held_out, b=held_out))
+
+
+def test_a_dict_of_splits_to_train_on(tiny_llama, small_tokenizer, tmp_path):
+    one = DatasetDict(train=pair_rows())
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, one)
+    assert len(trainer.train_dataset) == len(pair_rows())
+    two = DatasetDict(train=pair_rows(), test=pair_rows(4))
+    with pytest.raises(ValueError, match=r"DatasetDict of train, test; .* e.g. dataset\['train'\]"):
+        train(tiny_llama, small_tokenizer, tmp_path, two)
+    with pytest.raises(ValueError, match="train: got a DatasetDict of nothing"):
+        train(tiny_llama, small_tokenizer, tmp_path, DatasetDict())
+    split = train(tiny_llama, small_tokenizer, tmp_path, pair_rows(), two)
+    assert {"eval_train_loss", "eval_test_loss"} <= split.evaluate().keys()
+
+
+@pytest.mark.parametrize(("method", "column"), [("dpo", "length"), ("kto", "tokens")])
+def test_rows_of_like_length_share_batches(method, column, tiny_llama, small_tokenizer, tmp_path):
+    rows = kto_rows(32) if method == "kto" else pair_rows(32)
+    extra = {
+        "loss_type": method, "train_sampling_strategy": "group_by_length",
+        "length_column_name": column, "max_steps": -1, "num_train_epochs": 2,
+        # a window over the end of an epoch: what is read ahead is what is trained on
+        "reference": "snapshot", "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 5,
+        "eval_strategy": "epoch",
+    }  # fmt: skip
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, rows, rows.select(range(5)), **extra)
+    losses = history(trainer)
+    assert len(losses) == 16
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_an_epoch_knows_its_order_of_lengths():
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    lengths = torch.randint(1, 99, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = EpochLengthSampler(LengthGroupedSampler(4, lengths=lengths), seed=7)
+    seen = {}
+    for epoch in (0, 1, 0, 1):
+        sampler.set_epoch(epoch)
+        torch.rand(3)
+        assert seen.setdefault(epoch, list(sampler)) == list(sampler)
+        theirs = LengthGroupedSampler(
+            4, lengths=lengths, generator=torch.Generator().manual_seed(7 + epoch)
+        )
+        assert list(theirs) == seen[epoch]
+    assert seen[0] != seen[1]
