@@ -306,7 +306,7 @@ def test_an_output_folder_that_holds_a_run_is_kept(tiny_llama, small_tokenizer, 
         ({"vocab_filter": 1.0}, r"vocab_filter must lie in \[0, 1\)"),
         ({"reference": "cloud"}, "reference: expected one of auto, resident"),
         ({"max_length": 1}, "max_length must be at least 2"),
-        ({"on_bad_rows": "ignore"}, "on_bad_rows: expected one of raise, drop"),
+        ({"on_bad_rows": "ignore"}, "on_bad_rows: expected one of drop_overlong, drop"),
         ({"ema_rounding": "up"}, "ema_rounding: expected one of nearest, stochastic"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from tralign_fast.data.tokenization import ON_BAD_ROWS
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.objective import DIVERGENCES, Objective, Range, objective_of
@@ -128,7 +129,11 @@ class TRConfig(TrainingArguments):
     max_length: int | None = _option(
         1024, "Tokens of a prompt with its completion; completions are cut to it."
     )
-    on_bad_rows: str = _option("raise", "raise, or drop unusable rows with one warning.")
+    on_bad_rows: str = _option(
+        "drop_overlong",
+        "Unusable rows: drop_overlong leaves out those that are too long, as TRL does, drop leaves "
+        "out all of them, each with one warning; error refuses them.",
+    )
     dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
     prefix_sharing: bool = _option(True, "Compute a prompt once for all its completions.")
     packing: bool = _option(True, "One row without padding; False: padded rows as TRL has them.")
@@ -163,7 +168,7 @@ class TRConfig(TrainingArguments):
         self._check_losses()
         _check_choice("reference", self.reference, ["auto", *REFERENCES])
         _check_choice("ema_rounding", self.ema_rounding, ["nearest", "stochastic"])
-        _check_choice("on_bad_rows", self.on_bad_rows, ["raise", "drop"])
+        _check_choice("on_bad_rows", self.on_bad_rows, ON_BAD_ROWS)
         if not 0.0 <= self.ref_model_mixup_alpha <= 1.0:
             raise ValueError(
                 f"ref_model_mixup_alpha must lie in [0, 1], got {self.ref_model_mixup_alpha}"

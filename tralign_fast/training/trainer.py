@@ -30,7 +30,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
-from tralign_fast.data.tokenization import add_lengths, tokenize_pairs, tokenize_unpaired
 from tralign_fast.model.scoring import (
     hidden_kl,
     sequence_logps,
@@ -54,6 +53,7 @@ from tralign_fast.training.distribution import (
     take_over_compilation,
 )
 from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease, releases
+from tralign_fast.training.inputs import collator_of, tokenized
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.metrics import PreferenceMetrics
 from tralign_fast.training.model_card import add_trust_region
@@ -122,16 +122,16 @@ class TRTrainer(ResumableTrainer):
             own_start=ref_model is not None,
             lora=next(trained_adapters(policy), None) is not None,
         )
-        train_dataset = _tokenize(train_dataset, tokenizer, args, "train", training=True)
+        train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
         # accelerate would cut up the batches of a stream, of training or of evaluation
         args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        collator = data_collator or _collator(args, tokenizer, vocabulary_size(policy))
+        collator = data_collator or collator_of(args, tokenizer, vocabulary_size(policy))
         super().__init__(
             model=policy,
             args=args,
             data_collator=collator,  # pyright: ignore[reportArgumentType]
             train_dataset=train_dataset,
-            eval_dataset=_tokenize(eval_dataset, tokenizer, args, "eval"),
+            eval_dataset=tokenized(eval_dataset, tokenizer, args, "eval"),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -357,14 +357,14 @@ class TRTrainer(ResumableTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             tokenizer: Any = self.processing_class
-            eval_dataset = _tokenize(eval_dataset, tokenizer, self.args, metric_key_prefix)
+            eval_dataset = tokenized(eval_dataset, tokenizer, self.args, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
 
     def predict(self, test_dataset: Any, ignore_keys=None, metric_key_prefix: str = "test"):
         """The metrics of rows as `evaluate` takes them; there are no predictions."""
         tokenizer: Any = self.processing_class
         test_dataset = one_dataset(test_dataset, metric_key_prefix)
-        rows = _tokenize(test_dataset, tokenizer, self.args, metric_key_prefix)
+        rows = tokenized(test_dataset, tokenizer, self.args, metric_key_prefix)
         return super().predict(rows, ignore_keys, metric_key_prefix)
 
     def prediction_step(
@@ -429,47 +429,6 @@ class _SyncReference(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.reference.schedule.should_sync(state.global_step):
             self.reference.sync()
-
-
-def _collator(
-    args: TRConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
-) -> PreferenceCollator:
-    return PreferenceCollator(
-        paired=args.objective.paired,
-        mismatched=args.objective.needs_kl,
-        ld_alpha=args.ld_alpha,
-        max_length=args.max_length,
-        token_budget=args.token_budget,
-        pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
-        vocab_size=vocab_size,
-    )
-
-
-def _tokenize(
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    args: TRConfig,
-    name: str,
-    training: bool = False,
-) -> Any:
-    """The rows as token ids; to evaluate, those of each dataset in a dict."""
-    if isinstance(dataset, dict) and not training:
-        return {key: _tokenize(part, tokenizer, args, key) for key, part in dataset.items()}
-    if dataset is None:
-        return None
-    paired = args.objective.paired
-    rows = (tokenize_pairs if paired else tokenize_unpaired)(
-        dataset,
-        tokenizer,
-        max_length=args.max_length,
-        name=name,
-        on_bad_rows=args.on_bad_rows,
-        num_proc=args.dataset_num_proc,
-        **({} if paired else {"one_label": not training}),
-    )
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        rows = add_lengths(rows, args.length_column_name)
-    return rows
 
 
 def _copy(model: PreTrainedModel) -> PreTrainedModel:

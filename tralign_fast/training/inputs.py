@@ -1,0 +1,52 @@
+"""From a run's rows and options to what its batches are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.data.tokenization import add_lengths, tokenize_pairs, tokenize_unpaired
+from tralign_fast.training.config import TRConfig
+
+
+def collator_of(
+    args: TRConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
+) -> PreferenceCollator:
+    return PreferenceCollator(
+        paired=args.objective.paired,
+        mismatched=args.objective.needs_kl,
+        ld_alpha=args.ld_alpha,
+        max_length=args.max_length,
+        token_budget=args.token_budget,
+        pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
+        vocab_size=vocab_size,
+    )
+
+
+def tokenized(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TRConfig,
+    name: str,
+    training: bool = False,
+) -> Any:
+    """The rows as token ids; to evaluate, those of each dataset in a dict."""
+    if isinstance(dataset, dict) and not training:
+        return {key: tokenized(part, tokenizer, args, key) for key, part in dataset.items()}
+    if dataset is None:
+        return None
+    paired = args.objective.paired
+    rows = (tokenize_pairs if paired else tokenize_unpaired)(
+        dataset,
+        tokenizer,
+        max_length=args.max_length,
+        name=name,
+        on_bad_rows=args.on_bad_rows,
+        num_proc=args.dataset_num_proc,
+        **({} if paired else {"one_label": not training}),
+    )
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        rows = add_lengths(rows, args.length_column_name)
+    return rows
