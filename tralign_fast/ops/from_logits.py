@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tralign_fast.ops.backend import pick_backend
-from tralign_fast.ops.checks import check_targets
+from tralign_fast.ops.checks import FLOAT_NAMES, FLOATS, check_targets
 from tralign_fast.ops.tile_ops import tile_ops
 from tralign_fast.ops.transform import LogitTransform
 
@@ -97,7 +97,7 @@ def logprobs_from_logits(
     gradient (not those of a leaf tensor, the caller's own); `inplace=False` takes a copy instead.
 
     Args:
-        logits: (..., V) fp32, bf16 or fp16.
+        logits: (..., V) fp32, bf16 or fp16 (fp64 on the torch backend).
         targets: (...) int64 in [0, V).
 
     Returns:
@@ -112,6 +112,8 @@ def logprobs_from_logits(
             f"logprobs_from_logits: logits {tuple(logits.shape)} need targets of shape "
             f"{tuple(logits.shape[:-1])}, got {tuple(targets.shape)}"
         )
+    if logits.dtype not in FLOATS:
+        raise ValueError(f"logprobs_from_logits: expected {FLOAT_NAMES}, got {logits.dtype}")
     transform = LogitTransform(temperature=temperature)
     flat = logits.reshape(-1, logits.shape[-1])
     logps, _ = _from_logits_op(
