@@ -437,6 +437,20 @@ def test_from_logits_of_expanded_rows(rows):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(2, 6, 50), lambda x: x[:, :40]])
+def test_compiled_from_logits_spares_leaves_too(view):
+    def f(x, targets):
+        return logprobs_from_logits(view(x), targets)
+
+    leaf = torch.randn(12, 50, requires_grad=True)
+    before = leaf.detach().clone()
+    targets = torch.randint(0, 40, view(leaf).shape[:-1])
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(leaf, targets)
+    grads = [torch.autograd.grad(out.sum(), leaf)[0] for out in (compiled, f(leaf, targets))]
+    assert torch.equal(leaf, before)
+    torch.testing.assert_close(*grads)
+
+
 IDENTITY = (lambda tensor: tensor, lambda tensor: tensor)
 COPY = (lambda tensor: tensor.clone(), lambda tensor: torch.empty_like(tensor).copy_(tensor))
 

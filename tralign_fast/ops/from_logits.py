@@ -59,7 +59,7 @@ def _(grad, logits, targets, logsumexp, transform, backend):
 
 def _from_logits_setup(ctx, inputs, output) -> None:
     logits, targets, ctx.transform, ctx.backend, inplace = inputs
-    ctx.inplace = inplace and not _is_view_of_leaf(logits) and not _overlaps(logits)
+    ctx.inplace = inplace and not _overlaps(logits)
     ctx.consumption = Consumption(logits)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -136,5 +136,8 @@ def logprobs_from_logits(
     flat = logits.reshape(-1, logits.shape[-1])
     if backend == "triton" and flat.shape[1] > 1 and flat.stride(1) != 1:
         flat = flat.contiguous()
+    inplace = inplace and not _is_view_of_leaf(
+        flat
+    )  # here, where a compiler sees the tensor itself
     logps, _ = _from_logits_op(flat, targets.reshape(-1), transform.numbers(), backend, inplace)
     return logps.view(targets.shape)
