@@ -99,10 +99,14 @@ def random_bits16(seed, counters, SHAPE: tl.constexpr):
 
 @triton.jit
 def move(ref, theta, weight):
-    """fp32 ref + α·(θ - ref) from the nearer end; `weight` is `signed_weight(α)`."""
+    """fp32 ref + α·(θ - ref) from the nearer end; `weight` is `signed_weight(α)`.
+
+    From an infinite end that would be NaN: there the result is that end, NaN between ∞ and -∞.
+    """
     # the multiply-add is explicit, so that every backend and the interpreter round alike
     nearer = tl.where(weight > 0.0, ref, theta)
-    return tl.fma(theta - ref, tl.full(ref.shape, weight, tl.float32), nearer)
+    moved = tl.fma(theta - ref, tl.full(ref.shape, weight, tl.float32), nearer)
+    return tl.where(tl.abs(nearer) == float("inf"), ref + theta, moved)
 
 
 @triton.jit(do_not_specialize=["seed"])

@@ -97,6 +97,51 @@ def test_from_logits(dtype, device):
         assert (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()
 
 
+@pytest.mark.parametrize(
+    "stride",
+    [
+        lambda x: x.expand(7, 130),
+        lambda x: x.expand(2, 7, 130),
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.t().contiguous().t()[:, ::2],
+        lambda x: x[:, ::3],
+        lambda x: x.as_strided((5, 120), (1, 1)),
+        lambda x: x.flip(0)[:, :1],
+    ],
+    ids=["expanded", "expanded 3-D", "transposed", "both", "steps", "windows", "one column"],
+)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_from_logits_of_any_stride(rows, stride, device):
+    torch.manual_seed(0)
+    leaf = torch.randn(rows, 130, device=device, requires_grad=True)
+    try:
+        logits = stride(leaf * 1)
+    except RuntimeError:  # of seven rows, expanded to seven, twice
+        pytest.skip("no such view")
+    targets = torch.randint(0, logits.shape[-1], logits.shape[:-1], device=device)
+    grad = torch.randn(targets.shape, device=device)
+    results = []
+    for backend in ("triton", "torch"):
+        out = logprobs_from_logits(stride(leaf * 1), targets, backend=backend)
+        results.append([out.detach(), *torch.autograd.grad(out, leaf, grad)])
+    out = stride(leaf * 1).double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    exact = [out.detach(), *torch.autograd.grad(out, leaf, grad.double())]
+    for ours, theirs, truth in zip(*results, exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth.double(), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(theirs.double(), truth.double(), rtol=1e-5, atol=2e-6)
+
+
+def test_a_view_of_a_leaf_is_not_overwritten(device):
+    leaf = torch.randn(6, 130, device=device, requires_grad=True)
+    before = leaf.detach().clone()
+    targets = torch.arange(6, device=device)
+    for view in (lambda x: x.view(2, 3, 130), lambda x: x[:, :100], lambda x: x[::2]):
+        logits = view(leaf)
+        chosen = targets[: logits[..., 0].numel()].view(logits.shape[:-1])
+        logprobs_from_logits(logits, chosen, backend="triton").sum().backward()
+        assert leaf.equal(before)
+
+
 def test_no_row(device):
     hidden = torch.zeros(0, 8, device=device, requires_grad=True)
     weight = torch.ones(20, 8, device=device)

@@ -1,11 +1,16 @@
+import inspect
+
 import pytest
 import torch
 
-from tralign_fast import ema_update_
+from tralign_fast import TRConfig, ema_update_, linear_logprobs, logprobs_from_logits
+from tralign_fast.integrations.callback import TrustRegionCallback
 from tralign_fast.ops import ema
+from tralign_fast.ops.checks import FLOATS
 from tralign_fast.ops.ema import ema_naive
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAN = float("nan")
 SHAPES = [(3, 5), (1,), (0,), (257, 129), ()]
 
 
@@ -22,7 +27,7 @@ def make(ref_dtype, dtype, seed=0, shapes=SHAPES):
 def test_nearest_is_the_equation_rounded_once(ref_dtype, dtype, alpha):
     refs, thetas = make(ref_dtype, dtype)
     expected = [ema_naive(r, t, alpha) for r, t in zip(refs, thetas, strict=True)]
-    ema_update_(refs, thetas, alpha)
+    ema_update_(refs, thetas, alpha, rounding="nearest")
     for ref, exact in zip(refs, expected, strict=True):
         assert ref.dtype == ref_dtype
         # half a unit in the last place of the result's dtype, and fp32 arithmetic before it
@@ -145,6 +150,95 @@ def test_thetas_are_not_touched_and_infinities_stay():
         assert ref.isnan().all()
 
 
+INF = float("inf")
+# reference, policy, result: of every pair of infinities, and of one beside a number
+ENDS = [
+    (0.0, 0.0, 0.0), (-INF, -INF, -INF), (INF, INF, INF), (INF, -INF, NAN), (-INF, INF, NAN),
+    (1.0, INF, INF), (1.0, -INF, -INF), (INF, 1.0, INF), (-INF, 1.0, -INF), (NAN, -INF, NAN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.6])
+@pytest.mark.parametrize(
+    ("ref_dtype", "dtype"), [(d, d) for d in FLOATS] + [(torch.bfloat16, torch.float32)]
+)
+def test_infinities_are_those_of_the_equation(ref_dtype, dtype, alpha, rounding):
+    """Equal ones stay: a head's bias that masks tokens is in both models."""
+    ref, theta, expected = torch.tensor(ENDS).t().contiguous()
+    ref, theta = ref.to(ref_dtype), theta.to(dtype)
+    strided = ref.repeat(2, 1).t()[:, 0]
+    ema_update_([ref, strided], [theta, theta], alpha, rounding=rounding)
+    for moved in (ref, strided):
+        torch.testing.assert_close(moved.float(), expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_fp64_references_are_moved_in_fp64():
+    g = torch.Generator().manual_seed(0)
+    for dtype in FLOATS:
+        ref = torch.randn(1000, dtype=torch.float64, generator=g)
+        theta = torch.randn(1000, dtype=torch.float64, generator=g).to(dtype)
+        exact = ema_naive(ref, theta, 0.3)
+        for rounding in ("nearest", "stochastic"):
+            moved = ref.clone()
+            ema_update_([moved], [theta], 0.3, rounding=rounding)
+            assert (moved - exact).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_largest_numbers_stay_finite(dtype):
+    """And so does what lies a little past them, as it does when rounded to nearest."""
+    largest = torch.finfo(dtype).max
+    ref = torch.tensor([largest, -largest, largest, 1.0]).repeat(1000).to(dtype)
+    theta = torch.tensor([largest, -largest, largest * 1.0001, 2.0]).repeat(1000)
+    ema_update_([ref], [theta], 0.6, rounding="stochastic")
+    assert torch.equal(
+        ref.view(-1, 4)[:, :3],
+        torch.tensor([[largest, -largest, largest]]).to(dtype).expand(1000, 3),
+    )
+    assert ref.view(-1, 4)[:, 3].float().mean() == pytest.approx(1.6, abs=2e-3)
+
+
+def test_a_tied_weight_moves_once(tiny_llama):
+    import copy
+
+    tiny_llama.lm_head.weight = tiny_llama.model.embed_tokens.weight
+    reference = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        for p in tiny_llama.parameters():
+            p.add_(1.0)
+    before = reference.lm_head.weight.clone()
+    ours, theirs = (model.state_dict() for model in (reference, tiny_llama))
+    assert len(ours) == 1 + len(list(reference.parameters()))
+    ema_update_(list(ours.values()), list(theirs.values()), 0.25)
+    torch.testing.assert_close(reference.lm_head.weight, before + 0.25)
+    # a policy's copies of it are alike, or not
+    tied, other = reference.lm_head.weight, tiny_llama.lm_head.weight
+    before = tied.clone()
+    ema_update_([tied, tied], [other, other.clone()], 0.25)
+    torch.testing.assert_close(tied, before.lerp(other, 0.25))
+    with pytest.raises(ValueError, match="tensors 0 and 1 share one reference weight"):
+        ema_update_([tied, tied], [other, other + 1], 0.25)
+    # empty tensors share an address, and slices of one buffer share a storage
+    flat = torch.zeros(4)
+    ema_update_(
+        [flat[:0], flat[:0], flat[:2], flat[2:]], [flat[:0], flat[:0], *torch.ones(2, 2)], 0.5
+    )
+    assert torch.equal(flat, torch.full((4,), 0.5))
+
+
+def test_the_default_is_the_trainer_s():
+    """A movement under half of the last place is made on average, not lost."""
+    defaults = [
+        inspect.signature(f).parameters["rounding"].default
+        for f in (ema_update_, ema.lora_merge_, TrustRegionCallback)
+    ]
+    assert {*defaults, TRConfig("out").ema_rounding} == {"stochastic"}
+    ref, theta = torch.ones(100_000).bfloat16(), torch.full((100_000,), 1 + 2**-7).bfloat16()
+    ema_update_([ref], [theta], 0.1, generator=torch.Generator())
+    assert ref.double().mean() - 1 == pytest.approx(0.1 * 2**-7, rel=0.1)
+
+
 def test_parameters_that_require_grad_are_updated_without_a_graph():
     ref, theta = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(4))
     ema_update_([ref], [theta], 0.25)
@@ -175,12 +269,31 @@ def test_a_whole_model_equals_trl(tiny_llama):
         (([torch.zeros(2)], [torch.zeros(2)], 1.5), r"alpha must lie in \[0, 1\]"),
         (([torch.zeros(2)], [], 0.5), "1 reference tensors for 0 tensors"),
         (([torch.zeros(2)], [torch.zeros(3)], 0.5), "tensor 0 has shape"),
-        (([torch.zeros(2).to(torch.int8)], [torch.zeros(2)], 0.5), "quantised weights cannot move"),
     ],
 )
 def test_bad_arguments_say_what_was_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
         ema_update_(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_quantised_weights_are_refused_by_every_op_alike(dtype, alpha):
+    odd, plain = torch.zeros(2, 2).to(dtype), torch.zeros(2, 2)
+    calls = (
+        lambda: ema_update_([odd], [plain], alpha),
+        lambda: ema_update_([plain], [odd], alpha),
+        lambda: ema_update_([odd], [odd], alpha),
+        lambda: ema.lora_merge_(odd, plain, plain, plain, 1.0, alpha),
+        lambda: ema.lora_merge_(plain, odd, plain, plain, 1.0, alpha),
+        lambda: ema.lora_merge_(plain, plain, odd, odd, 1.0, alpha),
+        lambda: linear_logprobs(odd, odd, torch.tensor([0, 1])),
+        lambda: linear_logprobs(plain, plain, torch.tensor([0, 1]), bias=odd[0]),
+        lambda: logprobs_from_logits(odd, torch.tensor([0, 1])),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"floating point \(fp64, fp32, bf16 or fp16\)"):
+            call()
 
 
 def test_unknown_rounding():
@@ -195,24 +308,26 @@ def test_lora_merge_is_the_update_of_the_merged_weight(dtype, monkeypatch):
     torch.manual_seed(0)
     ref, weight = (torch.randn(21, 26).to(dtype)[:, ::2] for _ in range(2))
     a, b = torch.randn(3, 13), torch.randn(21, 3)
-    merged = weight.float() + 0.5 * b @ a
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    merged = weight.to(wide) + 0.5 * b.to(wide) @ a.to(wide)
     for rounding, alpha in (("nearest", 0.3), ("stochastic", 0.3), ("nearest", 1.0)):
         moved = ref.clone()
         ema.lora_merge_(moved, weight, a, b, 0.5, alpha, rounding=rounding)
-        exact = torch.lerp(ref.float(), merged, alpha)
-        unit = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps * exact.abs()
+        exact = torch.lerp(ref.to(wide), merged, alpha)
+        unit = torch.finfo(dtype).eps * exact.abs()
         steps = 0.5 if rounding == "nearest" and dtype == torch.bfloat16 else 1.0
-        assert ((moved.float() - exact).abs() <= steps * unit * 1.01 + 1e-6).all()
+        floor = 1e-15 if dtype == torch.float64 else 1e-6
+        assert ((moved.to(wide) - exact).abs() <= steps * unit * 1.01 + floor).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_pairs_are_rounded_once(dtype):
-    """They run through foreach, whose bits must be those of fp32 arithmetic."""
+    """They are moved where they lie: the bits must be those of fp32 arithmetic."""
     g = torch.Generator().manual_seed(0)
     ref, theta = (torch.randn(100_003, generator=g).to(dtype) for _ in range(2))
     ref[:3], theta[:3] = torch.tensor([0.0, 1e-7, -1e-7]), torch.tensor([-0.0, 1e-7, 3e-5])
     for alpha in (0.001, 0.3, 0.6, 0.999):
         expected = ref.float().lerp(theta.float(), alpha).to(dtype)
         moved = ref.clone()
-        ema_update_([moved], [theta], alpha)
+        ema_update_([moved], [theta], alpha, rounding="nearest")
         assert torch.equal(moved, expected)

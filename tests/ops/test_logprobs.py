@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import tralign_fast.ops.logprobs as module
 from tests.conftest import DEVICE
@@ -389,6 +391,133 @@ def test_from_logits_spares_leaves_and_copies_on_request():
     logits = leaf * 1
     logprobs_from_logits(logits, torch.zeros(4, dtype=torch.int64), inplace=False).sum().backward()
     assert torch.equal(logits, before)
+
+
+def exact_from_logits(logits, targets, grad):
+    """The gradient of what is a view of the leaf, in fp64."""
+    out = logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    return torch.autograd.grad(out, logits, grad.double())[0]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.view(2, 6, 50),
+        lambda x: x[1:, :40],
+        lambda x: x.t().reshape(50, 12)[:, 1:].t(),
+        lambda x: x.detach().requires_grad_().view(4, 3, 50),
+        lambda x: x.view(12, 5, 10).unbind(1)[2],
+    ],
+    ids=["view", "slice", "transposed", "detached", "unbind"],
+)
+def test_from_logits_spares_views_of_leaves(view):
+    """Their memory is a parameter's, or what the caller will read again."""
+    leaf = torch.randn(12, 50, requires_grad=True)
+    before = leaf.detach().clone()
+    logits = view(leaf)
+    targets = torch.randint(0, logits.shape[-1], logits.shape[:-1])
+    grad = torch.randn(targets.shape)
+    (ours,) = torch.autograd.grad(logprobs_from_logits(logits, targets), logits, grad)
+    assert torch.equal(leaf, before)
+    exact = exact_from_logits(logits, targets, grad)
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(5, -1), (2, 3, -1)])
+def test_from_logits_of_expanded_rows(rows):
+    """Rows that share memory have a gradient each."""
+    leaf = torch.randn(50, requires_grad=True)
+    targets = torch.randint(0, 50, rows[:-1])
+    grad = torch.randn(targets.shape)
+    for logits in ((leaf * 1).expand(*rows), leaf.expand(*rows)):
+        out = logprobs_from_logits(logits, targets)
+        (ours,) = torch.autograd.grad(out, leaf, grad)
+        exact = leaf.double().log_softmax(-1)[targets]
+        (truth,) = torch.autograd.grad(exact, leaf, grad.double())
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(2, 6, 50), lambda x: x[:, :40]])
+def test_compiled_from_logits_spares_leaves_too(view):
+    def f(x, targets):
+        return logprobs_from_logits(view(x), targets)
+
+    leaf = torch.randn(12, 50, requires_grad=True)
+    before = leaf.detach().clone()
+    targets = torch.randint(0, 40, view(leaf).shape[:-1])
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(leaf, targets)
+    grads = [torch.autograd.grad(out.sum(), leaf)[0] for out in (compiled, f(leaf, targets))]
+    assert torch.equal(leaf, before)
+    torch.testing.assert_close(*grads)
+
+
+IDENTITY = (lambda tensor: tensor, lambda tensor: tensor)
+COPY = (lambda tensor: tensor.clone(), lambda tensor: torch.empty_like(tensor).copy_(tensor))
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        contextlib.nullcontext,
+        torch.autograd.graph.save_on_cpu,
+        lambda: torch.autograd.graph.saved_tensors_hooks(*IDENTITY),
+        lambda: torch.autograd.graph.saved_tensors_hooks(*COPY),
+    ],
+    ids=["none", "save_on_cpu", "identity", "copy"],
+)
+@pytest.mark.parametrize("op", ["linear_logprobs", "logprobs_from_logits"])
+def test_a_second_backward_is_right_or_raises(op, hooks, request):
+    """Whatever hooks stand between: autograd alone does not see through them."""
+    hidden, weight, targets, grad = make(5, 8, 30, torch.float32)
+    copied = request.node.callspec.id.endswith("copy") or DEVICE.type != "cpu"
+    with hooks():
+        if op == "linear_logprobs":
+            out = linear_logprobs(hidden, weight, targets)
+        else:
+            out = logprobs_from_logits(hidden @ weight.t(), targets)
+    exact = run(linear_logprobs_naive, (hidden, weight), targets, grad, dtype=torch.float64)
+    for attempt in range(2):
+        if attempt == 1 and not copied:
+            with pytest.raises(RuntimeError, match=r"consumed the kept logits|were overwritten"):
+                torch.autograd.grad(out, (hidden, weight), grad, retain_graph=True)
+            break
+        grads = torch.autograd.grad(out, (hidden, weight), grad, retain_graph=True)
+        for mine, truth in zip(grads, exact[1:], strict=True):
+            torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_two_losses_of_the_same_logits_under_hooks():
+    """The first backward overwrites what the second was to read."""
+    leaf = torch.randn(4, 50, requires_grad=True)
+    targets = torch.zeros(4, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(*IDENTITY):
+        logits = leaf * 1
+        out = logprobs_from_logits(logits, targets) + logprobs_from_logits(logits, targets + 1)
+    with pytest.raises(RuntimeError, match="were overwritten before this backward"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"logits_budget_mb": 0}, {"vocab_filter": 1e-3}])
+def test_second_derivatives_are_refused(options):
+    hidden, weight, targets, _ = make(5, 8, 30, torch.float32)
+    outs = [linear_logprobs(hidden, weight, targets, **options)]
+    outs.append(logprobs_from_logits(hidden @ weight.t(), targets, inplace=not options))
+    for out in outs:
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(out.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_inside_activation_checkpoints(use_reentrant):
+    """Which run a forward in grad mode inside the backward."""
+    hidden, weight, targets, grad = make(21, 16, 300, torch.float32)
+    expected = run(linear_logprobs, (hidden, weight), targets, grad)
+    for op in (linear_logprobs, lambda h, w, t: logprobs_from_logits(h @ w.t(), t)):
+        out = checkpoint(op, hidden, weight, targets, use_reentrant=use_reentrant)
+        out.backward(grad)
+        for leaf, want in zip((hidden, weight), expected[1:], strict=True):
+            torch.testing.assert_close(leaf.grad, want)
+            leaf.grad = None
 
 
 def test_from_logits_second_backward_raises():

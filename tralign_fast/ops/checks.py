@@ -9,6 +9,9 @@ from torch import Tensor
 
 from tralign_fast.ops.backend import device_kind
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT_NAMES = "floating point (fp64, fp32, bf16 or fp16)"
+
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
@@ -50,10 +53,11 @@ def check_arguments(
         raise ValueError(
             f"linear_logprobs: tensors on several devices: {sorted(map(str, devices))}"
         )
-    if not hidden.is_floating_point() or not weight.is_floating_point():
+    dtypes = [t.dtype for t in (hidden, weight, bias) if t is not None]
+    if not set(dtypes) <= set(FLOATS):
         raise ValueError(
-            f"linear_logprobs: expected floating point, got hidden {hidden.dtype}, weight "
-            f"{weight.dtype}"
+            f"linear_logprobs: expected {FLOAT_NAMES}, got hidden {hidden.dtype}, weight "
+            f"{weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         )
     if vocab_filter is not None and not 0.0 <= vocab_filter < 1.0:
         raise ValueError(f"linear_logprobs: vocab_filter must lie in [0, 1), got {vocab_filter}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tralign_fast.ops.backend import device_kind, kernel, pick_backend, warn_once
+from tralign_fast.ops.checks import FLOAT_NAMES, FLOATS
 
 # 512 K elements in fp32 are 2 MB: the buffers of a chunk stay in a CPU's cache, and the operators'
 # own time (an eighth of that: 1.9 times as long in all) does not count.
@@ -24,37 +26,41 @@ def ema_update_(
     tensors: Sequence[Tensor],
     alpha: float,
     *,
-    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding: Literal["nearest", "stochastic"] = "stochastic",
     generator: torch.Generator | None = None,
 ) -> None:
     """Moves `ref_tensors` towards `tensors` in place.
 
     It is `torch._foreach_lerp_(ref_tensors, tensors, alpha)`, but the arithmetic is fp32 whatever
-    the dtypes (fp32, bf16, fp16; a pair may differ), with one rounding at the end. A bf16 weight
-    has 8 bits: a movement under 1/512 of the weight rounds to nothing, so with small α a reference
-    in bf16 hardly moves (with α = 0.01 it makes about a tenth of its way). `rounding="stochastic"`
-    rounds up with probability equal to the part that is cut off, so that the expected update is
-    exact; α = 1 copies, with no rounding noise.
+    the dtypes (fp32, bf16, fp16; a pair may differ; fp64 if one of a pair is), with one rounding at
+    the end. A bf16 weight has 8 bits: a movement under 1/512 of the weight rounds to nothing, so
+    with small α a reference in bf16 hardly moves (with α = 0.01 it makes about a tenth of its way).
+    `rounding="stochastic"` rounds up with probability equal to the part that is cut off, so that
+    the expected update is exact; α = 1 copies, with no rounding noise. Infinities (a masked bias)
+    are those of (1-α)·ref + α·θ: what is equal stays.
 
     Memory: 6 MB of buffers beside the tensors, and a copy of a strided reference; none on a GPU
     with Triton.
 
     Args:
-        ref_tensors: reference weights, written in place.
+        ref_tensors: reference weights, written in place. One that is listed twice, as a tied weight
+            is by `state_dict()`, moves once.
         tensors: policy weights, the same shapes in the same order.
         alpha: α in [0, 1]; 1 copies bits, 0 does nothing.
-        rounding: how a bf16 or fp16 reference is rounded.
+        rounding: how a bf16 or fp16 reference is rounded. Nothing else is: the default is unbiased.
         generator: source of the random bits (one draw seeds the whole call: from the same state
             come the same bits); None: torch's default.
 
     Raises:
-        ValueError: α out of range, unknown rounding, or lists that do not match.
+        ValueError: α out of range, unknown rounding, lists that do not match, quantised weights, or
+            a reference listed twice with two policy weights that differ.
 
     Source: Gorbatovski et al. 2024, arXiv 2404.09656, eq. 2 (soft update) and 3 (hard update).
     """
     _check_options("ema_update_", alpha, rounding)
     refs, thetas = [local_shard(t) for t in ref_tensors], [local_shard(t) for t in tensors]
     _check_match(refs, thetas)
+    refs, thetas = _without_repeats(refs, thetas)
     if alpha == 0.0 or not refs:
         return
     on_gpu = all(
@@ -72,32 +78,49 @@ def ema_update_(
     if alpha == 1.0:
         torch._foreach_copy_(refs, thetas)
         return
-    _foreach_update_(refs, thetas, alpha, rounding, generator)
+    _update_(refs, thetas, alpha, rounding, generator)
 
 
-def _foreach_update_(
+def _update_(
     refs: list[Tensor],
     thetas: list[Tensor],
     alpha: float,
     rounding: str,
     generator: torch.Generator | None,
 ) -> None:
-    """The torch backend: foreach for pairs of one dtype, which lerps in fp32 and rounds once;
-    chunks in fp32 for the others and for stochastic rounding."""
-    foreach = _FUSED if rounding == "nearest" else (torch.float32,)
+    """The torch backend: pairs of one dtype by foreach, which computes halves in fp32 and rounds
+    once; the others, and stochastic rounding, in buffers."""
+    foreach = FLOATS if rounding == "nearest" else (torch.float64, torch.float32)
     pairs = list(zip(refs, thetas, strict=True))
     exact = [(r, t) for r, t in pairs if r.dtype == t.dtype in foreach]
     others = [(r, t) for r, t in pairs if not r.dtype == t.dtype in foreach]
     if exact:
-        torch._foreach_lerp_([r for r, _ in exact], [t for _, t in exact], alpha)
+        _lerp_([r for r, _ in exact], [t for _, t in exact], alpha)
     if others:
         move_ = _Mover(others[0][0].device, alpha, rounding, generator)
         for ref, theta in others:
             move_(ref, theta)
 
 
+def _lerp_(refs: list[Tensor], thetas: list[Tensor], alpha: float) -> None:
+    """`torch._foreach_lerp_`, but where it leaves an infinite end, which lerp makes NaN."""
+    nearer = refs if alpha < 0.5 else thetas
+    norms = torch._foreach_norm(nearer)
+    ends = []
+    if not math.isfinite(sum(float(norm) for norm in norms)):
+        odd = [i for i, norm in enumerate(norms) if not norm.isfinite()]
+        ends = [(refs[i], nearer[i].isinf(), refs[i] + thetas[i]) for i in odd]
+    torch._foreach_lerp_(refs, thetas, alpha)
+    for ref, is_end, end in ends:
+        ref.copy_(torch.where(is_end, end, ref))
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 class _Mover:
-    """ref ← lerp(ref, θ, α) in fp32, rounded once, chunk by chunk in buffers of its own."""
+    """ref ← lerp(ref, θ, α) in fp32 or fp64, rounded once, chunk by chunk in buffers of its own."""
 
     def __init__(
         self,
@@ -106,22 +129,50 @@ class _Mover:
         rounding: str,
         generator: torch.Generator | None,
     ) -> None:
-        self.alpha = alpha
+        self.alpha, self.device = alpha, device
         self.noise = _Noise(device, _draw_seed(generator)) if rounding == "stochastic" else None
-        self.moved, self.theta = torch.empty(2, _CHUNK, device=device)
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, ref: Tensor, theta: Tensor) -> None:
+        dtype = _compute_dtype(ref, theta)
+        if dtype not in self._buffers:
+            self._buffers[dtype] = torch.empty(2, _CHUNK, device=self.device, dtype=dtype)
         # a strided reference has no flat view to write through
         flat = ref.view(-1) if ref.is_contiguous() else ref.flatten()
         parts = zip(flat.split(_CHUNK), theta.reshape(-1).split(_CHUNK), strict=True)
         for ref_part, theta_part in parts:
-            moved = self.moved[: len(ref_part)].copy_(ref_part)
-            moved.lerp_(self.theta[: len(ref_part)].copy_(theta_part), self.alpha)
-            if self.noise is not None and ref.dtype in _HALVES:
+            moved, other = self._buffers[dtype][:, : len(ref_part)]
+            moved.copy_(ref_part).lerp_(other.copy_(theta_part), self.alpha)
+            noisy = self.noise is not None and ref.dtype in _HALVES
+            largest = torch.finfo(ref.dtype if noisy else dtype).max
+            ends = None
+            if not _lies_within(moved, largest):
+                moved, ends = self._with_ends(moved, ref_part.to(dtype), other, largest)
+            if noisy:
+                moved = moved.float()
                 round_stochastically_(moved, ref.dtype, self.noise.draw(len(moved)))
-            ref_part.copy_(moved)
+            ref_part.copy_(moved if ends is None else torch.where(ends.isnan(), moved, ends))
         if not ref.is_contiguous():
             ref.copy_(flat.view_as(ref))
+
+    def _with_ends(
+        self, moved: Tensor, ref: Tensor, theta: Tensor, largest: float
+    ) -> tuple[Tensor, Tensor]:
+        """`moved`, with what it is from an infinite end, which lerp makes NaN; and what of it is
+        not to be rounded at random, for bad luck would make it infinite: NaN elsewhere."""
+        nearer = ref if self.alpha < 0.5 else theta
+        moved = torch.where(nearer.isinf(), ref + theta, moved)
+        return moved, torch.where(moved.abs() >= largest, moved, float("nan"))
+
+
+def _lies_within(x: Tensor, bound: float) -> bool:
+    """Whether all |x| are known to be smaller. On a device, which is not waited for, nothing is."""
+    if x.numel() == 0:
+        return True
+    if device_kind(x.device) != "cpu":
+        return False
+    low, high = torch.aminmax(x)
+    return -bound < float(low) and float(high) < bound  # so written, NaN is not
 
 
 @torch.no_grad()
@@ -133,13 +184,13 @@ def lora_merge_(
     scale: float,
     alpha: float,
     *,
-    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding: Literal["nearest", "stochastic"] = "stochastic",
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> None:
     """Moves a reference towards a weight with its adapter: `ref ← (1-α)·ref + α·(W + s·B·A)`.
 
-    Equals `ref.lerp_(weight + scale * lora_b @ lora_a, alpha)` in fp32, with one rounding at the
+    Equals `ref.lerp_(weight + scale * lora_b @ lora_a, alpha)` in fp32 (fp64), one rounding at the
     end as in `ema_update_`; α = 1 gives the merged weight. For a reference with weights of its own
     whose policy trains an adapter.
 
@@ -167,6 +218,7 @@ def lora_merge_(
             "lora_merge_: expected ref and weight (R, C), A (r, C) and B (R, r) of one dtype, got "
             f"{shapes}, {lora_a.dtype} and {lora_b.dtype}"
         )
+    check_floats("lora_merge_", "the weight", ref.dtype, weight.dtype, lora_a.dtype)
     if alpha == 0.0 or ref.numel() == 0:
         return
     tensors = (ref, weight, lora_a, lora_b)
@@ -177,10 +229,10 @@ def lora_merge_(
             return
         warn_once("lora_merge_: strided columns or fp64 have no kernel and take the torch backend")
     move_ = _Mover(ref.device, alpha, rounding, generator)
-    step = max(1, _CHUNK // C)
+    step, dtype = max(1, _CHUNK // C), _compute_dtype(*tensors)
     for start in range(0, R, step):
         rows = slice(start, start + step)
-        product = lora_b[rows].float() @ lora_a.float()
+        product = lora_b[rows].to(dtype) @ lora_a.to(dtype)
         move_(ref[rows], product.mul_(scale).add_(weight[rows]))
 
 
@@ -193,18 +245,19 @@ def round_stochastically_(
 
     bf16 is the upper half of fp32: random bits are added to those that it lacks, and these are cut.
     So it is with the 13 bits that fp16 lacks once x is scaled by 2^-112, where the smallest normal
-    numbers of both, 2^-14 and 2^-126, meet, and with them what is subnormal.
+    numbers of both, 2^-14 and 2^-126, meet, and with them what is subnormal. Past the largest
+    finite number of `dtype` the other neighbour is infinity.
     """
     # noise on the lowest bits of some NaN would carry into its sign; those of infinity are zeros
     x.nan_to_num_(float("nan"), float("inf"), float("-inf"))
     bits = x.view(torch.int32)
     if dtype == torch.bfloat16:
         bits.add_(noise).bitwise_and_(-(1 << 16))
-        return
-    assert dtype == torch.float16, dtype
-    x.mul_(2.0**-112)
-    bits.add_(noise.bitwise_right_shift_(3)).bitwise_and_(-(1 << 13))
-    x.mul_(2.0**112)
+    else:
+        assert dtype == torch.float16, dtype
+        x.mul_(2.0**-112)
+        bits.add_(noise.bitwise_right_shift_(3)).bitwise_and_(-(1 << 13))
+        x.mul_(2.0**112)
 
 
 class _Noise:
@@ -266,11 +319,39 @@ def _check_match(refs: list[Tensor], thetas: list[Tensor]) -> None:
                 f"ema_update_: tensor {index} has shape {tuple(theta.shape)}, its reference "
                 f"{tuple(ref.shape)}; with sharded weights both must be sharded alike"
             )
-        if not (ref.is_floating_point() and theta.is_floating_point()):
+        check_floats("ema_update_", f"tensor {index}", ref.dtype, theta.dtype)
+
+
+def check_floats(name: str, what: str, *dtypes: torch.dtype) -> None:
+    """Refuses quantised weights.
+
+    Raises:
+        ValueError: a dtype other than fp64, fp32, bf16 and fp16.
+    """
+    if not set(dtypes) <= set(FLOATS):
+        raise ValueError(
+            f"{name}: {what} is {', '.join(map(str, dtypes))} (reference first); expected "
+            f"{FLOAT_NAMES}: quantised weights cannot move"
+        )
+
+
+def _without_repeats(refs: list[Tensor], thetas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Each reference once: a tied weight would move twice."""
+    first: dict[Hashable, int] = {}
+    for index, (ref, theta) in enumerate(zip(refs, thetas, strict=True)):
+        before = first.setdefault(_place(ref) if ref.numel() else ("empty", index), index)
+        other = thetas[before]
+        if _place(other) != _place(theta) and not torch.equal(other, theta):
             raise ValueError(
-                f"ema_update_: tensor {index} is {theta.dtype}, reference {ref.dtype}; expected "
-                "floating point (quantised weights cannot move)"
+                f"ema_update_: tensors {before} and {index} share one reference weight, but their "
+                "policy weights differ; tie both models' weights, or neither's"
             )
+    return [refs[i] for i in first.values()], [thetas[i] for i in first.values()]
+
+
+def _place(tensor: Tensor) -> Hashable:
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def ema_naive(ref: Tensor, tensor: Tensor, alpha: float) -> Tensor:

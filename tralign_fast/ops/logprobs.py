@@ -16,6 +16,7 @@ from torch import Tensor
 from tralign_fast.ops import tiles
 from tralign_fast.ops.backend import kernel, pick_backend
 from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets
+from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
 from tralign_fast.ops.cpu.pages import give_back
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
 from tralign_fast.ops.tile_ops import tile_ops
@@ -198,23 +199,22 @@ def _setup_context(ctx, inputs, output) -> None:
     # without this, autograd would make (N, V) zeros as the gradient of the kept logits
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logsumexp, kept)
+    ctx.consumption = Consumption(kept)
     ctx.save_for_backward(hidden, weight, targets, bias, logsumexp, kept)
 
 
 def _backward(ctx, grad, *_):
-    try:
-        hidden, weight, targets, bias, logsumexp, kept = ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            "linear_logprobs: the first backward consumed the kept logits (or its inputs were "
-            "changed in place); call it again, or pass logits_budget_mb=0 to recompute them"
-        ) from error
+    refuse_second_derivative("linear_logprobs")
+    message = (
+        "linear_logprobs: the first backward consumed the kept logits (or its inputs were changed "
+        "in place); call it again, or pass logits_budget_mb=0 to recompute them"
+    )
+    hidden, weight, targets, bias, logsumexp, kept = saved_tensors(ctx, message)
     transform, backend, _, tile, _, vocab_filter = ctx.options
     nothing = (None,) * len(ctx.options)
     if grad is None:
         return (None, None, None, None, *nothing)
+    ctx.consumption.check(kept, message)
     if kept.numel() == 0:  # the operator declares that it writes here: nothing saved may be named
         kept = kept.new_empty(0)
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
@@ -288,7 +288,8 @@ def linear_logprobs(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a target lies outside the vocabulary
             (on a GPU, where looking would stall, such a target's log-prob is NaN).
-        RuntimeError: a second backward through logits that the first one has overwritten.
+        RuntimeError: a second backward through logits that the first one has overwritten, or one
+            with create_graph=True.
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
     check_arguments(hidden, weight, targets, bias, vocab_filter)
