@@ -50,6 +50,7 @@ from tralign_fast.training.distribution import (
     prepare_on_all,
     take_over_compilation,
 )
+from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.metrics import PreferenceMetrics
@@ -158,6 +159,10 @@ class TRTrainer(Trainer):
         if self._initial is not None:
             self._prepare(self._initial)
         self._lookahead = Lookahead(self)
+        self._finite = FiniteSteps()
+        # what is not finite shows in the logs, and asking each loss would wait for the device
+        args.logging_nan_inf_filter = False
+        self.add_callback(self._finite)
         self.add_callback(_SyncReference(self.reference))
         self._means = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
 
@@ -251,14 +256,16 @@ class TRTrainer(Trainer):
         batch = inputs
         ref_logps = self.reference.logps(batch)
         logps = sequence_logps(model, batch)
-        self._check_finite(batch, logps, ref_logps)
         result, kl = self._loss(batch, logps, ref_logps)
         if batch.share > 0:
             mode = "train" if self.model.training else "eval"
             self._means[mode].record(batch, logps.detach(), result, kl)
             if mode == "train":  # in the state, so that a resumed run goes on counting
                 self.state.num_input_tokens_seen += batch.num_tokens
-        loss = result.loss * batch.share
+        step = self.state.global_step + 1
+        loss = self._finite.guarded(result.loss, logps, ref_logps, batch.rows, step) * batch.share
+        if self.is_deepspeed_enabled:  # its backward steps
+            self._finite.check()
         return (loss, {"logps": logps}) if return_outputs else loss
 
     def _loss(
@@ -284,19 +291,6 @@ class TRTrainer(Trainer):
                 result.loss, result.chosen_rewards * chosen, result.rejected_rewards * rejected
             )
         return result, None
-
-    def _check_finite(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> None:
-        finite = torch.isfinite(logps.detach()) & torch.isfinite(ref_logps)
-        if bool(finite.all()):
-            return
-        examples = (~finite).view(2, -1).any(0).nonzero()[:, 0].tolist()
-        rows = ", ".join(str(batch.rows[i]) for i in examples[:5])
-        who = "policy" if not bool(torch.isfinite(logps).all()) else "reference"
-        raise ValueError(
-            f"step {self.state.global_step + 1}: the {who}'s log-probs of row {rows} are NaN or "
-            "infinite; expected finite numbers (check the model's weights, the learning rate, or "
-            "fp16 overflow)"
-        )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
@@ -331,8 +325,15 @@ class TRTrainer(Trainer):
                     self._means["eval"].add("kl/initial", kl, batch.grad_tokens)
         return loss, None, None
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._finite.grad_norm = norm = super()._get_grad_norm(model, grad_norm)
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._finite.check()
         if "loss" in logs:
+            if self._finite.skipped:
+                logs["tr/skipped_steps"] = self._finite.skipped
             logs.update(self._means["train"].pop(self.accelerator))
             tokens = torch.tensor(float(self.state.num_input_tokens_seen), device=self.args.device)
             total = self.accelerator.reduce(tokens, reduction="sum")
@@ -343,6 +344,7 @@ class TRTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._finite.check()
         averages = self._means["eval"].pop(self.accelerator)
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in averages.items()}
         output.metrics.update(prefixed)  # pyright: ignore[reportOptionalMemberAccess]
@@ -359,9 +361,13 @@ class TRTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         reshard(self.model)  # an evaluation leaves the head's weights gathered, under other names
+        self._finite.check()
+        check_weights(self.model)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial) -> None:
+        self._finite.check()
+        check_weights(self.model)
         if not self.args.save_only_model:
             run = Path(self._get_output_dir(trial))
             self.reference.save(run / f"checkpoint-{self.state.global_step}" / REFERENCE_FOLDER)
