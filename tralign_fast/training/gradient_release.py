@@ -66,6 +66,9 @@ class GradientRelease(Optimizer):
             )
         self.optimizer = optimizer
         self._stepped: set[Tensor] = set()
+        # () float32 on the device: 1 once a gradient of this backward was NaN or infinite
+        self.found_inf = torch.zeros((), device=parameters[0].device if parameters else "cpu")
+        self._flags: dict[Tensor, Tensor] = {}  # the same after each parameter
         release = weakref.WeakMethod(self._release)
 
         def hook(parameter: Tensor) -> None:
@@ -84,14 +87,31 @@ class GradientRelease(Optimizer):
                 "one backward a step is possible (and gradient checkpointing with "
                 "use_reentrant=False)"
             )
+        assert parameter.grad is not None
         self._stepped.add(parameter)
+        # its largest element, or NaN: a sum of squares might overflow
+        largest = torch.linalg.vector_norm(parameter.grad, float("inf"))
+        bad = torch.isfinite(largest).logical_not()
+        self.found_inf = torch.maximum(self.found_inf, bad.to(self.found_inf))
+        if takes_found_inf(self.optimizer):
+            self.optimizer.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+            self._flags[parameter] = self.found_inf
+        elif bool(self.found_inf):
+            parameter.grad = None
+            return
         self.optimizer.step()  # passes over every parameter that has no gradient: all others
         parameter.grad = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Nothing is left to do, but to take gradients again."""
+        """Nothing is left to do, but to count steps right and to take gradients again."""
         assert closure is None
         self._stepped.clear()
+        flags, self._flags = self._flags, {}
+        if isinstance(self.optimizer, BlockAdafactor) and bool(self.found_inf):
+            for parameter, flag in flags.items():
+                if bool(flag):
+                    self.optimizer.take_back(parameter)
+        self.found_inf = torch.zeros_like(self.found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
@@ -128,6 +148,15 @@ def releases(optimizer: Any) -> bool:
     return optimizer is not None
 
 
+def takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether an optimizer leaves out a step where its `found_inf`, a tensor on the device, is 1:
+    weights and states keep their bits. torch's fused kernels do, for `GradScaler`."""
+    if isinstance(optimizer, BlockAdafactor):
+        return True
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return fused and all(group.get("fused") for group in optimizer.param_groups)
+
+
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
@@ -153,6 +182,9 @@ class BlockAdafactor(Adafactor):
     but keeps bf16 statistics for bf16 weights, and its default ε (bf16's own, 8e-3, squared) hides
     the second moments of all gradients below 8e-3.
 
+    With `found_inf`, a () float32 tensor of 1 on the device, a step changes neither weights nor
+    statistics, but for the number of steps on the host, which `take_back` corrects.
+
     Raises:
         ValueError: `beta1` is set: it would keep a first moment of the size of the weights.
     """
@@ -161,6 +193,14 @@ class BlockAdafactor(Adafactor):
         if options.get("beta1") is not None:
             raise ValueError("BlockAdafactor keeps no first moment: expected beta1=None")
         super().__init__(params, **options)
+        self.found_inf: Tensor | None = None
+
+    def take_back(self, parameter: Tensor) -> None:
+        """Corrects the number of steps after one with `found_inf`."""
+        state = self.state[parameter]
+        state["step"] -= 1
+        if state["step"] == 0:
+            del self.state[parameter]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -189,6 +229,8 @@ class BlockAdafactor(Adafactor):
         for name, value in state.items():  # torch casts a loaded state to the weight's dtype
             if isinstance(value, Tensor) and value.dtype != exact:
                 state[name] = value.to(exact)
+        skip = None if self.found_inf is None else self.found_inf > 0
+        before = {n: v.clone() for n, v in state.items() if isinstance(v, Tensor)}
         state["step"] += 1
         if group["scale_parameter"]:
             state["RMS"] = torch.linalg.vector_norm(weight, dtype=exact) / math.sqrt(weight.numel())
@@ -208,11 +250,16 @@ class BlockAdafactor(Adafactor):
             total += _scaled(g, factors, index).square_().sum()
         rms = total.div_(weight.numel()).sqrt_()
         size = lr / (rms / group["clip_threshold"]).clamp_(min=1.0)
+        keep = 1 - group["weight_decay"] * lr
+        if skip is not None:
+            keep = torch.where(skip, 1.0, torch.as_tensor(keep, device=weight.device))
+            state.update({name: torch.where(skip, v, state[name]) for name, v in before.items()})
         for index in _blocks(g):
             moved = w[index].to(exact)
             if group["weight_decay"]:
-                moved.mul_(1 - group["weight_decay"] * lr)
-            moved.sub_(_scaled(g, factors, index).mul_(size))
+                moved.mul_(keep)
+            step = _scaled(g, factors, index).mul_(size)
+            moved.sub_(step if skip is None else step.masked_fill_(skip, 0.0))
             if weight.dtype in (torch.bfloat16, torch.float16):
                 noise = torch.empty_like(moved, dtype=torch.int32).random_(1 << 16)
                 round_stochastically_(moved, weight.dtype, noise)

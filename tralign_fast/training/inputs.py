@@ -38,7 +38,8 @@ def tokenized(
     if dataset is None:
         return None
     paired = args.objective.paired
-    rows = (tokenize_pairs if paired else tokenize_unpaired)(
+    tokenize: Any = tokenize_pairs if paired else tokenize_unpaired
+    rows = tokenize(
         dataset,
         tokenizer,
         max_length=args.max_length,

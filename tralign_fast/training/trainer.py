@@ -52,6 +52,7 @@ from tralign_fast.training.distribution import (
     take_off_autocast,
     take_over_compilation,
 )
+from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease, releases
 from tralign_fast.training.inputs import collator_of, tokenized
 from tralign_fast.training.lookahead import Lookahead
@@ -147,6 +148,10 @@ class TRTrainer(ResumableTrainer):
         self.reference.run = {"data": digest(train_dataset)}
         self.accelerator.print(f"reference: {place} ({why})", file=sys.stderr)
         self._lookahead = Lookahead(self)
+        self._finite = FiniteSteps()
+        # what is not finite shows in the logs, and asking each loss would wait for the device
+        args.logging_nan_inf_filter = False
+        self.add_callback(self._finite)
         self.add_callback(_SyncReference(self.reference, self._lookahead))
         self._means = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
 
@@ -306,13 +311,16 @@ class TRTrainer(ResumableTrainer):
             lengths=batch.completion_lengths, token_weights=batch.token_weights,
             example_weights=weights, nll_tokens=batch.nll_tokens,
         )  # fmt: skip
-        self._check_finite(batch, result.logps, ref_logps)
         if batch.share > 0:
             mode = "train" if self.model.training else "eval"
             self._means[mode].record(result.totals, batch.share)
             if mode == "train":  # in the state, so that a resumed run goes on counting
                 self.state.num_input_tokens_seen += batch.num_tokens
-        loss = result.loss if batch.share == 1.0 else result.loss * batch.share
+        step = self.state.global_step + 1
+        loss = self._finite.guarded(result.loss, result.logps, ref_logps, batch.rows, step)
+        loss = loss if batch.share == 1.0 else loss * batch.share
+        if self.is_deepspeed_enabled:  # its backward steps
+            self._finite.check()
         return (loss, {"logps": result.logps}) if return_outputs else loss
 
     def _policy_logps(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
@@ -331,19 +339,6 @@ class TRTrainer(ResumableTrainer):
             gap = batch.sum_per_sequence(logps.detach()) - ref_logps
             kl = gap[len(batch) :].mean()
         return self.accelerator.reduce(kl, reduction="mean")  # pyright: ignore[reportReturnType]
-
-    def _check_finite(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> None:
-        finite = torch.isfinite(logps.detach()) & torch.isfinite(ref_logps)
-        if bool(finite.all()):
-            return
-        examples = (~finite).view(2, -1).any(0).nonzero()[:, 0].tolist()
-        rows = ", ".join(str(batch.rows[i]) for i in examples[:5])
-        who = "policy" if not bool(torch.isfinite(logps).all()) else "reference"
-        raise ValueError(
-            f"step {self.state.global_step + 1}: the {who}'s log-probs of row {rows} are NaN or "
-            "infinite; expected finite numbers (check the model's weights, the learning rate, or "
-            "fp16 overflow)"
-        )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
@@ -385,8 +380,15 @@ class TRTrainer(ResumableTrainer):
                     self._means["eval"].add("kl/initial", kl, batch.grad_tokens)
         return loss, None, None
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._finite.grad_norm = norm = super()._get_grad_norm(model, grad_norm)
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._finite.check()
         if "loss" in logs:
+            if self._finite.skipped:
+                logs["tr/skipped_steps"] = self._finite.skipped
             logs.update(self._means["train"].pop(self.accelerator))
             tokens = torch.tensor(float(self.state.num_input_tokens_seen), device=self.args.device)
             total = self.accelerator.reduce(tokens, reduction="sum")
@@ -398,6 +400,7 @@ class TRTrainer(ResumableTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._check_not_released()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._finite.check()
         averages = self._means["eval"].pop(self.accelerator)
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in averages.items()}
         output.metrics.update(prefixed)  # pyright: ignore[reportOptionalMemberAccess]
@@ -408,6 +411,16 @@ class TRTrainer(ResumableTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._check_not_released()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._finite.check()
+        check_weights(self.model)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._finite.check()
+        check_weights(self.model)
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
