@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from tralign_fast.data.packing import PrefixLayout
 from tralign_fast.model.patching import Patches, causal_lm_of, decoder_of
 
+LAST_MLP = "last MLP"  # the kind of the patches
+
 
 def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> Callable[[], None]:
     """Runs the last layer's MLP on the rows of a packed batch that are scored; returns its undo.
@@ -26,8 +28,8 @@ def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> Callable[[], None]:
     )
     if attention is not None and mlp is not None:
         handover = _Handover()
-        patches.forward(attention, "last MLP", handover.attention_forward)
-        patches.forward(mlp, "last MLP", handover.mlp_forward)
+        patches.forward(attention, LAST_MLP, handover.attention_forward)
+        patches.forward(mlp, LAST_MLP, handover.mlp_forward)
     return patches.undo
 
 
