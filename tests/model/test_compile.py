@@ -12,10 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, TrainingArguments
 
+from tests.model.test_attention import build, collate
 from tests.training.distributed_run import COMPILED
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history
 from tralign_fast.model import prepare
+from tralign_fast.model.scoring import sequence_logps
 from tralign_fast.training.distribution import take_over_compilation
 
 
@@ -55,6 +57,25 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(case, tiny_llama, small_t
     assert watch.graphs[2] > 0
     assert case == "adapter" or watch.graphs[2] == watch.graphs[-1]
     assert names == [name for name, _ in model.named_parameters()]
+
+
+def test_a_checkpoint_runs_a_layer_again_by_the_graph_of_its_forward():
+    """Autocast: graphs that end in other places save other tensors, and a checkpoint counts."""
+    model = build("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for compiled in (False, True):
+        with prepare.prepare_model(model) as prepared:
+            if compiled:
+                prepared.compile_layers(backend="aot_eager", dynamic=True)
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                logps = sequence_logps(model, collate())
+            logps.sum().backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+    assert counters["stats"]["unique_graphs"] > 0
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
 class CountGraphs(TrainerCallback):

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from tralign_fast.data.packing import PrefixLayout
 from tralign_fast.model.patching import Patches, causal_lm_of, decoder_of
 
+LAST_MLP = "last MLP"  # the kind of the patches
+
 
 def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> Callable[[], None]:
     """Runs the last layer's MLP on the rows of a packed batch that are scored; returns its undo.
@@ -27,8 +29,8 @@ def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> Callable[[], None]:
     if attention is not None and mlp is not None:
         handover = _Handover()
         methods: Any = handover  # torch's decorator hides from a checker that they are methods
-        patches.forward(attention, "last MLP", methods.attention_forward)
-        patches.forward(mlp, "last MLP", methods.mlp_forward)
+        patches.forward(attention, LAST_MLP, methods.attention_forward)
+        patches.forward(mlp, LAST_MLP, methods.mlp_forward)
     return patches.undo
 
 

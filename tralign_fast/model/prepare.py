@@ -15,9 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.model.attention import enable_prefix_attention
 from tralign_fast.model.cpu import speed_up_linears
-from tralign_fast.model.last_mlp import leave_prompts_out_of_last_mlp
+from tralign_fast.model.last_mlp import LAST_MLP, leave_prompts_out_of_last_mlp
 from tralign_fast.model.masks import watch_masks
-from tralign_fast.model.patching import Patches, causal_lm_of
+from tralign_fast.model.patching import Patches, causal_lm_of, has_forward
 from tralign_fast.model.scoring import enable_logprobs, sequence_logps
 from tralign_fast.ops.backend import warn_once
 
@@ -102,6 +102,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def compile_layers(model: PreTrainedModel, **options: Any) -> Callable[[], None]:
     """Compiles the decoder layers in place, with `torch.compile(**options)`; returns its undo.
 
+    A layer whose MLP runs on the scored rows alone stays as it is. Its graphs break off at the MLP
+    and fit the other layers as well: gradient checkpointing would now and then run those again by
+    another graph than the first time, which saves other tensors.
+
     Raises:
         ValueError: no layers were found.
     """
@@ -111,6 +115,8 @@ def compile_layers(model: PreTrainedModel, **options: Any) -> Callable[[], None]
         raise ValueError(f"torch_compile: found no decoder layers in {name}; leave it out")
     patches = Patches()
     for layer in layers:
+        if any(has_forward(module, LAST_MLP) for module in layer.modules()):
+            continue
         # as `Module.compile` does it
         patches.attribute(layer, "_compiled_call_impl", torch.compile(layer._call_impl, **options))
     return patches.undo
