@@ -48,7 +48,7 @@ def follow_schedule(optimizer: Any, scheduler: Any, base_lrs: list[float]) -> No
     scheduler = getattr(scheduler, "scheduler", scheduler)
     if type(scheduler) is not LambdaLR:  # others compute a rate from the one before
         return
-    scheduler.base_lrs = base_lrs
+    scheduler.base_lrs = [*base_lrs]
     rates = zip(optimizer.param_groups, base_lrs, scheduler.lr_lambdas, strict=True)
     for group, base, factor in rates:
         group["initial_lr"] = base

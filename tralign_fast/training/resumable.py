@@ -123,6 +123,7 @@ class ResumableTrainer(Trainer):
 
     def _options(self) -> dict[str, Any]:
         if self._facts is None:  # before anything shards or wraps the model
+            assert self.model is not None
             self._facts = {**model_facts(self.model), **self.reference.run}
         return recorded_options(self.args, self.reference.name, self._facts)
 
@@ -209,9 +210,8 @@ class ResumableTrainer(Trainer):
                 folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=not on_host
             )
             load_exactly(self.optimizer, state)
-            self.lr_scheduler.load_state_dict(  # pyright: ignore[reportOptionalMemberAccess]
-                torch.load(folder / SCHEDULER_NAME, weights_only=True)
-            )
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         follow_schedule(self.optimizer, self.lr_scheduler, base_lrs)
 
 
