@@ -218,6 +218,8 @@ def start(case: Case, folder: Path, resume: bool, die_at: int | None = None) -> 
             if rank == 0:
                 (folder / "touches.json").write_text(str(touches[0]))
             code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
         except BaseException:
             traceback.print_exc()
         finally:

@@ -415,7 +415,7 @@ def test_resume(tiny_llama, small_tokenizer, tmp_path):
     assert not list(folder.glob("model*.safetensors"))
     other = make(policy, small_tokenizer, tmp_path, rows=rows, adapter_tolerance=1e-3, **extra)
     with pytest.raises(
-        ValueError, match="resume with the options and the data it was started with"
+        ValueError, match=r"adapter_tolerance: 1e-06 there, 0.001 here\): resume with those"
     ):
         other.train(resume_from_checkpoint=str(folder))
 

@@ -299,7 +299,8 @@ def test_the_best_checkpoint_is_kept_and_known_by_its_name(tiny_llama, small_tok
     ids=["adafactor", "adafactor-release", "adamw"],
 )
 def test_bf16_weights_resume_exactly(extra, small_tokenizer, tmp_path):
-    model = make_tiny_llama(small_tokenizer).to(torch.bfloat16)
+    model: Any = make_tiny_llama(small_tokenizer)
+    model = model.to(torch.bfloat16)
     options = {**SAVING, "learning_rate": 2e-2, "gradient_release": False, **extra}
     whole = make(model, small_tokenizer, tmp_path, **options)
     expected = history(whole)
@@ -347,7 +348,7 @@ def test_what_changes_the_objective_or_the_order_is_refused(
 
 
 def test_another_model_or_dtype_is_refused(finished, small_tokenizer):
-    model = make_tiny_llama(small_tokenizer)
+    model: Any = make_tiny_llama(small_tokenizer)
     models = {
         "dtype": model.to(torch.bfloat16),
         "model": make_tiny_llama(small_tokenizer, hidden_size=16),
@@ -429,9 +430,24 @@ def test_a_second_train_goes_on_from_the_model_and_the_reference(extra, small_to
             assert mine == pytest.approx(theirs, rel=1e-5)
 
 
+def test_another_runs_kept_weights_are_not_written_over(tiny_llama, small_tokenizer, tmp_path):
+    """Its checkpoints hold the file by a hard link."""
+    extra = {**SAVING, "max_steps": 2, **PLACES["frozen"]}
+    history(make(tiny_llama, small_tokenizer, tmp_path, **extra))
+    with torch.no_grad():
+        for parameter in tiny_llama.parameters():
+            parameter.mul_(1.1)
+    history(make(tiny_llama, small_tokenizer, tmp_path, **extra, overwrite_output_dir=True))
+    old = check_manifest(tmp_path / "previous-1" / "checkpoint-2")
+    new = check_manifest(tmp_path / "checkpoint-2")
+    name = "reference/window-start.safetensors"
+    assert old["files"][name] != new["files"][name]
+
+
 def test_a_second_train_with_gradient_release(tiny_llama, small_tokenizer, tmp_path):
     losses = []
-    for extra in ({"gradient_release": True}, {}):
+    options: list[dict[str, Any]] = [{"gradient_release": True}, {}]
+    for extra in options:
         trainer = make(
             tiny_llama, small_tokenizer, tmp_path, max_steps=2, max_grad_norm=0.0, **extra
         )
@@ -494,6 +510,35 @@ def test_a_signal_saves_and_ends(number, finished, tiny_llama, small_tokenizer, 
     again = make(tiny_llama, small_tokenizer, tmp_path, **extra)
     again.train(resume_from_checkpoint=True)
     assert losses_of(again) == finished[1]
+
+
+TWO = """
+import dataclasses, os, signal, sys, time
+from pathlib import Path
+import tralign_fast.training.trainer
+from benchmarks.kill import CASES, start, wait
+
+folder = Path(sys.argv[1])
+case = CASES["resident, DPO, two processes"]
+case = dataclasses.replace(case, options={**case.options, "max_steps": 5000, "save_steps": 10000})
+sys.stdout.reconfigure(line_buffering=True)
+children = start(case, folder, resume=False)
+log = folder / "log-0.txt"
+while not (log.exists() and "'loss'" in log.read_text()):
+    time.sleep(0.05)
+os.kill(children[1], signal.SIGTERM)
+assert wait(children, 120) == [143, 143]
+"""
+
+
+def test_a_signal_to_one_of_two_processes_ends_both_at_one_step(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TWO, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < set(check_manifest(checkpoint)["files"])
 
 
 def test_what_nohup_ignores_stays_ignored(tiny_llama, small_tokenizer, tmp_path):

@@ -108,6 +108,8 @@ class SnapshotReference(WindowedReference):
         trained = {n: p for n, p in named_parameters(self.policy).items() if p.requires_grad}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if self._writes():  # checkpoints of an earlier run may hold the same file
+                self._own(folder).unlink(missing_ok=True)
             self._save_tensors(folder, _KEPT_FILE, {n: p.detach() for n, p in trained.items()})
             self._kept = folder
         except (OSError, SafetensorError) as error:
@@ -119,7 +121,7 @@ class SnapshotReference(WindowedReference):
 
     def save_weights(self, folder: Path) -> None:
         super().save_weights(folder)
-        if self._kept is not None and (is_sharded(self.policy) or process_index() == 0):
+        if self._kept is not None and self._writes():
             source = self._own(self._kept)
             _link(source, folder / source.name)
 
@@ -131,10 +133,13 @@ class SnapshotReference(WindowedReference):
             return
         assert self.folder is not None
         self._kept = self.folder / KEPT_FOLDER  # the checkpoint will be deleted
-        if is_sharded(self.policy) or process_index() == 0:
+        if self._writes():
             self._kept.mkdir(parents=True, exist_ok=True)
             _link(source, self._kept / source.name)
         _barrier()
+
+    def _writes(self) -> bool:
+        return is_sharded(self.policy) or process_index() == 0
 
     def _own(self, folder: Path) -> Path:
         return own_file(folder, _KEPT_FILE) if is_sharded(self.policy) else folder / _KEPT_FILE
