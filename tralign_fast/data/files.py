@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 PACKED = (".gz", ".zst")
 _DEEP = 64  # levels that a table of Arrow can hold
+_BEGIN = re.compile(rb"\s*\{\s*[^\s}]")  # of an object that is not empty
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _BOM = b"\xef\xbb\xbf"
 
@@ -69,7 +70,11 @@ def read_files(files: list[Path], reader: str) -> Dataset:
         except Fault:
             pass  # the parser below names the line, or reads what this reader does not
         else:
-            if not any(map(_has_times, dataset.features.values())):
+            kinds = {kind for f in dataset.features.values() for kind in _kinds(f)}
+            if "Json" in kinds:  # of rows of several shapes, whose parser lets some faults pass
+                for file in files:
+                    _check_lines(file)
+            if not any(kind.startswith("time") for kind in kinds):
                 return dataset
     return _table([row for file in files for row in _json_rows(file)], files[0])
 
@@ -88,12 +93,19 @@ def _load(reader: str, files: list[Path], **options: Any) -> Dataset:
         log.disabled = before
 
 
-def _has_times(feature: Any) -> bool:
-    """Whether text was taken for a point in time, as Arrow's JSON reader does with 2024-01-01."""
+def _kinds(feature: Any) -> Iterator[str]:
+    """The types of a column, also within lists and objects.
+
+    A time is text that Arrow's JSON reader took for one, as it does with 2024-01-01.
+    """
     if isinstance(feature, dict):
-        return any(map(_has_times, feature.values()))
-    inner = getattr(feature, "feature", None)
-    return _has_times(inner) if inner is not None else "time" in str(getattr(feature, "dtype", ""))
+        for inner in feature.values():
+            yield from _kinds(inner)
+    elif (inner := getattr(feature, "feature", None)) is not None:
+        yield from _kinds(inner)
+    else:
+        yield str(getattr(feature, "dtype", ""))
+        yield type(feature).__name__
 
 
 def _table(rows: list[dict[str, Any]], file: Path) -> Dataset:
@@ -179,9 +191,9 @@ def _is_plain(file: Path) -> bool:
     plain, rows = True, 0
     for number, line in _lines(file):
         _text(line, file, number)
-        begin = line.lstrip()[:1]
-        rows += begin == b"{"
-        plain = plain and begin in (b"{", b"") and not _may_be_deep(line)
+        begin = _BEGIN.match(line)
+        rows += begin is not None
+        plain = plain and (begin is not None or not line.strip()) and not _may_be_deep(line)
     return plain and rows > 0
 
 
@@ -216,13 +228,19 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
         whole = _parsed(text, file, "")
         items = whole if isinstance(whole, list) else [whole]
         return [_row(item, file, f"item {i + 1}") for i, item in enumerate(items)]
-    rows = []
-    for number, line in lines:
-        text = _text(line, file, number).removeprefix("\ufeff")
-        if text.strip():
-            place = f"line {number}"
-            rows.append(_row(_parsed(text, file, place), file, place))
-    return rows
+    return [row for number, line in lines for row in _line_rows(line, file, number)]
+
+
+def _line_rows(line: bytes, file: Path, number: int) -> list[dict[str, Any]]:
+    """The row of a line, none of a blank one."""
+    text = _text(line, file, number).removeprefix("\ufeff")
+    place = f"line {number}"
+    return [_row(_parsed(text, file, place), file, place)] if text.strip() else []
+
+
+def _check_lines(file: Path) -> None:
+    for number, line in _lines(file):
+        _line_rows(line, file, number)
 
 
 def _is_one_object(text: str) -> bool:

@@ -258,15 +258,14 @@ def _lend(dataset: Dataset, alone: list[int]) -> Dataset:
     if not alone:
         return dataset
     parts, end = [], 0
-    for i in alone:
-        row = {**dataset[i], "borrowed_ids": dataset[i - 1 if i else 1]["completion_ids"]}
-        parts += [
-            dataset.select(range(end, i)),
-            datasets.Dataset.from_list([row], dataset.features),
-        ]
+    for i in [*alone, len(dataset)]:
+        if end < i:
+            parts.append(dataset.select(range(end, i)))
+        if i < len(dataset):
+            row = {**dataset[i], "borrowed_ids": dataset[i - 1 if i else 1]["completion_ids"]}
+            parts.append(datasets.Dataset.from_list([row], dataset.features))
         end = i + 1
-    parts.append(dataset.select(range(end, len(dataset))))
-    return datasets.concatenate_datasets([part for part in parts if len(part)])
+    return datasets.concatenate_datasets(parts)
 
 
 def _described(bad: list[_Bad], among: str, name: str) -> tuple[str, str]:
@@ -302,11 +301,11 @@ class _Stream:
     policy: _Policy
     dropped: int = 0
     warned: bool = False
-    spare: list[int] | None = None  # the first completion, for rows that are alone in their batch
+    spare: tuple[list[int], list[int]] | None = None  # the stream's first prompt and completion
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> Row:
         made = self.job(batch, indices)
-        problems, overlong, merged, alone = (made.pop(mark) for mark in MARKS)
+        problems, overlong, merged, _ = (made.pop(mark) for mark in MARKS)
         rows = made["row"]
         bad = [_Bad(*mark) for mark in zip(rows, problems, overlong, strict=True) if mark[1]]
         refused, dropped = self.policy.split(bad)
@@ -320,17 +319,22 @@ class _Stream:
             _warn_merged(self.job.name, "at least one row", *examples[0])
         good = [i for i, problem in enumerate(problems) if not problem]
         if self.job.lends:
-            self._lend(made, [i for i in good if alone[i]], good, first=indices[0] == 0)
+            self._lend(made, good, first=indices[0] == 0)
         return {column: [values[i] for i in good] for column, values in made.items()}
 
-    def _lend(self, made: Row, alone: list[int], good: list[int], first: bool) -> None:
-        """The same in every pass over the stream: its first completion, not the last one seen."""
+    def _lend(self, made: Row, good: list[int], first: bool) -> None:
+        """The stream's first completion for rows that were read with no other prompt.
+
+        It is the same in every pass over the stream, which the last one seen is not.
+        """
         if first:
             self.spare = None
-        for i in alone:
-            made["borrowed_ids"][i] = self.spare or []
+        prompts = [made["prompt_ids"][i] for i in good]
+        if self.spare is not None and all(p == prompts[0] != self.spare[0] for p in prompts):
+            for i in good:
+                made["borrowed_ids"][i] = self.spare[1]
         if self.spare is None and good:
-            self.spare = made["completion_ids"][good[0]]
+            self.spare = prompts[0], made["completion_ids"][good[0]]
 
     def _count(self, row: int, problem: str) -> None:
         self.dropped += 1
