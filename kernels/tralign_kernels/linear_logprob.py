@@ -21,7 +21,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .ema import round_nearest
 from .launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot, pick
-from .logprob import DTYPES, check_vector, fold, logprob_naive, score
+from .logprob import (
+    DTYPES,
+    check_logsumexp,
+    check_vector,
+    fold,
+    logprob_naive,
+    score,
+    store_logsumexp,
+)
 
 # Halves whose rows are multiples of 16 elements. The first of a row is the default, the others are
 # tried with TRALIGN_AUTOTUNE=1. sm_90 was timed; the others are what fits without a spill.
@@ -169,15 +177,15 @@ def _linear_logprob_kernel(
 def _combine_kernel(
     peak_ptr,  # (splits, N) fp32
     mass_ptr,  # (splits, N) fp32
-    logsumexp_ptr,  # (N,) fp32, running
+    logsumexp_ptr,  # (N, 2) fp32, running
     N,
     splits,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
-    peak = tl.load(logsumexp_ptr + row, mask=inside, other=0.0)
-    mass = tl.full((BLOCK,), 1.0, tl.float32)
+    peak = tl.load(logsumexp_ptr + 2 * row, mask=inside, other=0.0)
+    mass = tl.exp(tl.load(logsumexp_ptr + 2 * row + 1, mask=inside, other=0.0))
     for _ in range(0, splits):
         other_peak = tl.load(peak_ptr + row, mask=inside, other=0.0)
         other_mass = tl.load(mass_ptr + row, mask=inside, other=0.0)
@@ -188,7 +196,7 @@ def _combine_kernel(
         peak_ptr += N
         mass_ptr += N
     pivot = tl.where(peak == -float("inf"), 0.0, peak)
-    tl.store(logsumexp_ptr + row, pivot + tl.log(mass), mask=inside)
+    store_logsumexp(logsumexp_ptr, row, pivot, tl.log(mass), inside)
 
 
 def linear_logprob_forward_(
@@ -196,7 +204,7 @@ def linear_logprob_forward_(
     weight: Tensor,  # (W, H) of the same dtype, unit column stride, any row stride
     targets: Tensor,  # (N,) int64
     start: int,
-    logsumexp: Tensor,  # (N,) float32, read and written
+    logsumexp: Tensor,  # (N, 2) float32, read and written: see `logprob_forward_`
     target_logit: Tensor,  # (N,) float32, written where the target lies in the tile
     *,
     bias: Tensor | None = None,  # (W,) of the same dtype
@@ -290,8 +298,9 @@ def _check(
         check_vector(bias, weight.shape[0], hidden.dtype)
         assert bias.is_contiguous(), bias.stride()
     check_vector(targets, N, torch.int64)
+    check_logsumexp(logsumexp, N)
+    check_vector(target_logit, N, torch.float32)
     for vector in (logsumexp, target_logit):
-        check_vector(vector, N, torch.float32)
         assert vector.is_contiguous(), vector.stride()
 
 
@@ -397,13 +406,13 @@ def traffic(N: int, W: int, H: int, size: int, launch: DotLaunch, bias: bool) ->
     operands = (columns * N + row_blocks * W) * H * size
     # targets are read for every item; its two numbers are written
     vectors = N * (splits * (8 + 8) + 4) + bias * row_blocks * W * size
-    least = (N + W) * H * size + N * (8 + 4 + 4) + bias * W * size
+    least = (N + W) * H * size + N * (8 + 8 + 4) + bias * W * size
     return {"moved": operands + vectors, "minimum": least}
 
 
 def _combine_configuration() -> dict[str, Any]:
     N, splits = 2048, triton.cdiv(128_256, _SPLIT)
-    traffic = 8 * N * splits + 8 * N
+    traffic = 8 * N * splits + 16 * N
     return {
         "name": "linear_logprob combine",
         "fn": _combine_kernel,

@@ -9,6 +9,9 @@ which the kernels compute with two constants, folded on the host in fp64 and rou
 
     z = x · inner               inner = logit_scale · inverse_temperature
     z = tanh(x · inner) · outer inner = logit_scale / softcap, outer = softcap · inverse_temperature
+
+A logsumexp is a pair of fp32 numbers, whose sum it is: the nearest one, and what that is off by.
+Logits of 1,000 have a spacing of 6e-5, and so would their log-probs.
 """
 
 from typing import Any
@@ -76,11 +79,23 @@ def score_and_slope(x, inner, outer, SOFTCAP: tl.constexpr):
     return z, slope
 
 
+@triton.jit
+def store_logsumexp(logsumexp_ptr, row, pivot, rest, mask=None):
+    """logsumexp[row] ← pivot + rest, as a pair."""
+    high = pivot + rest
+    # what rounding cut off (Knuth 1969, 4.2.2, theorem B); infinities have none
+    part = high - pivot
+    low = (pivot - (high - part)) + (rest - part)
+    low = tl.where(tl.abs(high) < float("inf"), low, 0.0)
+    tl.store(logsumexp_ptr + 2 * row, high, mask=mask)
+    tl.store(logsumexp_ptr + 2 * row + 1, low, mask=mask)
+
+
 @triton.jit(do_not_specialize=["start"])
 def _logprob_forward_kernel(
     logits_ptr,  # (N, W)
     targets_ptr,  # (N,) int64
-    logsumexp_ptr,  # (N,) fp32, running
+    logsumexp_ptr,  # (N, 2) fp32, running
     target_logit_ptr,  # (N,) fp32
     start,
     W,
@@ -108,11 +123,11 @@ def _logprob_forward_kernel(
         mass = mass * tl.exp(peak - pivot) + tl.exp(z - pivot)
         peak = new_peak
 
-    carried = tl.load(logsumexp_ptr + row)
-    top = tl.maximum(peak, carried)
+    high, low = tl.load(logsumexp_ptr + 2 * row), tl.load(logsumexp_ptr + 2 * row + 1)
+    top = tl.maximum(peak, high)
     pivot = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(mass, axis=0) * tl.exp(peak - pivot) + tl.exp(carried - pivot)
-    tl.store(logsumexp_ptr + row, pivot + tl.log(total))
+    total = tl.sum(mass, axis=0) * tl.exp(peak - pivot) + tl.exp(high - pivot + low)
+    store_logsumexp(logsumexp_ptr, row, pivot, tl.log(total))
 
     column = tl.load(targets_ptr + row) - start
     inside = (column >= 0) & (column < W)
@@ -124,7 +139,7 @@ def _logprob_forward_kernel(
 def _logprob_backward_kernel(
     logits_ptr,  # (N, W), overwritten
     targets_ptr,  # (N,) int64
-    logsumexp_ptr,  # (N,) fp32
+    logsumexp_ptr,  # (N, 2) fp32
     grad_ptr,  # (N,) fp32
     start,
     W,
@@ -141,12 +156,12 @@ def _logprob_backward_kernel(
     inside = column < W
     logits_ptr += row * row_stride
     target = tl.load(targets_ptr + row) - start
-    logsumexp = tl.load(logsumexp_ptr + row)
+    high, low = tl.load(logsumexp_ptr + 2 * row), tl.load(logsumexp_ptr + 2 * row + 1)
     grad = tl.load(grad_ptr + row)
     x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
     z, slope = score_and_slope(x, inner, outer, SOFTCAP)
     at_target = tl.where(column == target, 1.0, 0.0)
-    result = grad * (at_target - tl.exp(z - logsumexp)) * slope
+    result = grad * (at_target - tl.exp(z - high - low)) * slope
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     tl.store(logits_ptr + column, round_nearest(result, dtype), mask=inside)
 
@@ -155,7 +170,7 @@ def logprob_forward_(
     logits: Tensor,  # (N, W) fp32, bf16 or fp16, unit column stride, any row stride
     targets: Tensor,  # (N,) int64
     start: int,
-    logsumexp: Tensor,  # (N,) float32, read and written
+    logsumexp: Tensor,  # (N, 2) float32, read and written
     target_logit: Tensor,  # (N,) float32, written where the target lies in the tile
     **transform: float | None,  # of `fold`
 ) -> None:
@@ -163,14 +178,14 @@ def logprob_forward_(
 
     In PyTorch, with z the scores of the tile in fp32 (see the module):
 
-        logsumexp.copy_(torch.logaddexp(logsumexp, z.logsumexp(1)))
+        logsumexp.copy_(torch.logaddexp(logsumexp, z.logsumexp(1)))  # of the sum of each pair
         inside = (targets >= start) & (targets < start + W)
         target_logit[inside] = z[inside, targets[inside] - start]
 
-    After the last tile the log-probs are `target_logit - logsumexp`. The caller fills `logsumexp`
-    with -inf and `target_logit` with NaN before the first, so that a target outside the vocabulary
-    gives NaN. A logit of -inf is a masked column; NaN or +inf make the row's log-prob NaN. (A
-    softcap makes ±inf finite.) Traffic: the logits are read once.
+    After the last tile the log-probs are `target_logit - logsumexp[:, 0] - logsumexp[:, 1]`. The
+    caller fills `logsumexp` with (-inf, 0) and `target_logit` with NaN before the first, so that a
+    target outside the vocabulary gives NaN. A logit of -inf is a masked column; NaN or +inf make
+    the row's log-prob NaN. (A softcap makes ±inf finite.) Traffic: the logits are read once.
     """
     N, _ = _check_tile(logits, targets, logsumexp, target_logit)
     assert logsumexp.is_contiguous(), logsumexp.stride()
@@ -187,7 +202,7 @@ def logprob_backward_(
     logits: Tensor,  # (N, W) fp32, bf16 or fp16, unit column stride, any row stride; overwritten
     targets: Tensor,  # (N,) int64
     start: int,
-    logsumexp: Tensor,  # (N,) float32, over all V columns
+    logsumexp: Tensor,  # (N, 2) float32, over all V columns
     grad: Tensor,  # (N,) float32, gradient of the log-probs
     **transform: float | None,  # of `fold`
 ) -> None:
@@ -196,7 +211,7 @@ def logprob_backward_(
     In PyTorch, with z the scores of the tile in fp32 (see the module):
 
         onehot = arange(start, start + W) == targets[:, None]
-        logits.copy_(grad[:, None] * (onehot - exp(z - logsumexp[:, None])) * dz/dx)
+        logits.copy_(grad[:, None] * (onehot - exp(z - logsumexp.sum(1)[:, None])) * dz/dx)
 
     with dz/dx = logit_scale · inverse_temperature, times 1 - tanh²(x · logit_scale / softcap) if
     softcap. fp32 inside, rounded once. A target outside the tile has no onehot there. Traffic: the
@@ -262,7 +277,7 @@ def _check_tile(
     assert logits.dtype in DTYPES, logits.dtype
     assert W <= 1 or logits.stride(1) == 1, logits.stride()
     check_vector(targets, N, torch.int64)
-    check_vector(logsumexp, N, torch.float32)
+    check_logsumexp(logsumexp, N)
     check_vector(vector, N, torch.float32)
     return N, W
 
@@ -270,6 +285,11 @@ def _check_tile(
 def check_vector(vector: Tensor, N: int, dtype: torch.dtype) -> None:
     assert vector.shape == (N,), (vector.shape, N)
     assert vector.dtype == dtype, (vector.dtype, dtype)
+
+
+def check_logsumexp(logsumexp: Tensor, N: int) -> None:
+    assert logsumexp.shape == (N, 2), (logsumexp.shape, N)
+    assert logsumexp.dtype == torch.float32, logsumexp.dtype
 
 
 def aot_configurations(backend: str) -> list[dict[str, Any]]:
@@ -321,10 +341,10 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
 
 def traffic(backward: bool, N: int, W: int, size: int, block: int) -> dict[str, int]:
     """Bytes that a kernel asks for (caches serve some), and that any kernel must."""
-    if backward:  # three numbers a row, again for every block of columns
-        tile, vectors = 2 * N * W * size, N * (8 + 4 + 4)
+    if backward:  # four numbers a row, again for every block of columns
+        tile, vectors = 2 * N * W * size, N * (8 + 8 + 4)
         return {"moved": tile + triton.cdiv(W, block) * vectors, "minimum": tile + vectors}
-    tile, vectors = N * W * size, N * (8 + 4 + 4 + 4)
+    tile, vectors = N * W * size, N * (8 + 8 + 8 + 4)
     return {"moved": tile + N * size + vectors, "minimum": tile + vectors}  # the target: twice
 
 

@@ -55,7 +55,7 @@ def strided(matrix: Tensor, extra: int = 11) -> Tensor:
 
 def run(hidden, weight, targets, bias=None, widths=(), **options) -> tuple[Tensor, Tensor]:
     """(logsumexp, target_logit), a part of the vocabulary a call."""
-    logsumexp = torch.full(targets.shape, -INF, device=hidden.device)
+    logsumexp = torch.tensor([[-INF, 0.0]], device=hidden.device).repeat(len(targets), 1)
     target_logit = torch.full(targets.shape, NAN, device=hidden.device)
     start = 0
     for width in widths or (len(weight),):
@@ -65,7 +65,7 @@ def run(hidden, weight, targets, bias=None, widths=(), **options) -> tuple[Tenso
             hidden, weight[rows], targets, start, logsumexp, target_logit, bias=part, **options
         )
         start += width
-    return logsumexp, target_logit
+    return logsumexp.sum(1), target_logit
 
 
 def check(actual, hidden, weight, targets, bias=None, **options) -> None:

@@ -35,6 +35,11 @@ def make(
     return logits.to(device), targets.to(device), grad.to(device)
 
 
+def no_column(rows: int, device: torch.device) -> Tensor:
+    """The logsumexp before the first tile."""
+    return torch.tensor([[-INF, 0.0]], device=device).repeat(rows, 1)
+
+
 def run(
     logits: Tensor, targets: Tensor, grad: Tensor, widths: Sequence[int] = (), **options
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +50,7 @@ def run(
     rows, columns = logits.shape
     widths = widths or (columns,)
     assert sum(widths) == columns
-    logsumexp = torch.full((rows,), -INF, device=logits.device)
+    logsumexp = no_column(rows, device=logits.device)
     target_logit = torch.full((rows,), NAN, device=logits.device)
     d_logits = torch.full_like(logits, NAN)
     parts, start = [], 0
@@ -61,7 +66,7 @@ def run(
         logprob_backward_(buffer[:, :width], targets, start, logsumexp, grad, **options)
         assert buffer[:, width:].isnan().all()
         d_logits[:, start : start + width] = buffer[:, :width]
-    return logsumexp, target_logit, d_logits
+    return logsumexp.sum(1), target_logit, d_logits
 
 
 def check(
@@ -156,6 +161,29 @@ def test_many_tiles(device, dtype) -> None:
     assert (logsumexp.cpu().double() - exact).abs().max() <= 32**0.5 * 2**-24 * exact.abs().max()
 
 
+@pytest.mark.parametrize("offset", [0, 1_000, -10_000, 100_000])
+@pytest.mark.parametrize("widths", [(V,), WIDTHS])
+def test_a_common_offset_costs_no_digits(device, offset, widths) -> None:
+    """Log-probs and gradients as good as log_softmax makes them, which subtracts first."""
+    logits, targets, grad = make(9, V, torch.float32, device)
+    logits += offset
+    logsumexp, target_logit = no_column(9, device), torch.full((9,), NAN, device=device)
+    parts = [part.clone() for part in logits.split(widths, 1)]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    for part, start in zip(parts, starts, strict=True):
+        logprob_forward_(part, targets, start, logsumexp, target_logit)
+    for part, start in zip(parts, starts, strict=True):
+        logprob_backward_(part, targets, start, logsumexp, grad)
+    results = [(target_logit - logsumexp[:, 0] - logsumexp[:, 1]).cpu(), torch.cat(parts, 1).cpu()]
+    for dtype in (torch.float32, torch.float64):
+        leaf = logits.cpu().to(dtype).requires_grad_()
+        out = leaf.log_softmax(1).gather(1, targets.cpu()[:, None])[:, 0]
+        results += [out.detach(), *torch.autograd.grad(out, leaf, grad.cpu().to(dtype))]
+    for ours, theirs, exact in zip(results[:2], results[2:4], results[4:], strict=True):
+        error, allowed = largest(ours - exact), 2 * largest(theirs - exact)
+        assert error <= allowed + 2**-24 * largest(exact), (error, allowed)
+
+
 @pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=str)
 def test_int_options(device, options) -> None:
     """A Python int is a factor like any other (Triton would type it as an integer)."""
@@ -177,7 +205,7 @@ def test_target_in_another_tile_is_left_alone(device) -> None:
     logits, _, _ = make(4, 10, torch.float32, device)
     targets = torch.tensor([99, 100, 109, 110], device=device)
     target_logit = torch.full((4,), 7.0, device=device)
-    logprob_forward_(logits, targets, 100, torch.full((4,), -INF, device=device), target_logit)
+    logprob_forward_(logits, targets, 100, no_column(4, device), target_logit)
     expected = [7.0, logits[1, 0].item(), logits[2, 9].item(), 7.0]
     assert target_logit.tolist() == expected
 
@@ -250,10 +278,10 @@ def test_nothing_to_do(device, shape) -> None:
     rows = shape[0]
     logits = torch.empty(shape, device=device)
     targets = torch.zeros(rows, dtype=torch.int64, device=device)
-    logsumexp = torch.full((rows,), 1.5, device=device)
+    logsumexp = torch.full((rows, 2), 1.5, device=device)
     target_logit = torch.full((rows,), NAN, device=device)
     logprob_forward_(logits, targets, 0, logsumexp, target_logit)
-    logprob_backward_(logits, targets, 0, logsumexp, torch.ones_like(logsumexp))
+    logprob_backward_(logits, targets, 0, logsumexp, torch.ones_like(target_logit))
     assert (logsumexp == 1.5).all()
     assert target_logit.isnan().all()
 
@@ -269,7 +297,7 @@ def test_strided_vectors(device) -> None:
 def test_columns_must_be_contiguous(device) -> None:
     logits, targets, grad = make(4, 100, torch.float32, device)
     with pytest.raises(AssertionError):
-        logprob_forward_(logits[:, ::2], targets, 0, grad.clone(), grad.clone())
+        logprob_forward_(logits[:, ::2], targets, 0, no_column(4, device), grad.clone())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -292,11 +320,11 @@ def test_offsets_past_2_31(device, untouched_bytes) -> None:
     logits = memory.as_strided((4, width), (stride, 1))
     source, targets, grad = make(4, width, torch.bfloat16, device)
     logits.copy_(source)
-    logsumexp = torch.full((4,), -INF, device=device)
+    logsumexp = no_column(4, device)
     target_logit = torch.full((4,), NAN, device=device)
     logprob_forward_(logits, targets, 0, logsumexp, target_logit)
     logprob_backward_(logits, targets, 0, logsumexp, grad)
-    check((logsumexp, target_logit, logits), source, targets, grad)
+    check((logsumexp.sum(1), target_logit, logits), source, targets, grad)
 
 
 @triton.jit

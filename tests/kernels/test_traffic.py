@@ -52,7 +52,7 @@ def asked(monkeypatch):
 def test_logprob(asked):
     N, W = 3, 5000
     logits, targets = torch.randn(N, W).to(HALF), torch.zeros(N, dtype=torch.int64)
-    vectors = torch.zeros(N), torch.zeros(N)
+    vectors = torch.zeros(N, 2), torch.zeros(N)
     logprob_forward_(logits, targets, 0, *vectors)
     assert sum(asked) == logprob.traffic(False, N, W, 2, 4096)["moved"]
     asked.clear()
@@ -71,7 +71,7 @@ def test_linear_logprob(asked, monkeypatch):
     bias = torch.zeros(W, dtype=HALF)
     linear_logprob_forward_(
         torch.ones(N, H, dtype=HALF), torch.ones(W, H, dtype=HALF),
-        torch.zeros(N, dtype=torch.int64), 0, torch.zeros(N), torch.zeros(N), bias=bias,
+        torch.zeros(N, dtype=torch.int64), 0, torch.zeros(N, 2), torch.zeros(N), bias=bias,
     )  # fmt: skip
     assert sum(asked) == linear_logprob.traffic(N, W, H, 2, launch, bias=True)["moved"]
 

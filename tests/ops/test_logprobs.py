@@ -124,6 +124,28 @@ def test_powers_of_logits_far_from_zero_neither_overflow_nor_vanish(height, dtyp
     assert_as_good_as_pytorch(ours, theirs, exact, dtype, roundings)
 
 
+@pytest.mark.parametrize("offset", [0, 1_000, -10_000, 100_000])
+@pytest.mark.parametrize("op", ["from_logits", "kept", "recomputed"])
+def test_a_common_offset_costs_no_digits(op, offset):
+    """As good as `log_softmax`, which subtracts first: twice its error and half a last place."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(64, 1501) + offset
+    targets, grad = torch.randint(0, 1501, (64,)), torch.randn(64)
+    theirs, exact = [], []
+    for dtype, results in ((torch.float32, theirs), (torch.float64, exact)):
+        leaf = logits.to(dtype).requires_grad_()
+        out = leaf.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        results += [out.detach(), *torch.autograd.grad(out, leaf, grad.to(dtype))]
+    leaf = logits.to(DEVICE).requires_grad_()
+    if op == "from_logits":
+        out = logprobs_from_logits(leaf * 1, targets.to(DEVICE))
+    else:  # products with ones and zeros, of logits and of their gradient, are exact
+        budget, one_hot = KEPT if op == "kept" else RECOMPUTED, torch.eye(64, device=DEVICE)
+        out = linear_logprobs(one_hot, leaf.t(), targets.to(DEVICE), logits_budget_mb=budget)
+    ours = [out.detach().cpu(), torch.autograd.grad(out, leaf, grad.to(DEVICE))[0].cpu()]
+    assert_as_good_as_pytorch(ours, theirs, exact, torch.float32, roundings=0.5)
+
+
 @pytest.mark.parametrize("budget", [KEPT, RECOMPUTED])
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
 def test_frozen_tensors_get_no_gradient_and_cost_no_product(needs, budget, monkeypatch):

@@ -11,7 +11,7 @@ from torch import Tensor
 from tralign_fast.ops.backend import pick_backend
 from tralign_fast.ops.checks import FLOAT_NAMES, FLOATS, check_targets
 from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
-from tralign_fast.ops.tile_ops import tile_ops
+from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
 from tralign_fast.ops.transform import LogitTransform
 
 
@@ -24,18 +24,18 @@ def _from_logits_op(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     check_targets(targets, logits.shape[1])
-    logsumexp = torch.full(targets.shape, float("-inf"), device=logits.device)
+    logsumexp = new_logsumexp(len(targets), logits.device)
     target_logit = torch.full(targets.shape, float("nan"), device=logits.device)
     if targets.numel():
         forward_, _ = tile_ops(backend, LogitTransform.of(transform))
         forward_(logits, targets, 0, logsumexp, target_logit)
-    return target_logit - logsumexp, logsumexp
+    return log_probs(target_logit, logsumexp), logsumexp
 
 
 @_from_logits_op.register_fake
 def _(logits, targets, transform, backend, inplace):
     per_row = logits.new_empty(targets.shape, dtype=torch.float32)
-    return per_row, torch.empty_like(per_row)
+    return per_row, logits.new_empty((*targets.shape, 2), dtype=torch.float32)
 
 
 @torch.library.custom_op("tralign_fast::logprobs_from_logits_backward_", mutates_args=("logits",))

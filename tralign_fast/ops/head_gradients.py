@@ -23,7 +23,7 @@ class Saved:
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     targets: Tensor  # (N,) int64
-    logsumexp: Tensor  # (N,) float32
+    logsumexp: Tensor  # (N, 2) float32
     transform: LogitTransform
     backend: str
 

@@ -19,7 +19,7 @@ from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets
 from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
 from tralign_fast.ops.cpu.pages import give_back
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
-from tralign_fast.ops.tile_ops import tile_ops
+from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
 from tralign_fast.ops.transform import LogitTransform
 from tralign_fast.ops.vocab_filter import VocabFilter
 
@@ -37,15 +37,15 @@ def _linear_logprobs_op(
     keep: int,  # columns whose logits are kept, the first ones: whole tiles
     vocab_filter: float,  # for the backward
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs (N,) fp32, logsumexp (N,) fp32, kept logits: tile after tile, flat)."""
+    """(log-probs (N,) fp32, logsumexp (N, 2) fp32, kept logits: tile after tile, flat)."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     check_targets(targets, vocab)
-    logsumexp = torch.full((rows,), float("-inf"), device=hidden.device)
+    logsumexp = new_logsumexp(rows, hidden.device)
     target_logit = torch.full((rows,), float("nan"), device=hidden.device)
     x = hidden.to(compute_dtype)
     kept = x.new_empty(rows * keep)
     if rows == 0:
-        return logsumexp, logsumexp.clone(), kept
+        return target_logit, logsumexp, kept
     scores = LogitTransform.of(transform)
     tile_forward_, _ = tile_ops(backend, scores)
     fused = _is_fused(backend, compute_dtype)
@@ -59,7 +59,7 @@ def _linear_logprobs_op(
             del logits  # before the next tile is made
         if fused:
             _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, keep, tile, scores)
-    return target_logit - logsumexp, logsumexp, kept
+    return log_probs(target_logit, logsumexp), logsumexp, kept
 
 
 def _is_fused(backend: str, dtype: torch.dtype) -> bool:
@@ -102,8 +102,8 @@ def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, ke
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
     fused = _is_fused(backend, compute_dtype)
     kept.new_empty(0 if fused else rows * min(tile, weight.shape[0] - keep))
-    per_row = hidden.new_empty(rows, dtype=torch.float32)
-    return per_row, torch.empty_like(per_row), kept
+    logsumexp = hidden.new_empty((rows, 2), dtype=torch.float32)
+    return hidden.new_empty(rows, dtype=torch.float32), logsumexp, kept
 
 
 @torch.library.custom_op("tralign_fast::linear_logprobs_backward", mutates_args=("kept",))
@@ -113,7 +113,7 @@ def _linear_logprobs_backward_op(
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (N,)
     bias: Tensor | None,  # (V,)
-    logsumexp: Tensor,  # (N,) float32
+    logsumexp: Tensor,  # (N, 2) float32
     kept: Tensor,  # (N·W,), of the first W columns: consumed
     transform: list[float],  # `LogitTransform.numbers()`
     backend: str,

@@ -29,7 +29,7 @@ from torch import Tensor
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.cpu.row_blocks import row_blocks
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
-from tralign_fast.ops.tile_ops import tile_ops
+from tralign_fast.ops.tile_ops import new_logsumexp, tile_ops
 
 # More than this of a token's probability left out, and the gradient is computed exactly: the part
 # of it that is known in sum only is then no longer small.
@@ -69,15 +69,15 @@ class VocabFilter:
         # a target outside the vocabulary (not looked for on a GPU) has a log-prob of NaN anyway
         self.stays[saved.targets.clamp(0, vocab - 1)] = True
         self._fold_, _ = tile_ops(saved.backend, saved.transform)
-        self._logsumexp_of_stays = torch.full_like(logsumexp, -math.inf)
-        self._unused = torch.empty_like(logsumexp)
+        self._logsumexp_of_stays = new_logsumexp(len(logsumexp), logsumexp.device)
+        self._unused = torch.empty_like(logsumexp[:, 0])
 
     def scan(self, logits: Tensor, start: int) -> None:  # (N, W)
         """Finds which of the columns [start, start + W) stay."""
         columns = slice(start, start + logits.shape[1])
         peak = self.peak[columns]
         for rows, z in row_blocks(logits):
-            log_p = self.saved.transform.to_scores_(z).sub_(self.saved.logsumexp[rows, None])
+            log_p = self.saved.transform.to_scores_(z).sub_(self.saved.logsumexp[rows, :1])
             torch.maximum(peak, log_p.amax(0), out=peak)
         self.stays[columns] |= ~(peak < math.log(self.epsilon))  # so written, a column of NaN stays
 
@@ -131,7 +131,9 @@ class VocabFilter:
 
     def left_out_mass(self) -> Tensor:
         """(N,) fp32: m, the probability of all left-out columns together."""
-        return -torch.expm1(self._logsumexp_of_stays - self.saved.logsumexp).clamp_(max=0.0)
+        # of the nearest fp32 numbers first: they are nearly equal, and their difference is exact
+        log_p = (self._logsumexp_of_stays - self.saved.logsumexp).sum(1)
+        return -torch.expm1(log_p).clamp_(max=0.0)
 
     def left_out_shares(self) -> Tensor:
         """(V,) fp32: q, zero for columns that stay; sums to one (to zero if all stay)."""
