@@ -37,8 +37,12 @@ class SnapshotReference(WindowedReference):
     def weights(self) -> Iterator[None]:
         yield
 
+    @property
+    def is_policy(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.needs_window  # no step since the update
+
     def can_score_now(self) -> bool:
-        return self.needs_window  # no step since the update: the policy still is the reference
+        return self.is_policy
 
     def move(self) -> None:
         """Nothing moves: from here on the policy is the reference."""

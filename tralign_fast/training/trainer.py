@@ -384,6 +384,11 @@ class TRTrainer(Trainer):
             card = Path(self.args.output_dir or ".") / "README.md"
             add_trust_region(card, self.args, self.reference.name)
 
+    def _load_best_model(self) -> None:
+        if self.reference.is_policy:  # the weights that go are the reference of evaluations
+            self._lookahead.score_held_out()
+        super()._load_best_model()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self._load_reference(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -403,6 +408,9 @@ class _SyncReference(TrainerCallback):
 
     def __init__(self, reference: ReferencePolicy) -> None:
         self.reference = reference
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.reference.settle(state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.reference.schedule.should_sync(state.global_step):
