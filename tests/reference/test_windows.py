@@ -91,6 +91,28 @@ def test_batches_of_a_window_are_scored_as_one(
     assert losses == pytest.approx(history(resident), rel=1e-5)
 
 
+@pytest.mark.parametrize("place", WINDOWED)
+def test_a_sweep_drops_nothing_out_and_training_does(place, small_tokenizer, tmp_path, monkeypatch):
+    from tralign_fast.reference import window
+
+    modes, real = [], window.sequence_logps
+
+    def watched(model, batch):
+        modes.append({module.training for module in model.modules()})
+        return real(model, batch)
+
+    monkeypatch.setattr(window, "sequence_logps", watched)
+    model = make_tiny_llama(small_tokenizer, attention_dropout=0.5)
+    trainer = make(
+        model, small_tokenizer, tmp_path, reference=place, max_steps=4, disable_dropout=False,
+        **WINDOWED[place],
+    )  # fmt: skip
+    trainer.train()
+    assert modes
+    assert all(mode == {False} for mode in modes)
+    assert all(module.training for module in trainer.model.modules())
+
+
 def test_a_batch_that_comes_again_in_a_window_is_scored_once(
     tiny_llama, small_tokenizer, tmp_path, monkeypatch
 ):
