@@ -142,6 +142,9 @@ def test_a_token_outside_the_vocabulary_names_the_row():
     collate = PreferenceCollator(paired=True, vocab_size=13)
     with pytest.raises(ValueError, match=r"row 9: token id 13 is outside .* \[0, 13\)"):
         collate(PAIRS)
+    below = [{**PAIRS[0], "rejected_ids": [4, -1]}]
+    with pytest.raises(ValueError, match=r"token id -1 is outside .* \[0, 13\)"):
+        collate(below)
     with pytest.raises(ValueError, match="layout must be one of"):
         PreferenceCollator(paired=True, layout="dense")
 
@@ -159,6 +162,19 @@ def test_a_batch_over_the_token_budget_is_split_in_order():
     parts = PreferenceCollator(paired=False, token_budget=6)(ROWS).parts
     assert parts[0].targets.tolist() == [4, 5, 12]
     assert PreferenceCollator(paired=True, token_budget=24)(PAIRS).parts[0].share == 1.0
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_a_budget_is_full_when_it_is_met(layout):
+    """A row may have as many tokens as the budget, prompts counted as often as they stand there."""
+    rows = [*PAIRS, *PAIRS]
+    whole = PreferenceCollator(paired=True, layout=layout)
+    for count in (1, 2, 3):
+        tokens = whole(rows[:count]).num_tokens
+        met = PreferenceCollator(paired=True, layout=layout, token_budget=tokens)(rows)
+        under = PreferenceCollator(paired=True, layout=layout, token_budget=tokens - 1)(rows)
+        assert len(met.parts[0]) == count
+        assert len(under.parts[0]) == max(count - 1, 1)
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])

@@ -296,6 +296,22 @@ def test_quantised_weights_are_refused_by_every_op_alike(dtype, alpha):
             call()
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_alpha_one_rounds_a_wider_policy_to_nearest(rounding):
+    """A copy has no rounding noise, whatever the rounding of other updates."""
+    theta = torch.tensor([1.001, -3.14159, 65504.0, float("inf"), float("-inf"), 1e-30])
+    for dtype in (torch.bfloat16, torch.float16):
+        ref = torch.zeros(6, dtype=dtype)
+        ema_update_([ref], [theta], 1.0, rounding=rounding)
+        assert torch.equal(ref, theta.to(dtype))
+
+
+def test_factors_of_two_dtypes_are_refused():
+    ref, a, b = torch.zeros(4, 3), torch.zeros(2, 3), torch.zeros(4, 2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"of one dtype, got .*float32 and torch.bfloat16"):
+        ema.lora_merge_(ref, ref.clone(), a, b, 1.0, 0.5)
+
+
 def test_unknown_rounding():
     with pytest.raises(ValueError, match="rounding must be nearest or stochastic"):
         ema_update_([torch.zeros(2)], [torch.zeros(2)], 0.5, rounding="up")  # pyright: ignore[reportArgumentType]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ import torch
 from tests.conftest import make_tiny_llama
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, kto_rows, pair_rows
+from tralign_fast import TrustRegion
+from tralign_fast.ops.backend import warn_once
+from tralign_fast.training.trainer import _SyncReference
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -87,6 +92,49 @@ def test_batches_of_a_window_are_scored_as_one(
 
 
 @pytest.mark.parametrize("place", WINDOWED)
+def test_a_sweep_drops_nothing_out_and_training_does(place, small_tokenizer, tmp_path, monkeypatch):
+    from tralign_fast.reference import window
+
+    modes, real = [], window.sequence_logps
+
+    def watched(model, batch):
+        modes.append({module.training for module in model.modules()})
+        return real(model, batch)
+
+    monkeypatch.setattr(window, "sequence_logps", watched)
+    model = make_tiny_llama(small_tokenizer, attention_dropout=0.5)
+    trainer = make(
+        model, small_tokenizer, tmp_path, reference=place, max_steps=4, disable_dropout=False,
+        **WINDOWED[place],
+    )  # fmt: skip
+    trainer.train()
+    assert modes
+    assert all(mode == {False} for mode in modes)
+    assert all(module.training for module in trainer.model.modules())
+
+
+def test_a_batch_that_comes_again_in_a_window_is_scored_once(
+    tiny_llama, small_tokenizer, tmp_path, monkeypatch
+):
+    """A frozen reference over three epochs of four batches in one order."""
+    from tralign_fast.reference import window
+
+    seen, real = [], window.sequence_logps
+
+    def counted(model, batch):
+        seen.append(batch.rows)
+        return real(model, batch)
+
+    monkeypatch.setattr(window, "sequence_logps", counted)
+    trainer = make(
+        tiny_llama, small_tokenizer, tmp_path, rows=pair_rows(16), reference="snapshot",
+        max_steps=12, sync_ref_model=False, precompute_ref_batch_size=1,
+    )  # fmt: skip
+    trainer.train()
+    assert seen == [tuple(range(i, i + 4)) for i in range(0, 16, 4)]
+
+
+@pytest.mark.parametrize("place", WINDOWED)
 def test_evaluation_inside_a_window_uses_its_reference(
     place, tiny_llama, small_tokenizer, tmp_path
 ):
@@ -105,6 +153,85 @@ def test_evaluation_inside_a_window_uses_its_reference(
         for key in (k for k in theirs if k.startswith("eval_") and "_per_second" not in k):
             if "runtime" not in key:
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("held_out", ["one", "several", "none"])
+@pytest.mark.parametrize("greater", [False, True])  # one of the two takes an earlier model
+def test_evaluation_after_the_best_model_was_loaded(
+    greater, held_out, tiny_llama, small_tokenizer, tmp_path
+):
+    """The run ends on an update: the policy of its end is the reference, the best one is not."""
+    sets = {"one": pair_rows(6), "several": {"a": pair_rows(6), "b": pair_rows(3)}, "none": None}
+    evaluates = held_out != "none"
+    extra = {
+        "max_steps": 6, "learning_rate": 2e-2, "held_out": sets[held_out],
+        "save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": evaluates,
+        "eval_strategy": "steps" if evaluates else "no", "eval_steps": 3,
+        "greater_is_better": greater, **WINDOWED["snapshot"],
+        "metric_for_best_model": "eval_a_loss" if held_out == "several" else "eval_loss",
+    }  # fmt: skip
+    after = {}
+    for name in ("resident", "snapshot"):
+        trainer = make(tiny_llama, small_tokenizer, tmp_path / name, reference=name, **extra)
+        trainer.train()
+        if not evaluates:  # by hand, as load_best_model_at_end does it
+            trainer.state.best_model_checkpoint = str(tmp_path / name / "checkpoint-3")
+            trainer._load_best_model()
+            if name == "snapshot":
+                with pytest.raises(ValueError, match=r"was not scored when"):
+                    trainer.evaluate(pair_rows(4))
+            continue
+        found = trainer.evaluate()
+        after[name] = {k: v for k, v in found.items() if k.endswith(("loss", "margins", "chosen"))}
+        assert len(after[name]) >= 3
+    if evaluates:
+        assert after["snapshot"] == pytest.approx(after["resident"], rel=1e-5)
+    if trainer.state.best_model_checkpoint.endswith("-3") and evaluates:
+        assert abs(next(iter(after["snapshot"].values())) - math.log(2)) > 1e-4
+
+
+@pytest.mark.parametrize("place", WINDOWED)
+def test_a_share_of_the_run_is_the_steps_that_it_has(place, tiny_llama, small_tokenizer, tmp_path):
+    """τ = 0.25 of 12 steps, rounded up."""
+    extra = {"max_steps": 12, "reference": place, "save_strategy": "steps", "save_steps": 5}
+    alpha = WINDOWED[place]["ref_model_mixup_alpha"]
+    losses = []
+    for folder, every in (("steps", 3), ("share", 0.24)):
+        trainer = make(tiny_llama, small_tokenizer, tmp_path / folder, **extra, **WINDOWED[place])
+        trainer.reference = type(trainer.reference)(trainer.model, TrustRegion(alpha, every))
+        trainer.callback_handler.pop_callback(_SyncReference)
+        trainer.add_callback(_SyncReference(trainer.reference))
+        losses.append(history(trainer))
+        assert trainer.reference.schedule.every == 3
+    assert losses[1] == losses[0]
+    checkpoint = str(tmp_path / "share" / "checkpoint-5")
+    for steps in (12, 24):
+        again = make(
+            tiny_llama, small_tokenizer, tmp_path / "share",
+            **{**extra, "max_steps": steps}, **WINDOWED[place],
+        )  # fmt: skip
+        again.reference = type(again.reference)(again.model, TrustRegion(alpha, 0.24))
+        again.callback_handler.pop_callback(_SyncReference)
+        again.add_callback(_SyncReference(again.reference))
+        if steps == 24:
+            with pytest.raises(ValueError, match=r"moved every 3 steps, this run of 24 .*every 6"):
+                again.train(resume_from_checkpoint=checkpoint)
+            continue
+        again.train(resume_from_checkpoint=checkpoint)
+        assert [log["loss"] for log in again.state.log_history if "loss" in log] == losses[0]
+
+
+@pytest.mark.parametrize(("every", "warns"), [(512, True), (4, True), (3, False), (0, False)])
+def test_a_reference_that_never_moves_is_said(every, warns, tiny_llama, small_tokenizer, tmp_path):
+    extra = {"ref_model_sync_steps": every} if every else {"sync_ref_model": False}
+    warn_once.cache_clear()
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, max_steps=4, **extra)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    said = [str(w.message) for w in caught if "the reference never moves" in str(w.message)]
+    assert len(said) == warns
+    assert not warns or f"the run has 4 steps and every is {every}" in said[0]
 
 
 @pytest.mark.parametrize("place", WINDOWED)

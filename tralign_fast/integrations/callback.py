@@ -65,7 +65,8 @@ class TrustRegionCallback(TrainerCallback):
       with as many processes).
 
     Args:
-        alpha, every: α in [0, 1] and τ, as in `TrustRegion` (α = 1 is the hard update).
+        alpha, every: α in [0, 1] and τ, as in `TrustRegion` (α = 1 is the hard update; τ under 1 is
+            a share of the run).
         trainer: whose `ref_model` (or, without one, whose PEFT policy's reference) moves.
         ref_model: the reference itself, for a trainer that does not call it `ref_model`.
         rounding, seed: of bf16 and fp16 references, as in `ema_update_`. The seed is the same on
@@ -81,7 +82,7 @@ class TrustRegionCallback(TrainerCallback):
     def __init__(
         self,
         alpha: float = 0.6,
-        every: int = 512,
+        every: float = 512,
         *,
         trainer: HoldingTrainer | None = None,
         ref_model: nn.Module | None = None,
@@ -150,6 +151,7 @@ class TrustRegionCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         if self._trainer is not None:
             self._refuse_second_mover()
+        self.schedule = self.schedule.of_run(state.max_steps)
         if self.schedule.is_frozen:
             return
         self._claim(args, state)

@@ -51,12 +51,16 @@ class ReferencePolicy(ABC):
     can_be_sharded: ClassVar[frozenset[str]] = frozenset({"FSDP2", "ZeRO-3"})
     # an update adds to what it holds, until past weights are negligible
     grows: ClassVar[bool] = False
+    # it holds no weights and is the policy as it stands: whoever replaces that asks it first
+    is_policy = False
 
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         self.policy = policy
         self.schedule = schedule
         self.run: dict[str, Any] = {}  # what else of the run a checkpoint must agree with
         self.folder: Path | None = None  # the run's, while it trains
+        self._asked_every = schedule.every  # a share of the run, perhaps
+        self._saved_steps: float | None = None  # τ of the checkpoint that was read
 
     @classmethod
     def starts_from_policy(cls, lora: bool) -> bool:
@@ -111,7 +115,8 @@ class ReferencePolicy(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         self.save_weights(folder)
         if process_index() == 0:
-            (folder / _STATE_FILE).write_text(json.dumps(self._identity(), indent=2) + "\n")
+            state = {**self._identity(), "steps": self.schedule.every}
+            (folder / _STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
         """Reads the reference of a checkpoint.
@@ -122,6 +127,7 @@ class ReferencePolicy(ABC):
         """
         try:
             saved = json.loads((folder / _STATE_FILE).read_text())
+            self._saved_steps = saved.pop("steps", None)
             differs = [k for k, v in self._identity().items() if saved.get(k) != v]
             if not differs:
                 self.load_weights(folder)
@@ -137,11 +143,26 @@ class ReferencePolicy(ABC):
                 "with the options and the data it was started with"
             )
 
+    def settle(self, max_steps: int) -> None:
+        """Makes steps of a schedule that is a share of the run, whose length is known here.
+
+        Raises:
+            ValueError: a run that is resumed had other steps.
+        """
+        schedule = self.schedule.of_run(max_steps)
+        if self._saved_steps not in (None, schedule.every):
+            raise ValueError(
+                f"the checkpoint's reference moved every {self._saved_steps} steps, this run of "
+                f"{max_steps} steps moves it every {schedule.every}: resume with the max_steps it "
+                "was started with, or ref_model_sync_steps in steps"
+            )
+        self.schedule = schedule
+
     def _identity(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "alpha": self.schedule.alpha,
-            "every": self.schedule.every,
+            "every": self._asked_every,
             "processes": process_count(),
             **self.run,
         }

@@ -55,7 +55,7 @@ def cheapest_reference(
         return "resident", "ref_model has a base of its own beside that of the policy's adapter"
     if lora:
         return "adapter", "soft updates mix weights, not factors: past adapters on a shared base"
-    if schedule.is_frozen or schedule.every > 1:
+    if schedule.is_frozen or schedule.every != 1:
         return (
             "offloaded",
             "the reference stands still between updates: its weights stay on the host",

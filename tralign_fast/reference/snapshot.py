@@ -89,9 +89,12 @@ class SnapshotReference(WindowedReference):
         torch.clear_autocast_cache()  # it knows a parameter by its address, not by its values
         return held
 
+    @property
+    def is_policy(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.needs_window  # no step since the update
+
     def can_score_now(self) -> bool:
-        # no step since the update: the policy still is the reference
-        return self.needs_window or self._inside
+        return self.is_policy or self._inside
 
     def move(self) -> None:
         """Nothing moves: from here on the policy is the reference."""

@@ -75,11 +75,23 @@ class Lookahead:
             batches = self.steps(epoch_iterator, steps)
             score(batches, steps * args.gradient_accumulation_steps)
             if self._evaluates_between(step, step + steps):
-                held_out = trainer.eval_dataset
-                for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
-                    loader = trainer.get_eval_dataloader(dataset)
+                for loader in self._eval_loaders():
                     score(loader, len(loader) if has_length(loader) else None)
         reference.scored_until = step + steps
+
+    def score_held_out(self) -> None:
+        """Scores the evaluations that may come, and no step: the window is closed."""
+        trainer, reference = self._trainer, self._trainer.reference
+        assert isinstance(reference, WindowedReference), reference.name
+        with trainer.compute_loss_context_manager(), reference.weights():
+            for loader in [[], *self._eval_loaders()]:
+                parts = map(trainer.parts_of, loader)
+                reference.score_window(parts, None, merge=trainer.args.merged_batches)
+
+    def _eval_loaders(self) -> list[Any]:
+        held_out = self._trainer.eval_dataset
+        sets = held_out.values() if isinstance(held_out, dict) else [held_out]
+        return [self._trainer.get_eval_dataloader(d) for d in sets if d is not None]
 
     def _evaluates_between(self, first: int, last: int) -> bool:
         """Whether held-out batches are looked at after step `first` and up to `last`."""

@@ -428,6 +428,11 @@ class TRTrainer(ResumableTrainer):
             card = Path(self.args.output_dir or ".") / "README.md"
             add_trust_region(card, self.args, self.reference.name)
 
+    def _load_best_model(self) -> None:
+        if self.reference.is_policy:  # the weights that go are the reference of evaluations
+            self._lookahead.score_held_out()
+        super()._load_best_model()
+
 
 class _SyncReference(TrainerCallback):
     """Moves the reference after the optimizer step, as TRL's `SyncRefModelCallback` does."""
@@ -438,6 +443,7 @@ class _SyncReference(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.lookahead.restart()
+        self.reference.settle(state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.reference.schedule.should_sync(state.global_step):
