@@ -121,12 +121,15 @@ class Disagreement(Exception):
 # --- in the parent --------------------------------------------------------------------------------
 
 
+START = "spawn"  # a fresh interpreter an arm; tests fork one that has imported everything
+
+
 class _ArmProcess:
     """A running arm, between two steps whenever no method of this is running."""
 
     def __init__(self, job: Job) -> None:
         self.run = Run(job.arm)
-        context = multiprocessing.get_context("spawn")  # a fresh interpreter
+        context = multiprocessing.get_context(START)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=run_arm, args=(job, theirs), daemon=True)
         self._process.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,6 +22,17 @@ COLUMNS = {
 
 def jobs(arms=step.COMPARISONS["step"][""]):
     return [step.Job(arm, "chat", steps=2, pairs=1, dtype="fp32", model="tiny") for arm in arms]
+
+
+@pytest.fixture
+def warm(monkeypatch):
+    """Arms are forks of one process that has imported what they import, which takes each 6 s.
+
+    The arms of `runs` are fresh interpreters, as those of the benchmark.
+    """
+    imports = ["benchmarks.step_arm", "tralign_fast.training.trainer", "trl.trainer.dpo_trainer"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(imports)
+    monkeypatch.setattr(step, "START", "forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +99,7 @@ def test_disagreement_ends_the_benchmark(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_arm_that_the_system_kills_is_told_from_one_that_failed():
+def test_an_arm_that_the_system_kills_is_told_from_one_that_failed(warm):
     process = step._ArmProcess(jobs()[0])
     process._process.kill()
     with pytest.raises(RuntimeError, match=r"arm trl died: killed, .*memory"):
@@ -106,7 +118,7 @@ def test_rows_keep_the_stated_lengths():
 
 
 @pytest.mark.slow
-def test_ablations_compute_the_same_with_less_and_less_work(runs):
+def test_ablations_compute_the_same_with_less_and_less_work(runs, warm):
     pairs = step.COMPARISONS["step_ablations"].values()
     arms = {arm for pair in pairs for arm in pair} - {run.arm for run in runs}
     runs = {run.arm: run for run in (*runs, *step.measure(jobs(sorted(arms))))}
@@ -138,7 +150,7 @@ def test_ablations_run_a_part_at_a_time(monkeypatch, tmp_path, runs):
     assert (tmp_path / "step_ablations.png").stat().st_size > 10_000
 
 
-def test_trl_with_fast_logprobs_takes_the_same_steps(runs):
+def test_trl_with_fast_logprobs_takes_the_same_steps(runs, warm):
     assert step.COMPARISONS["step_drop_in"] == {"": ("trl", "drop_in")}
     theirs = runs[0]
     (ours,) = step.measure(jobs(["drop_in"]))
@@ -147,7 +159,7 @@ def test_trl_with_fast_logprobs_takes_the_same_steps(runs):
     assert ours.computed == theirs.computed
 
 
-def test_places_of_the_reference_agree_and_the_sweep_is_timed():
+def test_places_of_the_reference_agree_and_the_sweep_is_timed(warm):
     four = [
         step.Job(arm, "chat", steps=5, pairs=1, dtype="fp32", model="tiny")
         for arm in ("resident", "snapshot", "offloaded")

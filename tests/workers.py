@@ -9,8 +9,20 @@ from __future__ import annotations
 
 import pytest
 
-# Taken first, in this order: files of more than 20 s of CPU time.
-LONG = ("tests/kernels/test_interpreter.py",)
+# Taken first, in this order: the files of more than 30 s of CPU time each.
+LONG = (
+    "tests/test_benchmarks.py",
+    "tests/training/test_distributed.py",
+    "tests/training/test_trainer.py",
+    "tests/reference/test_adapter.py",
+    "tests/kernels/test_aot.py",
+    "tests/model/test_compile.py",
+    "tests/reference/test_windows.py",
+    "tests/demo/test_demo.py",
+    "tests/memory/test_memory.py",
+    "tests/integrations/test_distributed.py",
+    "tests/kernels/test_interpreter.py",
+)
 # A file whose tests share nothing: workers take them one by one.
 APART = "tests/kernels/test_interpreter.py"
 # Signals that end a process by its own fault: SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV.
