@@ -177,10 +177,9 @@ def _examples(
     for first in range(0, examples, SEQUENCES):
         example = first + tl.arange(0, SEQUENCES)
         inside = example < examples
-        begin, length, total, plain, ratio, reward, wrong = _read(
+        begin, length, total, plain, ratio, reward, _ = _read(
             tensors, example, inside, N, beta, True, SFT, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES
         )
-        losses += wrong
         factor = tl.full((SEQUENCES,), 1.0, tl.float32)
         if EXAMPLE_WEIGHTS:
             factor = tl.load(example_weights_ptr + example, mask=inside, other=0.0)
@@ -199,7 +198,7 @@ def _examples(
                 TOKENS,
                 TILES,
             )
-            losses += wrong
+            losses += wrong  # sft alone does not see it in a sum
             loss, slope, other_slope = sum_pair_terms(
                 ratio, other_ratio, length, other_length, exponent, numbers,
                 weights, terms, normalize, DIVERGENCE,
