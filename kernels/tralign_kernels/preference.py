@@ -179,10 +179,9 @@ def _examples(
     for first in range(0, examples, SEQUENCES):
         example = first + tl.arange(0, SEQUENCES)
         inside = example < examples
-        begin, length, total, plain, ratio, reward, wrong = _read(
+        begin, length, total, plain, ratio, reward, _ = _read(
             tensors, example, inside, N, beta, True, SFT, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES
         )
-        losses += wrong
         divisor = length.to(tl.float32)
         if LENGTHS:
             divisor = tl.load(lengths_ptr + example, mask=inside, other=1.0)
@@ -195,7 +194,7 @@ def _examples(
                 tensors, other, inside, N, beta,
                 True, False, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
             )  # fmt: skip
-            losses += wrong
+            losses += wrong  # sft alone does not see it in a sum
             other_divisor = other_length.to(tl.float32)
             if LENGTHS:
                 other_divisor = tl.load(lengths_ptr + other, mask=inside, other=1.0)

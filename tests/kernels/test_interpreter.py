@@ -21,7 +21,7 @@ AT_LEAST = {
     "test_logprob": 120,
     "test_lora_merge": 53,
     "test_ops": 16,
-    "test_preference": 283,
+    "test_preference": 284,
     "test_traffic": 8,
 }
 

@@ -258,6 +258,17 @@ def test_a_score_that_overflows_leaves_no_slope(device, loss):
     assert got.loss.isfinite()
 
 
+def test_an_alpha_near_one_keeps_the_digits_of_small_log_ratios(device):
+    """exp((α-1)·ρ) - 1 = 3e-5, of which fp32 would keep nine bits."""
+    logps = torch.tensor([0.03, -0.02], device=device)
+    inputs = (logps, torch.zeros(2, device=device), torch.arange(3, device=device))
+    options = PreferenceOptions(50.0, f_divergence="alpha_divergence", f_alpha=1.001)
+    got = forward(*inputs, terms=[Term("ipo")], options=options)
+    want = preference_naive(*(t.cpu() for t in inputs), terms=[Term("ipo")], options=options)
+    torch.testing.assert_close(got.loss.cpu().double(), want.loss, rtol=2e-6, atol=0)
+    torch.testing.assert_close(got.gradient.cpu().double(), want.gradient, rtol=2e-6, atol=0)
+
+
 def test_tokens_of_no_sequence_have_no_gradient(device):
     logps = torch.full((600,), NAN, device=device)
     logps[7:19] = -1.0

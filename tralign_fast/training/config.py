@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -107,7 +108,9 @@ class TRConfig(TrainingArguments):
     ref_model_mixup_alpha: float = _option(
         0.6, "α in [0, 1], the policy's weight in the new reference (1: hard update)."
     )
-    ref_model_sync_steps: int = _option(512, "τ ≥ 1, optimizer steps between two updates.")
+    ref_model_sync_steps: float = _option(
+        512, "τ ≥ 1, optimizer steps between two updates; under 1, a share of the run's steps."
+    )
     reference: str = _option(
         "auto",
         "Where the reference lives: auto (the cheapest exact one), resident, snapshot, offloaded, "
@@ -173,13 +176,13 @@ class TRConfig(TrainingArguments):
             raise ValueError(
                 f"ref_model_mixup_alpha must lie in [0, 1], got {self.ref_model_mixup_alpha}"
             )
-        if self.ref_model_sync_steps < 1 or self.ref_model_sync_steps != int(
-            self.ref_model_sync_steps
-        ):
+        every = self.ref_model_sync_steps
+        if not (0 < every < 1 or (1 <= every < math.inf and every == int(every))):
             raise ValueError(
-                "ref_model_sync_steps must be a whole number of optimizer steps ≥ 1, got "
-                f"{self.ref_model_sync_steps}; sync_ref_model=False freezes the reference"
+                "ref_model_sync_steps must be a whole number of optimizer steps ≥ 1, or a share of "
+                f"the run in (0, 1), got {every}; sync_ref_model=False freezes the reference"
             )
+        self.ref_model_sync_steps = every if every < 1 else int(every)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
         if self.token_budget is not None and self.token_budget < 1:
@@ -208,7 +211,7 @@ class TRConfig(TrainingArguments):
         """The schedule of the reference."""
         if not self.sync_ref_model:
             return TrustRegion(alpha=0.0, every=0)
-        return TrustRegion(self.ref_model_mixup_alpha, int(self.ref_model_sync_steps))
+        return TrustRegion(self.ref_model_mixup_alpha, self.ref_model_sync_steps)
 
     @property
     def merged_batches(self) -> int:

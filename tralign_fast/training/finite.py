@@ -95,7 +95,7 @@ class FiniteSteps(TrainerCallback):
         """
         scores, self._scores = self._scores, []
         if scores:
-            both = [torch.cat([s[i] for s in scores]) for i in (2, 3)]
+            both = [torch.cat([s[2] for s in scores]), torch.cat([s[3] for s in scores])]
             finite = torch.isfinite(torch.stack(both)).cpu()
             if not bool(finite.all()):
                 raise ValueError(_bad_scores(scores, finite))
@@ -136,7 +136,7 @@ def _local(parameter: Any) -> Tensor:
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).detach()
 
 
-def _norm(model: nn.Module) -> Tensor:
+def _norm(model: Any) -> Tensor:
     """For a trainer that computes no norm."""
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
