@@ -28,8 +28,9 @@ def leave_prompts_out_of_last_mlp(model: PreTrainedModel) -> Callable[[], None]:
     )
     if attention is not None and mlp is not None:
         handover = _Handover()
-        patches.forward(attention, LAST_MLP, handover.attention_forward)
-        patches.forward(mlp, LAST_MLP, handover.mlp_forward)
+        # pyright takes what `disable` returns for no method
+        patches.forward(attention, LAST_MLP, handover.attention_forward)  # pyright: ignore[reportAttributeAccessIssue]
+        patches.forward(mlp, LAST_MLP, handover.mlp_forward)  # pyright: ignore[reportAttributeAccessIssue]
     return patches.undo
 
 
