@@ -88,7 +88,7 @@ class CountGraphs(TrainerCallback):
 
 def test_a_model_without_layers_to_compile_is_refused():
     with pytest.raises(ValueError, match="torch_compile: found no decoder layers in Linear"):
-        prepare.compile_layers(torch.nn.Linear(2, 2))
+        prepare.compile_layers(torch.nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
 
 
 def test_what_accelerate_was_told_is_taken_over(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from typing import Any
 
 import peft
 import pytest
@@ -18,7 +19,7 @@ from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import hidden_kl, sequence_logps
 from tralign_fast.ops.backend import warn_once
 
-TASK = {"task_type": "CAUSAL_LM"}
+TASK: Any = {"task_type": "CAUSAL_LM"}
 VIRTUAL = {
     "prompt tuning": peft.PromptTuningConfig(num_virtual_tokens=8, **TASK),
     "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, **TASK),

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -28,14 +29,14 @@ def faster_products(monkeypatch):
     monkeypatch.setattr(onednn, "is_faster", lambda: True)
 
 
-def snapshot(model):
+def snapshot(model) -> dict[Any, Any]:
     """All that a change leaves behind: attributes of modules and configs, and their values."""
     found = {}
     for name, module in model.named_modules():
         found[name, "type"] = type(module)
         for key, value in vars(module).items():
             found[name, key] = value if isinstance(value, bool | str | int | float) else id(value)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "to_dict"):
             found[name, "config.to_dict"] = config.to_dict()
             found[name, "vars(config)"] = dict(vars(config))
@@ -64,7 +65,7 @@ def tied():
 
 
 def adapted():
-    options = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
+    options: Any = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
     return get_peft_model(build("llama"), LoraConfig(r=2, **options))
 
 
@@ -91,7 +92,8 @@ def outputs(model):
 def test_undo_takes_everything_back(name, tmp_path):
     model = MODELS[name]()
     if name == "4-bit":  # its first evaluation is one of a prepared model, else it is repacked
-        logits = tokens = None
+        logits: Any = None
+        tokens: Any = None
         model(input_ids=IDS)
     else:
         logits, tokens = outputs(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from tests.model.test_attention import COMMON
 from tests.training.test_trainer import make
 from tralign_fast.training.pretrained import disable_dropout
 
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 97}
+GPT: Any = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 97}
 BART = {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "vocab_size": 97}
 PARTS = {"attention_dropout": 0.5, "activation_dropout": 0.5}
-GPT_DROPOUT = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
+GPT_DROPOUT: Any = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
 MODELS = {
     # numbers on modules, layers left out
     "OPT": (t.OPTForCausalLM, t.OPTConfig, {

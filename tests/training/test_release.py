@@ -67,7 +67,8 @@ def test_release_gives_the_trained_model_back(case, tiny_llama, small_tokenizer,
     assert model.forward.__func__ is own
     trained = copy.deepcopy(start)  # a model that no trainer has touched, with the trained weights
     trained.load_state_dict(model.state_dict())
-    model.eval(), trained.eval()
+    model.eval()
+    trained.eval()
     with torch.no_grad():
         logits = model(input_ids=IDS).logits
         assert torch.equal(logits, trained(input_ids=IDS).logits)
@@ -99,7 +100,7 @@ def test_a_trainer_that_is_dropped_gives_the_model_back(
     if case == "offloaded, bf16":  # accelerate's autocast stays, as after any transformers trainer
         assert model(input_ids=IDS).logits.dtype == torch.float32
     else:
-        model.__dict__.pop("_is_accelerate_prepared", None)
+        vars(model).pop("_is_accelerate_prepared", None)
         as_before(model, before)
 
 
@@ -141,5 +142,5 @@ def test_the_users_reference_is_given_back_too(tiny_llama, small_tokenizer, tmp_
     trainer.train()
     assert "forward" in vars(reference)
     trainer.release_model()
-    reference.__dict__.pop("_is_accelerate_prepared", None)
+    vars(reference).pop("_is_accelerate_prepared", None)
     as_before(reference, before)
