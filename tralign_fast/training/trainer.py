@@ -432,7 +432,8 @@ def _tokenize(
     if dataset is None:
         return None
     paired = args.loss_spec.paired
-    rows = (tokenize_pairs if paired else tokenize_unpaired)(
+    tokenize: Any = tokenize_pairs if paired else tokenize_unpaired
+    rows = tokenize(
         dataset,
         tokenizer,
         max_length=args.max_length,
