@@ -62,13 +62,11 @@ class TrainOptions:
 def _train(arguments: list[str]) -> int:
     from tralign_fast import TRConfig, TRTrainer
     from tralign_fast.data import load_rows
-    from tralign_fast.training.checkpoints import check_output_dir, newest_checkpoint
+    from tralign_fast.training.checkpoints import check_output_dir
 
     options, config = _parse("train", [TrainOptions, TRConfig], arguments)
-    checkpoint = None
-    if options.resume:
-        checkpoint = str(newest_checkpoint(config.output_dir))
-    elif not config.overwrite_output_dir:
+    checkpoint = _checkpoint(options.resume, config.resume_from_checkpoint)
+    if not checkpoint and not config.overwrite_output_dir:
         check_output_dir(config.output_dir)  # before hours of loading
     rows = load_rows(options.dataset, options.dataset_split)
     held_out = load_rows(options.eval_dataset, options.eval_split) if options.eval_dataset else None
@@ -76,6 +74,13 @@ def _train(arguments: list[str]) -> int:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return 0
+
+
+def _checkpoint(resume: bool, given: str | None) -> str | bool | None:
+    """What to go on from: a folder, True for the newest whole checkpoint, None for nothing."""
+    words = {"true": True, "yes": True, "1": True, "false": None, "no": None, "0": None}
+    named = None if given is None else words.get(given.lower(), given)
+    return named or (True if resume else None)
 
 
 def _plan(arguments: list[str]) -> int:

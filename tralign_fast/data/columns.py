@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from typing import Any
 
 # what published preference sets call the prompt; each of them is it when it stands alone
 _PROMPTS = ("question", "instruction", "query", "input", "problem", "user_prompt")
@@ -14,8 +11,8 @@ _PROMPTS = ("question", "instruction", "query", "input", "problem", "user_prompt
 _CONTEXTS = ("system", "system_prompt", "history", "context", "conversations", "conversation")
 
 
-def one_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
-    """The dataset, or the only one of a `DatasetDict`."""
+def one_dataset(dataset: Any, name: str) -> Any:
+    """The `Dataset` or `IterableDataset`, also as the only one of a `DatasetDict`."""
     import datasets
 
     if isinstance(dataset, dict) and len(dataset) == 1:

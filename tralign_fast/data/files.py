@@ -164,11 +164,11 @@ def _unpacked(file: Path) -> Path:
     """What a .zst holds, in the cache of `datasets`, whose readers unpack only .gz for certain."""
     if file.suffix.lower() != ".zst":
         return file
-    import datasets
+    from datasets import config
 
     state = file.stat()
     key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns)).encode()
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "tralign_fast"
+    folder = Path(config.HF_DATASETS_CACHE) / "tralign_fast"
     whole = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.jsonl"
     if not whole.exists():
         folder.mkdir(parents=True, exist_ok=True)
