@@ -15,9 +15,7 @@ import torch
 from tests.conftest import make_tiny_llama
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, kto_rows, pair_rows
-from tralign_fast import TrustRegion
 from tralign_fast.ops.backend import warn_once
-from tralign_fast.training.trainer import _SyncReference
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -194,25 +192,19 @@ def test_evaluation_after_the_best_model_was_loaded(
 def test_a_share_of_the_run_is_the_steps_that_it_has(place, tiny_llama, small_tokenizer, tmp_path):
     """τ = 0.25 of 12 steps, rounded up."""
     extra = {"max_steps": 12, "reference": place, "save_strategy": "steps", "save_steps": 5}
-    alpha = WINDOWED[place]["ref_model_mixup_alpha"]
+    share = {**WINDOWED[place], "ref_model_sync_steps": 0.24}
     losses = []
-    for folder, every in (("steps", 3), ("share", 0.24)):
-        trainer = make(tiny_llama, small_tokenizer, tmp_path / folder, **extra, **WINDOWED[place])
-        trainer.reference = type(trainer.reference)(trainer.model, TrustRegion(alpha, every))
-        trainer.callback_handler.pop_callback(_SyncReference)
-        trainer.add_callback(_SyncReference(trainer.reference))
+    for folder, schedule in (("steps", WINDOWED[place]), ("share", share)):
+        trainer = make(tiny_llama, small_tokenizer, tmp_path / folder, **extra, **schedule)
         losses.append(history(trainer))
         assert trainer.reference.schedule.every == 3
     assert losses[1] == losses[0]
     checkpoint = str(tmp_path / "share" / "checkpoint-5")
-    for steps in (12, 24):
+    for steps in (24, 12):
         again = make(
             tiny_llama, small_tokenizer, tmp_path / "share",
-            **{**extra, "max_steps": steps}, **WINDOWED[place],
+            **{**extra, "max_steps": steps}, **share,
         )  # fmt: skip
-        again.reference = type(again.reference)(again.model, TrustRegion(alpha, 0.24))
-        again.callback_handler.pop_callback(_SyncReference)
-        again.add_callback(_SyncReference(again.reference))
         if steps == 24:
             with pytest.raises(ValueError, match=r"moved every 3 steps, this run of 24 .*every 6"):
                 again.train(resume_from_checkpoint=checkpoint)
