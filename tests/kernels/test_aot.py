@@ -76,7 +76,7 @@ def test_row_offsets_are_64_bit(kernel: str) -> None:
     """row · stride passes 2³¹ with 16,384 rows of 131,072 logits."""
     ttir = compile_configuration(find(f"{kernel} bf16", "sm_90"), TARGETS["sm_90"]).asm["ttir"]
     products = re.findall(r"arith\.muli %row\S*, .* : (\w+)", ttir)
-    assert products == ["i64"], ttir
+    assert set(products) == {"i64"}, ttir
 
 
 def test_element_offsets_of_ema_are_64_bit() -> None:

@@ -17,6 +17,18 @@ def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
+def logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """That of both, or of autocast."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"linear_logprobs: hidden is {hidden.dtype}, weight {weight.dtype}; expected one dtype"
+        )
+    return hidden.dtype
+
+
 def check_targets(targets: Tensor, vocab: int) -> None:
     if device_kind(targets.device) != "cpu" or targets.numel() == 0:
         return

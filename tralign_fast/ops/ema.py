@@ -143,14 +143,14 @@ class _Mover:
         for ref_part, theta_part in parts:
             moved, other = self._buffers[dtype][:, : len(ref_part)]
             moved.copy_(ref_part).lerp_(other.copy_(theta_part), self.alpha)
-            noisy = self.noise is not None and ref.dtype in _HALVES
-            largest = torch.finfo(ref.dtype if noisy else dtype).max
+            noise = self.noise if ref.dtype in _HALVES else None
+            largest = torch.finfo(dtype if noise is None else ref.dtype).max
             ends = None
             if not _lies_within(moved, largest):
                 moved, ends = self._with_ends(moved, ref_part.to(dtype), other, largest)
-            if noisy:
+            if noise is not None:
                 moved = moved.float()
-                round_stochastically_(moved, ref.dtype, self.noise.draw(len(moved)))
+                round_stochastically_(moved, ref.dtype, noise.draw(len(moved)))
             ref_part.copy_(moved if ends is None else torch.where(ends.isnan(), moved, ends))
         if not ref.is_contiguous():
             ref.copy_(flat.view_as(ref))

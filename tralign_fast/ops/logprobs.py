@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tralign_fast.ops import tiles
 from tralign_fast.ops.backend import kernel, pick_backend
-from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets
+from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets, logits_dtype
 from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
 from tralign_fast.ops.cpu.pages import give_back
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
@@ -293,14 +293,7 @@ def linear_logprobs(
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
     check_arguments(hidden, weight, targets, bias, vocab_filter)
-    device = hidden.device
-    compute_dtype = hidden.dtype
-    if torch.is_autocast_enabled(device.type):
-        compute_dtype = torch.get_autocast_dtype(device.type)
-    elif weight.dtype != hidden.dtype:
-        raise ValueError(
-            f"linear_logprobs: hidden is {hidden.dtype}, weight {weight.dtype}; expected one dtype"
-        )
+    device, compute_dtype = hidden.device, logits_dtype(hidden, weight)
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
