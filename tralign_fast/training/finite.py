@@ -72,13 +72,14 @@ class FiniteSteps(TrainerCallback):
         if isinstance(own, GradientRelease):  # its steps have happened, or not
             self._flags.append((state.global_step + 1, own.found_inf))
             return
+        assert model is not None
         flag = _not_finite(norm if norm is not None else _norm(model))
         if flag is None:
             return
         self._flags.append((state.global_step + 1, flag))
         if takes_found_inf(own):
             own.found_inf = flag  # pyright: ignore[reportAttributeAccessIssue]
-        elif bool(flag):
+        elif not bool(flag == 0):  # asked so that a traced run, which answers "yes", trains
             own.zero_grad(set_to_none=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -95,17 +96,20 @@ class FiniteSteps(TrainerCallback):
         """
         scores, self._scores = self._scores, []
         if scores:
-            both = [torch.cat([s[2] for s in scores]), torch.cat([s[3] for s in scores])]
-            finite = torch.isfinite(torch.stack(both)).cpu()
+            both = torch.stack(
+                [torch.cat([s[2] for s in scores]), torch.cat([s[3] for s in scores])]
+            )
+            finite = torch.isfinite(both).cpu()
             if not bool(finite.all()):
                 raise ValueError(_bad_scores(scores, finite))
         flags, self._flags = self._flags, []
         if not flags:
             return
-        for (step, _), bad in zip(flags, torch.stack([f for _, f in flags]).tolist(), strict=True):
-            self._in_a_row = self._in_a_row + 1 if bad else 0
-            self.skipped += bool(bad)
-            if bad and self.skipped == 1:
+        happened = (torch.stack([flag for _, flag in flags]) == 0).tolist()
+        for (step, _), good in zip(flags, happened, strict=True):
+            self._in_a_row = 0 if good else self._in_a_row + 1
+            self.skipped += not good
+            if not good and self.skipped == 1:
                 warn_once(
                     f"step {step}: the gradient was NaN or infinite. Such steps are left out: "
                     "weights, optimizer and reference stay as they were (counted in "

@@ -96,7 +96,7 @@ class GradientRelease(Optimizer):
         if takes_found_inf(self.optimizer):
             self.optimizer.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
             self._flags[parameter] = self.found_inf
-        elif bool(self.found_inf):
+        elif not bool(self.found_inf == 0):
             parameter.grad = None
             return
         self.optimizer.step()  # passes over every parameter that has no gradient: all others
@@ -107,7 +107,7 @@ class GradientRelease(Optimizer):
         assert closure is None
         self._stepped.clear()
         flags, self._flags = self._flags, {}
-        if isinstance(self.optimizer, BlockAdafactor) and bool(self.found_inf):
+        if isinstance(self.optimizer, BlockAdafactor) and not bool(self.found_inf == 0):
             for parameter, flag in flags.items():
                 if bool(flag):
                     self.optimizer.take_back(parameter)

@@ -58,7 +58,8 @@ class Lookahead:
         step, reference = trainer.state.global_step, trainer.reference
         assert isinstance(reference, WindowedReference), reference.name
         left, schedule = trainer.state.max_steps - step, reference.schedule
-        window = None if schedule.is_frozen else schedule.every - step % schedule.every
+        every = int(schedule.every)  # steps: the run has begun
+        window = None if schedule.is_frozen else every - step % every
         steps = left if window is None else min(left, window)
         # a window of one step is swept at every step: no bar for it
         bar = trainer.is_world_process_zero() and not args.disable_tqdm and steps > 1
