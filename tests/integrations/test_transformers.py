@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from tests.training.test_trl_parity import kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.model.patching import has_forward
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_liger_gives_its_layers_and_leaves_the_head(build, monkeypatch):
     for model in (trainer.model, trainer.reference.model):
         assert "liger" in model.model.norm.forward.__module__
         assert "liger" in model.model.layers[0].mlp.forward.__module__
-        assert hasattr(model.forward, "tralign_before")  # the head is ours
+        assert has_forward(model, "log-probs")  # the head is ours
     assert trainer.args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
 
 
