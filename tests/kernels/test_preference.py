@@ -450,6 +450,14 @@ def test_is_the_loss_of_tralign_fast(device, loss, options):
         torch.testing.assert_close(results[0][0], direct.loss)
 
 
+def test_a_second_derivative_is_refused(device):
+    (logps, ref_logps, offsets), _ = make_public(6, device, "dpo", {})
+    leaf = logps.requires_grad_()
+    out = preference_loss(leaf, ref_logps, offsets, loss="dpo", backend="triton", beta=0.1)
+    with pytest.raises(RuntimeError, match="preference_loss has no second derivative"):
+        torch.autograd.grad(out.loss, leaf, create_graph=True)
+
+
 @pytest.mark.parametrize(("loss", "options"), PUBLIC, ids=str)
 def test_from_logits(device, loss, options):
     """A trainer's logits: read once, and overwritten by their gradient."""

@@ -4,6 +4,7 @@ bits, and no step waits for the device to find out."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -172,7 +173,9 @@ def test_an_infinite_score_of_the_reference_moves_nothing(tiny_llama, small_toke
 def test_a_run_that_trains_nothing_ends(steps, tiny_llama, small_tokenizer, tmp_path):
     extra = {"max_steps": steps, "save_strategy": "steps", "save_steps": 100, "logging_steps": 4}
     trainer = make(tiny_llama, small_tokenizer, tmp_path, "kto", **extra)
-    trainer.args.undesirable_weight = trainer.args.desirable_weight = math.nan
+    objective = trainer._objective
+    spoilt = {**objective.options, "desirable_weight": math.nan, "undesirable_weight": math.nan}
+    trainer._objective = dataclasses.replace(objective, options=spoilt)
     last = min(steps, PATIENCE)
     with pytest.raises(ValueError, match=f"steps 1 to {last}: no gradient was finite, and nothing"):
         trainer.train()

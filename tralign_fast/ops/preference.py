@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tralign_fast.ops.backend import pick_backend, warn_once
+from tralign_fast.ops.consumption import refuse_second_derivative
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.objective import Objective, objective_of
 from tralign_fast.ops.segments import segment_sums
@@ -219,11 +221,11 @@ def _check_labels(batch: _Batch, objective: Objective) -> None:
 def _check_offsets(offsets: Tensor, tokens: int) -> None:
     if offsets.device.type != "cpu" or type(offsets) is not Tensor:
         return  # looking would stall a GPU; fake tensors have nothing to look at
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first < 0 or last > tokens or bool((offsets.diff() < 0).any()):
+    bounds = offsets.tolist()
+    if bounds[0] < 0 or bounds[-1] > tokens or any(b < a for a, b in pairwise(bounds)):
         raise ValueError(
             f"preference_loss: offsets must rise within [0, {tokens}], the number of log-probs, "
-            f"got {offsets.tolist()[:20]}"
+            f"got {bounds[:20]}"
         )
 
 
@@ -419,6 +421,7 @@ def _preference_setup(ctx, inputs, output) -> None:
 
 
 def _preference_backward(ctx, grad, *_):
+    refuse_second_derivative("preference_loss")
     (gradient,) = ctx.saved_tensors
     return (None if grad is None else grad * gradient, *(None,) * 13)
 

@@ -412,6 +412,10 @@ class TRTrainer(ResumableTrainer):
         self._check_not_released()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _hp_search_setup(self, trial) -> None:
+        super()._hp_search_setup(trial)
+        self._objective = self.args.objective  # a search may set options of the loss
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._finite.check()
         check_weights(self.model)
