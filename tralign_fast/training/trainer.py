@@ -414,7 +414,8 @@ class TRTrainer(ResumableTrainer):
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
-        self._objective = self.args.objective  # a search may set options of the loss
+        if trial is not None:  # it may set options of the loss
+            self._objective = self.args.objective
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._finite.check()
