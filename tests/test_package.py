@@ -237,3 +237,20 @@ def test_unknown_options_of_a_recipe_are_named(recipe, refused):
     recipe.write_text(recipe.read_text() + "ref_sync: 3\n")
     assert "unknown options ref_sync" in refused("train", "--config", str(recipe))
     assert "nothing" in refused("nothing")
+
+
+def test_defaults_are_the_same_everywhere(tmp_path):
+    """What a function and the config both have: α, τ, rounding, order of rows; the last is TRL's."""
+    import inspect
+
+    from trl import DPOConfig, KTOConfig
+
+    from tralign_fast import TRConfig, TrustRegion, ema_update_, lora_merge_
+
+    config = TRConfig(str(tmp_path), use_cpu=True)
+    assert TrustRegion() == config.trust_region
+    for op in (ema_update_, lora_merge_):
+        assert inspect.signature(op).parameters["rounding"].default == config.ema_rounding
+    for loss, theirs in (("dpo", DPOConfig), ("kto", KTOConfig), ("apo_zero_unpaired", KTOConfig)):
+        order = TRConfig(str(tmp_path), use_cpu=True, loss_type=loss).train_sampling_strategy
+        assert order == theirs(str(tmp_path), use_cpu=True).train_sampling_strategy, loss

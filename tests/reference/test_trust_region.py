@@ -19,7 +19,7 @@ def test_should_sync(schedule, moves):
 
 
 def test_defaults_are_the_hard_update():
-    assert TrustRegion() == TrustRegion(alpha=1.0, every=512)
+    assert TrustRegion() == TrustRegion(alpha=0.6, every=512)  # `TRConfig`'s
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])

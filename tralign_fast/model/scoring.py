@@ -224,7 +224,7 @@ def hidden_kl(model: nn.Module, other: PreTrainedModel, batch: PackedBatch) -> T
 
     def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         z = nn.functional.linear(hidden, weight, bias).float()
-        return transform.to_scores_(z).log_softmax(-1)
+        return transform.apply_(z).log_softmax(-1)
 
     others: list[tuple[Any, ...]] = []
     transform = LogitTransform.of_config(causal_lm_of(unwrapped(model)).config)

@@ -263,7 +263,7 @@ def _torch_loss(batch: _Batch, objective: Objective) -> PackedLoss:
         inputs["kl"] = kl = kl.clamp(min=0)
     if objective.sums_tokens:
         inputs["nll"] = _nll(batch)
-    score = _score(ratio, objective)
+    score = _f_prime(ratio, objective)
     loss = sums.new_zeros(())
     for spec, weight in zip(objective.specs, objective.weights, strict=True):
         share = lengths if objective.normalizes(spec) else None
@@ -301,7 +301,7 @@ def _each(
     return spec.function(score[: batch.examples], batch.is_desirable, **keywords)
 
 
-def _score(ratio: Tensor, objective: Objective) -> Tensor:
+def _f_prime(ratio: Tensor, objective: Objective) -> Tensor:
     """f'(π_θ/π_ref) of the f-divergence, from log-ratios (arXiv 2309.16240, table 1)."""
     divergence, alpha = objective.f_divergence, objective.f_alpha
     if divergence == "forward_kl":

@@ -42,7 +42,7 @@ def token_statistics(
     rows = max(1, size // (4 * weight.shape[0]))
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for block, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        z = transform.to_scores_(F.linear(block, weight, bias).float())
+        z = transform.apply_(F.linear(block, weight, bias).float())
         if "mean_logits" in wanted:
             parts["mean_logits"].append(z.mean(1))
         if "is_top1" in wanted:

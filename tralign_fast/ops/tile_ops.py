@@ -70,13 +70,13 @@ def tile_forward_(
     local = targets - start
     inside = (local >= 0) & (local < width)
     picked = logits.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].float()
-    picked = transform.to_scores_(picked)
+    picked = transform.apply_(picked)
     target_logit.copy_(torch.where(inside, picked, target_logit))
 
     def scores(rows: Tensor, buffer: Tensor) -> Tensor:
         if rows.dtype == torch.float32 and transform.is_identity:
             return rows
-        return transform.to_scores_(buffer.copy_(rows))
+        return transform.apply_(buffer.copy_(rows))
 
     high, low = torch.zeros(2, len(logits), device=logits.device)
     for rows, buffer in row_buffers(logits):
@@ -102,7 +102,7 @@ def tile_backward_(
     high, low = logsumexp.split(1, 1)
     share = low.neg().exp_().mul_(-grad[:, None])
     for rows, z in row_blocks(logits, inplace=True):
-        slope = transform.slope_of_cap(transform.to_scores_(z))
+        slope = transform.slope_of_cap(transform.apply_(z))
         z.sub_(high[rows]).exp_().mul_(share[rows])
         z.scatter_add_(1, local[rows], at_target[rows])
         if slope is not None:

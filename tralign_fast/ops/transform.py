@@ -89,7 +89,7 @@ class LogitTransform:
     def is_identity(self) -> bool:
         return self.softcap is None and self.factor == 1.0
 
-    def to_scores_(self, z: Tensor) -> Tensor:
+    def apply_(self, z: Tensor) -> Tensor:
         """Raw logits (fp32) to scores, in place."""
         if self.softcap is not None:
             z.mul_(self.scale / self.softcap).tanh_()

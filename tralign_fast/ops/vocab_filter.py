@@ -77,7 +77,7 @@ class VocabFilter:
         columns = slice(start, start + logits.shape[1])
         peak = self.peak[columns]
         for rows, z in row_blocks(logits):
-            log_p = self.saved.transform.to_scores_(z).sub_(self.saved.logsumexp[rows, :1])
+            log_p = self.saved.transform.apply_(z).sub_(self.saved.logsumexp[rows, :1])
             torch.maximum(peak, log_p.amax(0), out=peak)
         self.stays[columns] |= ~(peak < math.log(self.epsilon))  # so written, a column of NaN stays
 

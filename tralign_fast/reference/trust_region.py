@@ -31,7 +31,7 @@ class TrustRegion:
         ValueError: α or τ out of range.
     """
 
-    alpha: float = 1.0
+    alpha: float = 0.6
     every: float = 512
 
     def __post_init__(self) -> None:

@@ -129,6 +129,11 @@ class TRConfig(TrainingArguments):
     )
 
     # the data
+    train_sampling_strategy: str | None = _option(
+        None,
+        "random, sequential, group_by_length or batch_rebalance. None: sequential for unpaired "
+        "losses, as TRL's KTO, else random.",
+    )
     max_length: int | None = _option(
         1024, "Tokens of a prompt with its completion; completions are cut to it."
     )
@@ -199,6 +204,9 @@ class TRConfig(TrainingArguments):
             self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
         # batches are PackedBatch, made from columns that no model's forward names
         self.remove_unused_columns = False
+        if self.train_sampling_strategy is None:
+            paired = self.objective.paired
+            self.train_sampling_strategy = "random" if paired else "sequential"
         wants_bf16, self.bf16 = self.bf16, bool(self.bf16)
         super().__post_init__()
         if wants_bf16 is None:
