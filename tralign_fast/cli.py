@@ -73,6 +73,7 @@ def _train(arguments: list[str]) -> int:
     trainer = TRTrainer(options.model, args=config, train_dataset=rows, eval_dataset=held_out)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    trainer.create_model_card()
     return 0
 
 
@@ -99,8 +100,10 @@ def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
     own = _own_loss_options(known)
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
-    for name in own:
+    for name in own:  # in both: one reads them, the other's help shows them
         first.add_argument(f"--{name}", type=float)
+        help = f"An option of {', '.join(own[name])}; goes into loss_options."
+        parser.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS, help=help)
     given, rest = first.parse_known_args(arguments)
     values = {name: getattr(given, name) for name in own}
     if given.config is not None:
@@ -125,14 +128,17 @@ def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
     return parser.parse_args_into_dataclasses(rest)
 
 
-def _own_loss_options(known: set[str]) -> list[str]:
-    """Options of registered losses that have no field of their own: `loss_options` takes them."""
+def _own_loss_options(known: set[str]) -> dict[str, list[str]]:
+    """Options of registered losses that have no field of their own, and the losses that take them;
+    `loss_options` holds them."""
     from tralign_fast import LOSSES
 
-    if "loss_options" not in known:
-        return []
-    names = {option.name for spec in LOSSES.values() for option in spec.options}
-    return sorted(names - known)
+    own: dict[str, list[str]] = {}
+    for loss, spec in LOSSES.items() if "loss_options" in known else ():
+        for option in spec.options:
+            if option.name not in known:
+                own.setdefault(option.name, []).append(loss)
+    return own
 
 
 if __name__ == "__main__":

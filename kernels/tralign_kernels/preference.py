@@ -77,8 +77,9 @@ def _read(
     wrong = tl.where((start < 0) | (end < start) | (end > N), float("nan"), 0.0)
     begin = tl.minimum(tl.maximum(start, 0), N)
     length = tl.maximum(tl.minimum(end, N) - begin, 0).to(tl.int32)
-    sums = tl.zeros((SEQUENCES, TOKENS), tl.float32)
-    plain_sums = tl.zeros((SEQUENCES, TOKENS), tl.float32)
+    # sums in fp64: they equal those of a reference, however it adds its tokens up
+    sums = tl.zeros((SEQUENCES, TOKENS), tl.float64)
+    plain_sums = tl.zeros((SEQUENCES, TOKENS), tl.float64)
     for first in range(0, tl.max(length), TOKENS * TILES):  # pyright: ignore[reportArgumentType]
         for i in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
             token = first + i * TOKENS + tl.arange(0, TOKENS)
@@ -87,13 +88,13 @@ def _read(
             logps = tl.load(logps_ptr + place, mask=own, other=0.0)
             if TOKEN_WEIGHTS:
                 if PLAIN:
-                    plain_sums += logps
+                    plain_sums += logps.to(tl.float64)
                 logps *= tl.load(token_weights_ptr + place, mask=own, other=0.0)
-            sums += logps
-    total = tl.sum(sums, axis=1) + wrong
+            sums += logps.to(tl.float64)
+    total = tl.sum(sums, axis=1).to(tl.float32) + wrong
     plain = total
     if TOKEN_WEIGHTS and PLAIN:
-        plain = tl.sum(plain_sums, axis=1) + wrong
+        plain = tl.sum(plain_sums, axis=1).to(tl.float32) + wrong
     ratio = total - tl.load(ref_ptr + sequence, mask=inside, other=0.0)
     reward = tl.zeros((SEQUENCES,), tl.float32)
     if OWN:

@@ -8,6 +8,7 @@ import torch
 from tests.kernels.conftest import INTERPRETED
 from tralign_fast import LOSSES as REGISTRY
 from tralign_fast import dpo_loss, logprobs_from_logits, preference_loss
+from tralign_fast.ops.segments import segment_sums
 from tralign_kernels import (
     PreferenceOptions,
     Term,
@@ -448,6 +449,18 @@ def test_is_the_loss_of_tralign_fast(device, loss, options):
         chosen, rejected = torch.segment_reduce(logps, "sum", offsets=offsets).chunk(2)
         direct = dpo_loss(chosen, rejected, *ref_logps.chunk(2), **options)
         torch.testing.assert_close(results[0][0], direct.loss)
+
+
+def test_an_unchanged_policy_has_a_ratio_of_exactly_zero(device):
+    """The sums are those of a reference's log-probs, to the bit."""
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 600, (96,))
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device)
+    logps = (-5 * torch.rand(int(lengths.sum()))).to(device)
+    out = preference_loss(
+        logps, segment_sums(logps, offsets), offsets, loss="dpo", beta=0.1, backend="triton"
+    )
+    assert not out.rewards.any()
 
 
 def test_a_second_derivative_is_refused(device):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
+from trl import DPOTrainer
 
 from tests.training.test_trl_parity import STEPS, history, kto_rows, pair_rows, run_both
 from tralign_fast import LOSSES
 
+TRLS = sorted(set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss))))
 HYBRID = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 2}
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 CASES = {
-    **{n: {"loss_type": [n]} for n, spec in LOSSES.items() if spec.paired and n != "dpo"},
+    **{name: {"loss_type": [name]} for name in TRLS if LOSSES[name].paired},
     "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
     "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
     "aot": {"loss_type": ["aot"], "label_smoothing": 0.1},

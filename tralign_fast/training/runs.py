@@ -70,11 +70,11 @@ def check_output_dir(output_dir: str | None) -> None:
 
 
 def check_writable(output_dir: str | None) -> None:
-    """Makes the folder; raises ValueError if nothing can be written into it."""
+    """Raises ValueError if nothing can be written into the folder, which need not be there yet."""
     folder = Path(output_dir or ".")
-    probe = folder / f".writable-{uuid.uuid4().hex}"
+    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    probe = there / f".writable-{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"0")
         probe.unlink()
     except OSError as error:
