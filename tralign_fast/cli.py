@@ -109,7 +109,7 @@ def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
     if given.config is not None:
         try:
             with open(given.config, encoding="utf-8") as file:
-                recipe = yaml.safe_load(file)
+                recipe = yaml.load(file, _unique_keys(yaml.SafeLoader))
         except (OSError, yaml.YAMLError) as error:
             raise ValueError(f"--config {given.config}: {error}") from error
         if not isinstance(recipe, dict):
@@ -126,6 +126,21 @@ def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
     if values:
         rest = [*rest, "--loss_options", json.dumps(values)]
     return parser.parse_args_into_dataclasses(rest)
+
+
+def _unique_keys(base: Any) -> Any:
+    """A YAML loader that refuses a key that stands twice, of which it would take the last."""
+    import yaml
+
+    class Loader(base):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+            twice = [key for key in keys if keys.count(key) > 1]
+            if twice:
+                raise yaml.YAMLError(f"the option {twice[0]} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _own_loss_options(known: set[str]) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.objective import DIVERGENCES, Objective, Range, objective_of
 from tralign_fast.reference import REFERENCES, TrustRegion
 from tralign_fast.training.gradient_release import check_releasable
+from tralign_fast.training.option_types import check_types
 
 # fields that are options of losses
 _LOSS_FIELDS = (
@@ -173,6 +174,7 @@ class TRConfig(TrainingArguments):
     overwrite_output_dir: bool = _option(False, "Write into an output_dir that holds another run.")
 
     def __post_init__(self) -> None:
+        check_types(self, TRConfig)
         self._check_losses()
         _check_choice("reference", self.reference, ["auto", *REFERENCES])
         _check_choice("ema_rounding", self.ema_rounding, ["nearest", "stochastic"])
@@ -254,7 +256,7 @@ class TRConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         self.loss_type = list(self.loss_type)
         if isinstance(self.loss_options, str):  # of the command line
-            self.loss_options = json.loads(self.loss_options)
+            self.loss_options = _table("loss_options", self.loss_options)
         objective = self.objective
         if self.label_smoothing is None:
             self.label_smoothing = objective.options.get("label_smoothing", 0.0)
@@ -291,6 +293,16 @@ def _layer_kernels(liger: dict[str, Any] | None) -> dict[str, Any]:
             "tralign-fast; leave it out"
         )
     return {**(liger or {}), "fused_linear_cross_entropy": False}
+
+
+def _table(name: str, text: str) -> dict[str, Any]:
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError:
+        table = None
+    if not isinstance(table, dict):
+        raise ValueError(f'{name}: expected JSON such as {{"gamma": 2}}, got {text!r}')
+    return table
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
