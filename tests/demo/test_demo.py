@@ -39,4 +39,4 @@ def test_the_demo_trains_measures_and_saves(tmp_path, refused):
 
 def test_the_demo_refuses_a_loss_that_its_pairs_cannot_have(tmp_path, refused):
     error = refused("demo", "--loss_type", "kto", "--output_dir", str(tmp_path / "other"))
-    assert "the demo's pairs need dpo or ipo" in error
+    assert "the demo's pairs need one of dpo, sigmoid, ipo" in error

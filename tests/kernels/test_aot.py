@@ -52,8 +52,8 @@ def test_every_kernel_is_listed() -> None:
         # tile candidates and the unaligned tile × plain or not; fp32 has one candidate
         assert listed.count("_linear_logprob_kernel") == (2 * (2 + 1) + 1 + 1) * 2
         assert listed.count("_combine_kernel") == 1
-        # losses, two in the other normalisation, KL given, sums, f-divergence and weights
-        assert listed.count("_preference_kernel") == 14 + 2 + 2 + 2 + 1 + 1
+        # losses, two in the other normalisation, lengths, KL given, sums, f-divergence and weights
+        assert listed.count("_preference_kernel") == 14 + 2 + 1 + 2 + 2 + 1 + 1
         # dtype pairs × roundings × alignment, fp32 in one rounding
         assert listed.count("_lora_merge_kernel") == (1 + 3 * 2) * 2
 

@@ -76,7 +76,7 @@ def test_linear_logprob(asked, monkeypatch):
     assert sum(asked) == linear_logprob.traffic(N, W, H, 2, launch, bias=True)["moved"]
 
 
-@pytest.mark.parametrize("case", ["sigmoid", "sums", "kto", "mismatched"])
+@pytest.mark.parametrize("case", ["sigmoid", "sums", "lengths", "kto", "mismatched"])
 def test_preference(asked, case):
     N, offsets = 300, torch.tensor([0, 100, 130, 131, 300])
     weights = {"token_weights": torch.ones(N), "example_weights": torch.ones(2)}
@@ -84,6 +84,7 @@ def test_preference(asked, case):
     terms, tensors = {
         "sigmoid": ([Term("sigmoid")], weights),
         "sums": ([Term("sigmoid"), Term("sft")], {}),
+        "lengths": ([Term("ipo", 1.0, True)], {"lengths": torch.ones(4)}),
         "kto": ([Term("kto")], {"is_desirable": labels, "kl": kl}),
         "mismatched": ([Term("kto")], {"is_desirable": labels[:2]}),
     }[case]
@@ -91,7 +92,8 @@ def test_preference(asked, case):
     preference_forward(
         torch.zeros(N), torch.zeros(4), offsets, terms=terms, options=options, **tensors
     )
-    flags = (case == "sigmoid", case == "sigmoid", case == "kto", case == "mismatched")
+    both = case == "sigmoid"
+    flags = (both, both, case == "lengths", case == "kto", case == "mismatched")
     launch = preference.PREFERENCE_LAUNCH["cuda"]
     constexprs = preference._constexprs(terms, options, *flags, launch)
     assert sum(asked) == preference.traffic(N, 4, constexprs)["moved"]

@@ -68,7 +68,7 @@ class Workload:
         ids = [0] * completion
         rows = []
         for row in range(2 * self.pairs):
-            own = {"chosen_ids": ids, "rejected_ids": ids}
+            own = {"chosen_ids": ids, "rejected_ids": [*ids[1:], 1]}  # which may not be alike
             if not self.paired:
                 # TRL's name for the completion of another prompt, which it takes ready made
                 own = {"completion_ids": ids, "KL_completion_ids": ids, "label": row % 2 == 0}

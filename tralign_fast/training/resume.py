@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 # `TRConfig`'s names; those that a version does not have are left out
 REFUSED = (
@@ -98,7 +99,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
         if parameter.requires_grad:
             trained += 1
-        elif parameter.is_floating_point() and parameter.device.type != "meta":
+        elif parameter.is_floating_point() and _has_numbers(parameter):
             first = parameter.detach().flatten()[:16].to("cpu", torch.float32)
             frozen.update(first.numpy().tobytes())
     return {
@@ -106,6 +107,11 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         "frozen weights": frozen.hexdigest(),
         "dtype": sorted(dtypes),
     }
+
+
+def _has_numbers(parameter: Tensor) -> bool:
+    """Not those on meta, nor the fake ones of a memory trace."""
+    return parameter.device.type != "meta" and not isinstance(parameter, FakeTensor)
 
 
 def _plain(value: Any) -> Any:
