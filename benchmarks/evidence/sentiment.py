@@ -132,6 +132,7 @@ def _make_trainer(arm: Arm, settings: Settings, material: Material, output_dir: 
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=settings.warmup_steps,
         max_length=settings.max_length,
+        train_sampling_strategy="random",  # of pairs and of labels alike
         gradient_checkpointing=False,  # 135M parameters: memory is not what is short
         bf16=False,  # the same numbers on every device
         logging_steps=settings.measure_every,
