@@ -115,7 +115,7 @@ def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
         if not isinstance(recipe, dict):
             raise ValueError(f"--config {given.config}: expected lines of `option: value`")
         values = {name: recipe.pop(name, None) if v is None else v for name, v in values.items()}
-        unknown = sorted(set(recipe) - known)
+        unknown = sorted({str(key) for key in recipe} - (known - {"help"}))
         if unknown:
             raise ValueError(f"--config {given.config}: unknown options {', '.join(unknown)}")
         for action in parser._actions:

@@ -95,7 +95,7 @@ class PreferenceOptions:
             "beta": self.beta,
             "target": 0.5 / self.beta,
             "smoothing": smoothing,
-            "debias": 1.0 / (1.0 - 2.0 * smoothing),
+            "debias": 1.0 / (1.0 - 2.0 * smoothing) if smoothing < 0.5 else 0.0,  # robust's
             "log_keep": math.log1p(-smoothing),
             "log_flip": math.log(smoothing) if smoothing else 0.0,
             "rate": 1.0 / self.discopop_tau,

@@ -4,10 +4,13 @@ import itertools
 import math
 import warnings
 
+import numpy
 import pytest
 import torch
 
-from tralign_fast import LOSSES, dpo_loss, ipo_loss, kto_loss, preference_loss
+from tralign_fast import dpo_loss, ipo_loss, kto_loss, preference_loss
+from tralign_fast.ops.losses import LOSSES
+from tralign_fast.ops.objective import objective_of
 from tralign_fast.ops.preference import METRICS
 from tralign_fast.ops.segments import pair_weights
 from tralign_fast.ops.sequence_losses import pair_loss
@@ -244,7 +247,7 @@ BAD = {
         "loss": "nca_pair", "f_divergence_type": "forward_kl"
     },
     "f_alpha_divergence_coef: expected a finite": {"f_alpha_divergence_coef": math.nan},
-    r"even for pairs, got \(4,\), \(2,\), \(2,\)": {"offsets": torch.tensor([0, 2])},
+    r"even for pairs and not 0, got \(4,\), \(2,\), \(2,\)": {"offsets": torch.tensor([0, 2])},
     "int64 offsets": {"offsets": torch.tensor([0, 2, 4], dtype=torch.int32)},
     "kto needs is_desirable": {"loss": "kto"},
     "takes pairs, no is_desirable": {"is_desirable": torch.ones(1, dtype=torch.bool)},
@@ -265,6 +268,23 @@ BAD = {
         "loss": ["dpo", "sft"], "example_weights": torch.ones(1)
     },
     "nll_tokens must be positive": {"nll_tokens": 0.0},
+    "f_alpha_divergence_coef: f_divergence_type='reverse_kl' does not take": {
+        "f_alpha_divergence_coef": 0.7
+    },
+    "label_smoothing: the losses exo_pair, dpo have other defaults": {"loss": ["exo_pair", "dpo"]},
+    "label_smoothing: the losses dpo, exo_pair have other defaults": {"loss": ["dpo", "exo_pair"]},
+    "length_normalized: expected true or false, got 'yes'": {"length_normalized": "yes"},
+    "loss_type: expected one of .*, got 3": {"loss": 3},
+    "loss_type: expected one of .*, got None": {"loss": [None]},
+    "loss_weights: expected one weight for each of dpo, ipo": {
+        "loss": ["dpo", "ipo"], "loss_weights": 1.0
+    },
+    r"beta: expected a number > 0 and finite for dpo, got 1000000": {"beta": 10**400},
+    "beta: expected a number > 0 and finite for dpo, got 1e-45": {"beta": 1e-45},
+    "expected tensors on one device": {"offsets": torch.tensor([0, 2, 4], device="meta")},
+    "expected a tensor offsets": {"offsets": [0, 2, 4]},
+    "needs sequences of one token or more": {"loss": "ipo", "offsets": torch.tensor([0, 0, 4])},
+    "one token or more": {"loss": "ipo", "lengths": torch.tensor([2.0, 0.0])},
 }  # fmt: skip
 
 
@@ -296,3 +316,48 @@ def test_the_torch_backend_gives_no_notice(packed):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         preference_loss(tokens, reference, offsets, loss="aot", beta=0.2)
+
+
+def test_odd_tensors_are_taken_for_what_they_are(packed):
+    """Whole lengths and weights, numbers of numpy, bf16 log-probs, a loss of weight 0."""
+    tokens, reference, offsets, _ = packed
+    plain = preference_loss(tokens, reference, offsets, loss="ipo", beta=0.2)
+    for odd in (
+        {"lengths": offsets.diff()},
+        {"example_weights": torch.ones(3, dtype=torch.int64)},
+        {"token_weights": torch.ones(len(tokens), dtype=torch.float64)},
+        {"beta": numpy.float32(0.2)},
+        {"loss": ["ipo", "aot"], "loss_weights": [1, 0]},
+    ):
+        given = {"loss": "ipo", "beta": 0.2, **odd}
+        out = preference_loss(tokens, reference, offsets, **given)
+        torch.testing.assert_close(out.loss, plain.loss)
+    with pytest.raises(ValueError, match=r"logps must be real, got torch.complex64"):
+        preference_loss(tokens.to(torch.complex64), reference, offsets, loss="ipo", beta=0.2)
+    with pytest.raises(ValueError, match=r"S even for pairs and not 0, got \(0,\)"):
+        preference_loss(tokens[:0], reference[:0], offsets[:1], loss="ipo", beta=0.2)
+    objective = objective_of(LOSSES, "dpo", options={"beta": 0.1})
+    with pytest.raises(ValueError, match="an Objective has its options"):
+        preference_loss(tokens, reference, offsets, loss=objective, beta=0.3)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("name", ["dpo", "hinge", "robust", "exo_pair", "discopop"])
+def test_ratios_far_out_have_finite_losses_and_gradients(name, divergence):
+    """Of pairs that a loss is done with, and of one that it is far from."""
+    tokens = torch.zeros(4, requires_grad=True)
+    reference = torch.tensor([-300.0, 0.0, 150.0, 0.0])
+    out = preference_loss(
+        tokens, reference, torch.arange(5), loss=name, beta=0.1, f_divergence_type=divergence
+    )
+    (gradient,) = torch.autograd.grad(out.loss, tokens)
+    assert torch.isfinite(out.loss)
+    assert torch.isfinite(gradient).all()
+
+
+def test_an_alpha_near_one_is_the_reverse_kl(packed):
+    tokens, reference, offsets, _ = packed
+    near = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 + 2e-6}
+    out = preference_loss(tokens, reference, offsets, loss="dpo", beta=0.2, **near)
+    plain = preference_loss(tokens, reference, offsets, loss="dpo", beta=0.2)
+    torch.testing.assert_close(out.loss, plain.loss, rtol=1e-5, atol=0)

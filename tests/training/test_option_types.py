@@ -29,6 +29,9 @@ def config(folder, **options):
     ("options", "message"),
     [
         ({"beta": "0.1"}, r"beta: expected a finite number, got '0.1'"),
+        ({"beta": 10**400}, "beta: expected a finite number, got 1000"),
+        ({"loss_options": {"beta": 0.3}}, "loss_options: beta is an option of its own"),
+        ({"loss_type": ["exo_pair", "dpo"]}, "label_smoothing: the losses exo_pair, dpo have"),
         ({"beta": [0.1]}, r"beta: expected a finite number, got \[0.1\]"),
         ({"prefix_sharing": "no"}, "prefix_sharing: expected true or false, got 'no'"),
         ({"sync_ref_model": 1}, "sync_ref_model: expected true or false, got 1"),

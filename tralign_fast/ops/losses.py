@@ -89,7 +89,10 @@ def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 def discopop(chosen: Tensor, rejected: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
     """`-(1-m)·log σ(β·Δ) + m·exp(-β·Δ)`, m = σ(β·Δ/τ). arXiv 2406.08414, eq. 5."""
     delta = beta * (chosen - rejected)
-    return torch.lerp(-F.logsigmoid(delta), (-delta).exp(), torch.sigmoid(delta / discopop_tau))
+    modulation = delta / discopop_tau
+    # m·exp(-β·Δ) as one power: where Δ is far below 0 the first factor is 0, the other infinite
+    blended = torch.exp(F.logsigmoid(modulation) - delta)
+    return blended - torch.sigmoid(-modulation) * F.logsigmoid(delta)
 
 
 def aot(

@@ -11,11 +11,15 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+_TINY, _HUGE = 1e-37, 1e37
 
 
 class Range(NamedTuple):
@@ -27,11 +31,13 @@ class Range(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             return False
+        value = cast("float", value)
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
+        # losses are computed in fp32
+        return above and below and (value == 0 or _TINY < abs(value) < _HUGE)
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -180,7 +186,7 @@ def objective_of(
             range, weights that do not match, losses of pairs beside unpaired ones. One line, which
             names the option, the value and what was expected.
     """
-    names = (names,) if isinstance(names, str) else tuple(names)
+    names = (names,) if isinstance(names, str) or not isinstance(names, Sequence) else tuple(names)
     if not names:
         raise ValueError(f"loss_type: expected at least one of {', '.join(losses)}, got none")
     specs = tuple(_find(losses, name) for name in names)
@@ -192,7 +198,11 @@ def objective_of(
         )
     given = _check_options(names, specs, dict(options or {}))
     _check_divergence(names, specs, f_divergence, f_alpha)
-    checked = tuple(float(w) for w in _check_weights(names, weights))
+    if length_normalized not in (None, True, False):
+        raise ValueError(f"length_normalized: expected true or false, got {length_normalized!r}")
+    checked = [float(w) for w in _check_weights(names, weights)]
+    terms = [term for term in zip(names, specs, checked, strict=True) if term[2]]
+    names, specs, checked = zip(*terms, strict=True)  # a weight of 0 leaves a loss out
     return Objective(
         names, specs, checked, given, f_divergence, float(f_alpha), length_normalized
     )  # fmt: skip
@@ -225,13 +235,17 @@ def _check_options(
         raise ValueError(f"beta: the loss {' + '.join(names)} needs it, a number > 0")
     for loss, spec in zip(names, specs, strict=True):
         for option in spec.options:
+            if option.name not in given and options[option.name] != option.default:
+                raise ValueError(
+                    f"{option.name}: the losses {', '.join(names)} have other defaults; expected "
+                    "one value for all"
+                )
             value = given.get(option.name, option.default)
             if value not in option.range:
                 raise ValueError(
                     f"{option.name}: expected a number {option.range} for {loss}, got {value!r}"
                 )
-            options[option.name] = float(value)
-    return options
+    return {name: float(given.get(name, default)) for name, default in options.items()}
 
 
 def _check_divergence(
@@ -241,8 +255,13 @@ def _check_divergence(
         raise ValueError(
             f"f_divergence_type: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}"
         )
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if alpha not in Range(-math.inf, math.inf):
         raise ValueError(f"f_alpha_divergence_coef: expected a finite number, got {alpha!r}")
+    if divergence != "alpha_divergence" and alpha != 0.5:
+        raise ValueError(
+            f"f_alpha_divergence_coef: f_divergence_type={divergence!r} does not take it, got "
+            f"{alpha}"
+        )
     if divergence == "reverse_kl":
         return
     without = [n for n, s in zip(names, specs, strict=True) if not s.f_divergence]
@@ -256,7 +275,7 @@ def _check_divergence(
 def _check_weights(names: Sequence[str], weights: Iterable[Any] | None) -> Sequence[Any]:
     if weights is None:
         return [1.0] * len(names)
-    weights = list(weights)
+    weights = list(weights) if isinstance(weights, Iterable) else [weights]
     if len(weights) != len(names):
         raise ValueError(
             f"loss_weights: expected one weight for each of {', '.join(names)}, got {weights!r}"

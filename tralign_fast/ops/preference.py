@@ -22,7 +22,7 @@ from torch import Tensor
 from tralign_fast.ops.backend import pick_backend, warn_once
 from tralign_fast.ops.consumption import refuse_second_derivative
 from tralign_fast.ops.losses import LOSSES
-from tralign_fast.ops.objective import Objective, objective_of
+from tralign_fast.ops.objective import Objective, Range, objective_of
 from tralign_fast.ops.segments import segment_sums
 from tralign_fast.ops.sequence_losses import PreferenceLoss, by_label, check_kl
 
@@ -121,15 +121,22 @@ def preference_loss(
     """
     if isinstance(loss, Objective):
         objective = loss
+        given = [loss_weights, length_normalized, f_divergence_type, f_alpha_divergence_coef]
+        if options or given != [None, None, "reverse_kl", 0.5]:
+            raise ValueError("preference_loss: an Objective has its options; expected no others")
     else:
         objective = objective_of(
             LOSSES, loss, loss_weights, options, f_divergence=f_divergence_type,
             f_alpha=f_alpha_divergence_coef, length_normalized=length_normalized,
         )  # fmt: skip
     kl = None if kl is None else check_kl(kl).detach().float()
+    _check_tensors(
+        logps=logps, ref_logps=ref_logps, offsets=offsets, is_desirable=is_desirable, kl=kl,
+        lengths=lengths, token_weights=token_weights, example_weights=example_weights,
+    )  # fmt: skip
     batch = _Batch(
-        logps.float(), ref_logps.detach().float(), offsets, is_desirable, kl, lengths,
-        token_weights, example_weights, nll_tokens,
+        logps.float(), ref_logps.detach().float(), offsets, is_desirable, kl, _numbers(lengths),
+        _numbers(token_weights), _numbers(example_weights), nll_tokens,
     )  # fmt: skip
     _check_batch(batch, objective)
     if pick_backend(backend, logps.device) == "triton" and _has_kernel(objective):
@@ -156,6 +163,23 @@ class _Batch:
         return len(self.ref_logps) // 2 if self.is_desirable is None else len(self.is_desirable)
 
 
+def _numbers(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().float()
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"preference_loss: expected a tensor {name}, got {type(tensor)}")
+    for name in ("logps", "ref_logps"):
+        if not given[name].is_floating_point():
+            raise ValueError(f"preference_loss: {name} must be real, got {given[name].dtype}")
+    devices = {name: str(tensor.device) for name, tensor in given.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"preference_loss: expected tensors on one device, got {devices}")
+
+
 def _check_batch(batch: _Batch, objective: Objective) -> None:
     tokens, sequences = len(batch.logps) if batch.logps.dim() else 0, batch.ref_logps.numel()
     offsets, desirable = batch.offsets, batch.is_desirable
@@ -165,11 +189,12 @@ def _check_batch(batch: _Batch, objective: Objective) -> None:
         or offsets.shape != (sequences + 1,)
         or offsets.dtype != torch.int64
         or (objective.paired and sequences % 2)
+        or not sequences
     ):
         raise ValueError(
             "preference_loss: expected logps (N,), ref_logps (S,) and int64 offsets (S + 1,), S "
-            f"even for pairs, got {tuple(batch.logps.shape)}, {tuple(batch.ref_logps.shape)}, "
-            f"{tuple(offsets.shape)} {offsets.dtype}"
+            f"even for pairs and not 0, got {tuple(batch.logps.shape)}, "
+            f"{tuple(batch.ref_logps.shape)}, {tuple(offsets.shape)} {offsets.dtype}"
         )
     if objective.paired and (desirable is not None or batch.kl is not None):
         raise ValueError(
@@ -192,9 +217,9 @@ def _check_batch(batch: _Batch, objective: Objective) -> None:
             f"preference_loss: {' + '.join(objective.names)} sorts the examples of a batch or is a "
             "mean over its tokens, and takes no weights of single examples"
         )
-    if batch.nll_tokens is not None and not 0 < batch.nll_tokens < math.inf:
+    if batch.nll_tokens is not None and batch.nll_tokens not in Range(0, math.inf, open_low=True):
         raise ValueError(f"preference_loss: nll_tokens must be positive, got {batch.nll_tokens}")
-    _check_offsets(offsets, tokens)
+    _check_offsets(batch, objective, tokens)
 
 
 def _check_labels(batch: _Batch, objective: Objective) -> None:
@@ -218,7 +243,8 @@ def _check_labels(batch: _Batch, objective: Objective) -> None:
         )
 
 
-def _check_offsets(offsets: Tensor, tokens: int) -> None:
+def _check_offsets(batch: _Batch, objective: Objective, tokens: int) -> None:
+    offsets = batch.offsets
     if offsets.device.type != "cpu" or type(offsets) is not Tensor:
         return  # looking would stall a GPU; fake tensors have nothing to look at
     bounds = offsets.tolist()
@@ -227,6 +253,14 @@ def _check_offsets(offsets: Tensor, tokens: int) -> None:
             f"preference_loss: offsets must rise within [0, {tokens}], the number of log-probs, "
             f"got {bounds[:20]}"
         )
+    if any(objective.normalizes(spec) for spec in objective.specs):
+        lengths = [b - a for a, b in pairwise(bounds)]
+        lengths = lengths if batch.lengths is None else batch.lengths.tolist()
+        if min(lengths[: 2 * batch.examples if objective.paired else batch.examples]) <= 0:
+            raise ValueError(
+                "preference_loss: a length-normalized loss needs sequences of one token or more, "
+                f"got lengths {lengths[:20]}"
+            )
 
 
 def _has_kernel(objective: Objective) -> bool:
@@ -304,13 +338,13 @@ def _each(
 def _f_prime(ratio: Tensor, objective: Objective) -> Tensor:
     """f'(π_θ/π_ref) of the f-divergence, from log-ratios (arXiv 2309.16240, table 1)."""
     divergence, alpha = objective.f_divergence, objective.f_alpha
+    # beyond exp(80) fp32 would end soon
     if divergence == "forward_kl":
-        return 1 - torch.exp(-ratio)
+        return 1 - torch.exp((-ratio).clamp(max=80))
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(ratio)
     if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
-        # beyond exp(80) fp32 would end soon
-        return (torch.exp(((alpha - 1) * ratio).clamp(max=80)) - 1) / (alpha - 1)
+        return torch.expm1(((alpha - 1) * ratio).clamp(max=80)) / (alpha - 1)
     return ratio
 
 

@@ -161,7 +161,9 @@ def pair_loss(
         ValueError: an unknown loss or option, a value out of range, or tensors of several shapes.
     """
     objective = objective_of(LOSSES, name, options=options)
-    (spec,) = objective.specs
+    if len(objective.specs) != 1:
+        raise ValueError(f"pair_loss: expected one loss, got {name!r}; preference_loss adds up")
+    spec = objective.specs[0]
     if not spec.paired or "nll" in spec.inputs:
         raise ValueError(f"pair_loss: {name} is no loss of pairs alone; use preference_loss")
     tensors = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)

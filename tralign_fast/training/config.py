@@ -237,16 +237,19 @@ class TRConfig(TrainingArguments):
     def objective(self) -> Objective:
         """The losses of the run, with their weights and options."""
         fields = {f.name: f.default for f in dataclasses.fields(self)}
-        taken = {o.name for name in self.loss_type if name in LOSSES for o in LOSSES[name].options}
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        taken = {o.name for name in names if name in LOSSES for o in LOSSES[name].options}
         own: Any = self.loss_options
         options: dict[str, Any] = dict(own or {})
+        if twice := sorted({*options} & {*_LOSS_FIELDS}):
+            raise ValueError(f"loss_options: {twice[0]} is an option of its own; set it there")
         for name in _LOSS_FIELDS:
             value, default = getattr(self, name), fields[name]
             unset = value is None or (name not in taken and value in (default, default or 0.0))
             if not unset:
                 options[name] = value
         return objective_of(
-            LOSSES, self.loss_type, self.loss_weights, options,
+            LOSSES, names, self.loss_weights, options,
             f_divergence=self.f_divergence_type, f_alpha=self.f_alpha_divergence_coef,
             length_normalized=self.length_normalized,
         )  # fmt: skip
@@ -258,17 +261,12 @@ class TRConfig(TrainingArguments):
         if isinstance(self.loss_options, str):  # of the command line
             self.loss_options = _table("loss_options", self.loss_options)
         objective = self.objective
-        if self.label_smoothing is None:
-            self.label_smoothing = objective.options.get("label_smoothing", 0.0)
+        if self.label_smoothing is None and not objective.options.get("label_smoothing"):
+            self.label_smoothing = 0.0  # as TRL has it; exo_pair keeps its own
         if self.label_smoothing and {"dpo", "sigmoid", "sigmoid_norm"} & set(self.loss_type):
             warn_once(
                 f"label_smoothing={self.label_smoothing:g}: dpo is conservative DPO with it, where "
                 "TRL 1.16's sigmoid loss ignores it; loss_type=\"robust\" is TRL's too"
-            )
-        if self.f_divergence_type != "alpha_divergence" and self.f_alpha_divergence_coef != 0.5:
-            raise ValueError(
-                f"f_alpha_divergence_coef: f_divergence_type={self.f_divergence_type!r} does not "
-                f"take it, got {self.f_alpha_divergence_coef}"
             )
         names = " + ".join(self.loss_type)
         if self.ld_alpha is not None:

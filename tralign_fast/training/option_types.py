@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import types
 import typing
 from typing import Any
@@ -49,9 +50,11 @@ def _fit(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, Any]:
             if base is bool and isinstance(value, bool):
                 return True, value
         elif base is float and isinstance(value, (int, float)):
-            return math.isfinite(value), value
-        elif base is int and isinstance(value, (int, float)) and value == value // 1:
-            return math.isfinite(value), int(value) if math.isfinite(value) else value
+            return abs(value) < math.inf and abs(value) <= sys.float_info.max, value
+        elif base is int and isinstance(value, int):
+            return True, value
+        elif base is int and isinstance(value, float) and value.is_integer():
+            return True, int(value)
         elif base in (str, dict) and isinstance(value, base):
             return True, value
     return False, value

@@ -237,7 +237,8 @@ def _write_error(error: BaseException, written: Path, final: Path) -> BaseExcept
     files = [f for f in written.rglob("*") if f.is_file()] if written.exists() else []
     name = getattr(error, "filename", None)
     if name is None and files:
-        name = max(files, key=lambda file: file.stat().st_mtime_ns)
+        # a tick of the clock may hold several files: of those the one that took the room
+        name = max(files, key=lambda file: (file.stat().st_mtime_ns, file.stat().st_size))
     free = shutil.disk_usage(final.parent).free
     shutil.rmtree(written, ignore_errors=True)  # room for those that are whole
     return ValueError(
