@@ -119,16 +119,9 @@ def preference_loss(
             offsets that fall or lie outside [0, N] (looked for on a CPU; on a GPU, where looking
             would stall, nothing outside is read and the loss is NaN).
     """
-    if isinstance(loss, Objective):
-        objective = loss
-        given = [loss_weights, length_normalized, f_divergence_type, f_alpha_divergence_coef]
-        if options or given != [None, None, "reverse_kl", 0.5]:
-            raise ValueError("preference_loss: an Objective has its options; expected no others")
-    else:
-        objective = objective_of(
-            LOSSES, loss, loss_weights, options, f_divergence=f_divergence_type,
-            f_alpha=f_alpha_divergence_coef, length_normalized=length_normalized,
-        )  # fmt: skip
+    objective = _objective(
+        loss, loss_weights, options, f_divergence_type, f_alpha_divergence_coef, length_normalized
+    )
     kl = None if kl is None else check_kl(kl).detach().float()
     _check_tensors(
         logps=logps, ref_logps=ref_logps, offsets=offsets, is_desirable=is_desirable, kl=kl,
@@ -142,6 +135,25 @@ def preference_loss(
     if pick_backend(backend, logps.device) == "triton" and _has_kernel(objective):
         return _fused_loss(batch, objective)
     return _torch_loss(batch, objective)
+
+
+def _objective(
+    loss: str | Sequence[str] | Objective,
+    weights: Sequence[float] | None,
+    options: dict[str, float],
+    f_divergence: str,
+    f_alpha: float,
+    length_normalized: bool | None,
+) -> Objective:
+    if not isinstance(loss, Objective):
+        return objective_of(
+            LOSSES, loss, weights, options, f_divergence=f_divergence, f_alpha=f_alpha,
+            length_normalized=length_normalized,
+        )  # fmt: skip
+    given = [weights, length_normalized, f_divergence, f_alpha]
+    if options or given != [None, None, "reverse_kl", 0.5]:
+        raise ValueError("preference_loss: an Objective has its options; expected no others")
+    return loss
 
 
 @dataclass(frozen=True)
