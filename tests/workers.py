@@ -13,13 +13,15 @@ import pytest
 LONG = (
     "tests/test_benchmarks.py",
     "tests/training/test_distributed.py",
-    "tests/training/test_trainer.py",
+    "tests/training/test_checkpoints.py",
     "tests/reference/test_adapter.py",
+    "tests/training/test_trl_losses.py",
     "tests/kernels/test_aot.py",
     "tests/model/test_compile.py",
     "tests/reference/test_windows.py",
     "tests/demo/test_demo.py",
     "tests/memory/test_memory.py",
+    "tests/data/test_tokenization.py",
     "tests/integrations/test_distributed.py",
     "tests/kernels/test_interpreter.py",
 )
