@@ -226,9 +226,6 @@ class BlockAdafactor(Adafactor):
                 state["exp_avg_sq_col"] = torch.zeros(columns, **like)
             else:
                 state["exp_avg_sq"] = torch.zeros(weight.shape, **like)
-        for name, value in state.items():  # torch casts a loaded state to the weight's dtype
-            if isinstance(value, Tensor) and value.dtype != exact:
-                state[name] = value.to(exact)
         skip = None if self.found_inf is None else self.found_inf > 0
         before = {n: v.clone() for n, v in state.items() if isinstance(v, Tensor)}
         state["step"] += 1
