@@ -272,6 +272,8 @@ class PreferenceCollator:
         token_budget: tokens of a packed row; a batch that needs more becomes a `SplitBatch`, whose
             parts hold at most so many (a group that is longer stands alone). None: one row.
         pad_token_id: fills padded rows.
+        pad_to_multiple_of: rows are filled up to a multiple of so many tokens: padded ones with
+            masked tokens, packed ones with a group of its own that nothing reads. None: not.
         vocab_size: token ids must be smaller; None: not checked.
         ld_alpha: weight of the tokens of a pair beyond the length of its shorter completion
             (LD-DPO, arXiv 2409.06411); None: 1.
@@ -290,6 +292,7 @@ class PreferenceCollator:
     vocab_size: int | None = None
     ld_alpha: float | None = None
     mismatched: bool = True
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -343,7 +346,10 @@ class PreferenceCollator:
         share: float,
     ) -> PackedBatch:
         build = _padded if self.layout == "padded" else _packed
-        tokens = build(prompts, completions, self.layout == "shared", self.pad_token_id)
+        tokens = build(
+            prompts, completions, self.layout == "shared", self.pad_token_id,
+            self.pad_to_multiple_of or 1,
+        )  # fmt: skip
         # sequences in the order (all first completions, all second completions)
         order = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
         scored = [tokens.scored[pair] for pair in order]
@@ -425,7 +431,11 @@ class _Tokens(NamedTuple):
 
 
 def _packed(
-    prompts: list[list[int]], completions: list[list[list[int]]], share: bool, _: int
+    prompts: list[list[int]],
+    completions: list[list[list[int]]],
+    share: bool,
+    pad: int,
+    multiple: int,
 ) -> _Tokens:
     ids: list[int] = []
     positions: list[int] = []
@@ -444,15 +454,24 @@ def _packed(
                 scored[b, k] = ([last] if P else []) + list(range(begin, begin + C - 1))
                 ids += pair[k]
                 positions += range(P, P + C)
+    if missing := -len(ids) % multiple:
+        groups.append(Group(len(ids), missing - 1, (1,)))
+        ids += [pad] * missing
+        positions += range(missing)
     return _Tokens([ids], [positions], None, PrefixLayout(tuple(groups)), scored)
 
 
 def _padded(
-    prompts: list[list[int]], completions: list[list[list[int]]], _: bool, pad: int
+    prompts: list[list[int]],
+    completions: list[list[list[int]]],
+    _: bool,
+    pad: int,
+    multiple: int,
 ) -> _Tokens:
     order = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
     sequences = [prompts[b] + completions[b][k] for b, k in order]
     L = max(map(len, sequences))
+    L += -L % multiple
     scored = {
         (b, k): list(range(s * L + max(len(prompts[b]) - 1, 0), s * L + len(sequences[s]) - 1))
         for s, (b, k) in enumerate(order)

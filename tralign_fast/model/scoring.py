@@ -117,7 +117,8 @@ def enable_logprobs(
 
 def _check_prefix_is_kept(causal_lm: Any) -> None:
     """Raises where transformers would drop PEFT's trained keys and values, with a mere notice."""
-    if causal_lm.training and causal_lm.is_gradient_checkpointing:
+    checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in causal_lm.modules())
+    if causal_lm.training and checkpoints:
         raise ValueError(
             f"{type(causal_lm).__name__}: gradient checkpointing drops the keys and values that "
             "prefix tuning puts before every sequence; set gradient_checkpointing=False"

@@ -147,6 +147,11 @@ class TRConfig(TrainingArguments):
     prefix_sharing: bool = _option(True, "Compute a prompt once for all its completions.")
     packing: bool = _option(True, "One row without padding; False: padded rows as TRL has them.")
 
+    padding_free: bool = _option(False, "TRL's name of packing; accepted, as packing is on.")
+    pad_to_multiple_of: int | str | None = _option(
+        "auto",
+        "Rows are filled up to a multiple of so many tokens, packed ones too. auto and None: not.",
+    )
     token_budget: int | None = _option(
         None,
         "Tokens of a packed row; a batch that needs more runs in several, one after the other, to "
@@ -156,6 +161,12 @@ class TRConfig(TrainingArguments):
     # the model
     model_init_kwargs: dict[str, Any] | str | None = _option(
         None, "Keywords of from_pretrained, for a model given by its name."
+    )
+    trust_remote_code: bool = _option(
+        False, "Run the code that a model or tokenizer, given by its name, brings along."
+    )
+    activation_offloading: bool = _option(
+        False, "Keep what the layers save for the backward in the host's memory; needs TRL."
     )
     disable_dropout: bool = _option(True, "Switch dropout off in the policy and the reference.")
     gradient_release: bool = _option(
@@ -202,6 +213,9 @@ class TRConfig(TrainingArguments):
             raise ValueError(f"logits_budget_mb must not be negative, got {self.logits_budget_mb}")
         if self.vocab_filter is not None and not 0.0 <= self.vocab_filter < 1.0:
             raise ValueError(f"vocab_filter must lie in [0, 1), got {self.vocab_filter}")
+        self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
+        if self.padding_free and not self.packing:
+            raise ValueError("padding_free=True and packing=False contradict each other; drop one")
         if self.use_liger_kernel:
             self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
         # batches are PackedBatch, made from columns that no model's forward names
@@ -209,6 +223,10 @@ class TRConfig(TrainingArguments):
         if self.train_sampling_strategy is None:
             paired = self.objective.paired
             self.train_sampling_strategy = "random" if paired else "sequential"
+        # transformers ≥ 5.18 warns of these names, TRL's, where the new ones say nothing
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if getattr(self, f"activation_{name}", False) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         wants_bf16, self.bf16 = self.bf16, bool(self.bf16)
         super().__post_init__()
         if wants_bf16 is None:
@@ -281,6 +299,18 @@ class TRConfig(TrainingArguments):
                 f"token_budget: {names} sorts the pairs of a batch, which cannot be split; leave "
                 "it out"
             )
+
+
+def _multiple(value: int | str | None) -> int | None:
+    """pad_to_multiple_of as a number; text is what a command line passes on."""
+    if value is None or str(value).lower() in ("auto", "none", "null"):
+        return None
+    number = int(value) if str(value).isdecimal() else 0
+    if number < 1:
+        raise ValueError(
+            f'pad_to_multiple_of: expected a number of tokens ≥ 1, "auto" or None, got {value!r}'
+        )
+    return number
 
 
 def _layer_kernels(liger: dict[str, Any] | None) -> dict[str, Any]:

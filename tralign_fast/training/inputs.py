@@ -20,6 +20,7 @@ def collator_of(
         ld_alpha=args.ld_alpha,
         max_length=args.max_length,
         token_budget=args.token_budget,
+        pad_to_multiple_of=args.pad_to_multiple_of,  # pyright: ignore[reportArgumentType]
         pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
         vocab_size=vocab_size,
     )

@@ -14,30 +14,113 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
+from tralign_fast.ops.backend import warn_once
 from tralign_fast.training.config import TRConfig
 
 
-def load_model(model: str | PreTrainedModel, args: TRConfig) -> PreTrainedModel:
+def load_model(
+    model: str | PreTrainedModel, args: TRConfig, quantization_config: Any = None
+) -> PreTrainedModel:
     """The model itself, or the one of that name, with `model_init_kwargs`, in fp32 as TRL does.
 
+    Args:
+        quantization_config: of transformers, for a model given by its name.
+
     Raises:
-        ValueError: no such model, an option of it needs a package that is not there, or nothing of
-            it can be trained.
+        ValueError: no such model, an option of it needs a package that is not there, or one that is
+            loaded already is to be quantised.
     """
-    loaded: PreTrainedModel
     if isinstance(model, str):
-        # JSON of the command line is a dict by now: TrainingArguments has parsed it
-        options = cast("dict[str, Any]", args.model_init_kwargs or {})
-        loaded = _load(AutoModelForCausalLM, model, **{"dtype": torch.float32, **options})
-    else:
-        loaded = model
-    _check_trainable(loaded, model if isinstance(model, str) else None)
-    return loaded
+        return _load(AutoModelForCausalLM, model, **_loading_options(args, quantization_config))
+    if quantization_config is not None:
+        raise ValueError(
+            "quantization_config: the model is loaded already; pass its name, or load it with "
+            "from_pretrained(name, quantization_config=...)"
+        )
+    if args.model_init_kwargs:
+        warn_once("model_init_kwargs are not used: the model is loaded already")
+    return model
 
 
-def _check_trainable(model: PreTrainedModel, name: str | None) -> None:
+def load_reference(
+    ref_model: str | PreTrainedModel | None,
+    policy: PreTrainedModel,
+    args: TRConfig,
+    quantization_config: Any = None,
+) -> PreTrainedModel | None:
+    """The first reference itself, or the one of that name, loaded as a policy is.
+
+    Raises:
+        ValueError: it is the policy itself, or no such model.
+    """
+    if ref_model is policy:
+        raise ValueError("ref_model is the model itself; leave it out and a copy is made")
+    if not isinstance(ref_model, str):
+        return ref_model
+    like_policy = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
+    options = {**like_policy, **_loading_options(args, quantization_config, dtype=policy.dtype)}
+    return _load(AutoModelForCausalLM, ref_model, **options)
+
+
+def _loading_options(
+    args: TRConfig, quantization_config: Any, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    # JSON of the command line is a dict by now: TrainingArguments has parsed it
+    asked = cast("dict[str, Any]", args.model_init_kwargs or {})
+    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code, **asked}
+    if quantization_config is None:
+        return options
+    if "quantization_config" in asked:
+        raise ValueError(
+            "quantization_config is given twice, to the trainer and in model_init_kwargs; expected "
+            "one of them"
+        )
+    return {**options, "quantization_config": quantization_config}
+
+
+def with_adapter(model: PreTrainedModel, peft_config: Any, args: TRConfig) -> PreTrainedModel:
+    """The model inside a PEFT model of that configuration; None: the model as it is.
+
+    The adapter's first weights follow from `seed`, as in TRL. On a quantised base they are bf16, as
+    QLoRA has them (arXiv 2305.14314, section 3), but for DoRA's magnitudes, whose steps bf16 would
+    round away.
+
+    Raises:
+        ValueError: PEFT is not installed, no configuration of PEFT, or a model that has an adapter.
+    """
+    if peft_config is None:
+        return model
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("peft_config: PEFT is not installed: pip install peft") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(
+            "peft_config: expected a configuration of PEFT such as peft.LoraConfig(), got "
+            f"{type(peft_config).__name__}"
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "peft_config: the model has an adapter already; leave peft_config out to train that "
+            "one, or pass model.merge_and_unload()"
+        )
+    set_seed(args.seed)
+    quantised = getattr(model, "is_quantized", False)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    # ZeRO-3 gathers the weights of a layer into buffers of one dtype
+    policy: Any = get_peft_model(model, peft_config, autocast_adapter_dtype=quantised or not zero3)
+    if quantised:
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return policy
+
+
+def check_trainable(model: PreTrainedModel, name: str | None) -> None:
+    """Raises ValueError, with the remedy, where nothing of a model can be trained."""
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     if name is not None and getattr(model, "peft_config", None):
@@ -59,7 +142,7 @@ def _check_trainable(model: PreTrainedModel, name: str | None) -> None:
 
 
 def load_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, model: str | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None, model: str | PreTrainedModel, args: TRConfig
 ) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or the model's; one without a padding token pads with its EOS.
 
@@ -67,9 +150,12 @@ def load_tokenizer(
         ValueError: no tokenizer where the model comes from.
     """
     name = model if isinstance(model, str) else model.config._name_or_path
-    found: PreTrainedTokenizerBase = (
-        tokenizer if tokenizer is not None else _load(AutoTokenizer, name)
-    )
+    found: Any = tokenizer
+    if found is None:
+        asked = cast("dict[str, Any]", args.model_init_kwargs or {})
+        revision = {"revision": asked["revision"]} if "revision" in asked else {}
+        options = {"trust_remote_code": args.trust_remote_code, **revision}
+        found = _load(AutoTokenizer, name, **options)
     if found.pad_token_id is None:
         found.pad_token = found.eos_token
     return found

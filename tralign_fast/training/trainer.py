@@ -8,7 +8,6 @@ the reference, log-probs, loss, the reference's move), evaluation and metrics.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import sys
 import weakref
@@ -20,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     Adafactor,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainingArguments,
 )
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tralign_fast.data.columns import one_dataset
-from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
+from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
 from tralign_fast.model.scoring import (
     hidden_kl,
@@ -36,33 +36,30 @@ from tralign_fast.model.scoring import (
     token_logps,
     token_logps_and_squares,
 )
-from tralign_fast.ops.preference import preference_loss
+from tralign_fast.ops.preference import PackedLoss, preference_loss
 from tralign_fast.ops.segments import pair_weights
-from tralign_fast.reference import build_reference, choose_reference, reference_class
+from tralign_fast.reference import choose_reference
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
-from tralign_fast.reference.sharding import gathered
+from tralign_fast.training.arguments import run_arguments
 from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
-from tralign_fast.training.distribution import (
-    check_distribution,
-    distribute_frozen,
-    even_parts,
-    prepare_on_all,
-    take_off_autocast,
-    take_over_compilation,
-)
+from tralign_fast.training.distribution import even_parts, take_off_autocast
 from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease, releases
 from tralign_fast.training.inputs import collator_of, tokenized
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.metrics import PreferenceMetrics
 from tralign_fast.training.model_card import add_trust_region
+from tralign_fast.training.models import RunModels, activation_offloading
 from tralign_fast.training.pretrained import (
+    check_trainable,
     disable_dropout,
     load_model,
+    load_reference,
     load_tokenizer,
     vocabulary_size,
+    with_adapter,
 )
 from tralign_fast.training.resumable import ResumableTrainer
 
@@ -72,16 +69,24 @@ class TRTrainer(ResumableTrainer):
 
     Args:
         model: a causal LM of transformers, a PEFT model around one, or its name or folder.
-        ref_model: the first reference; None: a copy of `model` as it is.
-        args: a `TRConfig`.
+        ref_model: the first reference, or its name; None: a copy of `model` as it is.
+        args: a `TRConfig`; TRL's `DPOConfig` and `KTOConfig` and transformers' `TrainingArguments`
+            are taken over as one.
         train_dataset, eval_dataset: rows with TRL's columns (`prompt, chosen, rejected` or `prompt,
             completion, label`), text or conversational; `eval_dataset` may be a dict of them.
         processing_class: the tokenizer; None: the one of `model`.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        compute_metrics: gets an `EvalPrediction` of evaluation rows: `predictions` are float32
+            rewards, (rows, 2) of chosen and rejected or (rows,) of unpaired completions, and
+            `label_ids` the column of the chosen one, or the label. (TRL's trainers compute logits
+            for it in a forward of their own, and deprecate that.)
+        callbacks, optimizers, preprocess_logits_for_metrics: as in `transformers.Trainer`.
+        quantization_config: of transformers, for a model given by its name.
+        peft_config: of PEFT; the model is trained through a new adapter.
 
-    Metrics are TRL's: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
-    `rewards/margins`, `logps/chosen`, `logps/rejected`, `kl` (KTO), `num_tokens`; and `tr/syncs`,
-    and in evaluation `kl/initial` with `log_kl_initial=True`.
+    `ref_model` is the model that the reference keeps, or None. Metrics are TRL's: `rewards/chosen`,
+    `rewards/rejected`, `rewards/accuracies`, `rewards/margins`, `logps/chosen`, `logps/rejected`,
+    `kl` (KTO), `num_tokens`; and `tr/syncs`, and in evaluation `kl/initial` with
+    `log_kl_initial=True`.
 
     Raises:
         ValueError: unusable rows, options or models; the message names them and what was expected.
@@ -93,34 +98,41 @@ class TRTrainer(ResumableTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | None = None,
-        ref_model: PreTrainedModel | None = None,
-        args: TRConfig | None = None,
+        ref_model: str | PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
         data_collator: Callable[..., PackedBatch] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if model is None:
             raise ValueError(
                 "TRTrainer needs a model: a transformers causal LM, its name or its folder"
             )
-        if ref_model is model:
-            raise ValueError("ref_model is the model itself; leave it out and a copy is made")
-        args = args if args is not None else TRConfig("tr-output")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("`train_dataset` is required: rows to train on, or eval_dataset alone")
+        args = run_arguments(args)
         if args.should_save:
             check_writable(args.output_dir)
-        tokenizer = load_tokenizer(processing_class, model)
-        policy = load_model(model, args)
+        tokenizer = load_tokenizer(processing_class, model, args)
+        base = load_model(model, args, quantization_config)
+        first = load_reference(ref_model, base, args, quantization_config)
+        policy = with_adapter(base, peft_config, args)
+        check_trainable(policy, model if isinstance(model, str) else None)
         if args.disable_dropout:
             disable_dropout(policy)
-            if ref_model is not None:
-                disable_dropout(ref_model)
+            if first is not None:
+                disable_dropout(first)
         place, why = choose_reference(
             args.reference,
             args.trust_region,
-            own_start=ref_model is not None,
+            own_start=first is not None,
             lora=next(trained_adapters(policy), None) is not None,
         )
         train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
@@ -134,17 +146,23 @@ class TRTrainer(ResumableTrainer):
             train_dataset=train_dataset,
             eval_dataset=tokenized(eval_dataset, tokenizer, args, "eval"),
             processing_class=tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self._objective = args.objective
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
+        self._models = RunModels(self.accelerator, args, policy, first, place, self.data_collator)
         # a trainer that is dropped gives its models back; the stack holds neither it nor them
-        self._prepared = contextlib.ExitStack()
-        self._undo = weakref.finalize(self, self._prepared.close)
+        self._undo = weakref.finalize(self, self._models.prepared.close)
         self._undo.atexit = False
-        self.reference = self._build_reference(place, policy, ref_model)
+        self.reference = self._models.reference
+        self._offloading = activation_offloading(policy, args)
+        # those of TRL's trainers among them, by which the Hub finds models of a method
+        kind = "dpo" if self._objective.paired else "kto"
+        policy.add_model_tags(["tralign-fast", "trl", kind])
         self.reference.run = {"data": digest(train_dataset)}
         self.accelerator.print(f"reference: {place} ({why})", file=sys.stderr)
         self._lookahead = Lookahead(self)
@@ -155,42 +173,10 @@ class TRTrainer(ResumableTrainer):
         self.add_callback(_SyncReference(self.reference, self._lookahead))
         self._means = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
 
-    def _build_reference(self, place: str, policy: PreTrainedModel, start: Any) -> ReferencePolicy:
-        """Prepares the policy, the copies of it that the run wants, and its reference."""
-        kind = reference_class(place)
-        check_distribution(self.accelerator, kind)
-        self._compile_options = take_over_compilation(self.accelerator, self.args)
-        # copies of the policy are made before it is prepared
-        if kind.needs_second_model and start is None:
-            start = _copy(policy)
-        self._initial = _copy(policy).eval() if self.args.log_kl_initial else None
-        packs, collator = self._prepare(policy), self.data_collator
-        if isinstance(collator, PreferenceCollator):
-            shared = "shared" if self.args.prefix_sharing else "packed"
-            collator.layout = shared if packs else "padded"
-        if kind.needs_second_model:
-            start = self._prepare_frozen(start)
-        if self._initial is not None:
-            self._prepare(self._initial)
-        return build_reference(place, policy, start, self.args)
-
-    def _prepare(self, model: PreTrainedModel) -> bool:
-        """Lets the model return log-probs; whether it can take packed rows."""
-        options = ("packing", "logits_budget_mb", "vocab_filter")
-        prepared = prepare_on_all(
-            self.accelerator, model, **{name: getattr(self.args, name) for name in options}
-        )
-        self._prepared.callback(prepared.undo)
-        if self._compile_options is not None:
-            prepared.compile_layers(**self._compile_options)
-        return prepared.packs
-
-    def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
-        """A second model that runs beside the policy, and as the policy does."""
-        self._prepare(model)
-        if self.args.use_liger_kernel:  # Trainer gives them to the policy when training starts
-            apply_liger_kernel(model, self.args.liger_kernel_config)
-        return distribute_frozen(self.accelerator, model)
+    @property
+    def ref_model(self) -> PreTrainedModel | None:
+        """The model that the reference keeps; None where it has no model of its own."""
+        return self._models.second
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.args.gradient_release or releases(self.optimizer):  # of an earlier training
@@ -256,7 +242,8 @@ class TRTrainer(ResumableTrainer):
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             state._set_sync_gradients(steps and last)  # DeepSpeed's backward steps if it is set
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            alone = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            with alone, self._offloading:
                 loss = super().training_step(model, part, num_items_in_batch)  # pyright: ignore[reportArgumentType]
                 losses.append(loss)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -321,7 +308,7 @@ class TRTrainer(ResumableTrainer):
         loss = loss if batch.share == 1.0 else loss * batch.share
         if self.is_deepspeed_enabled:  # its backward steps
             self._finite.check()
-        return (loss, {"logps": result.logps}) if return_outputs else loss
+        return (loss, _outputs(result, batch)) if return_outputs else loss
 
     def _policy_logps(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """(N,) log-probs of the scored tokens, and (B,) WPO's weights of the pairs if wanted."""
@@ -368,17 +355,24 @@ class TRTrainer(ResumableTrainer):
         inputs: PackedBatch | SplitBatch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         loss = torch.zeros((), device=self.args.device)
+        rewards, labels = [], []
         for part in self._whole_batch_terms(model, inputs):
             batch = self._prepare_inputs(part)
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss += self.compute_loss(model, batch)
-                if self._initial is not None:
-                    initial = self._initial.to(self.args.device)  # pyright: ignore[reportArgumentType]
+                part_loss, outputs = self.compute_loss(model, batch, return_outputs=True)
+                loss += part_loss
+                if batch.share > 0:
+                    rewards.append(outputs["predictions"])
+                    labels.append(outputs["labels"])
+                if self._models.initial is not None:
+                    initial = self._models.initial.to(self.args.device)  # pyright: ignore[reportArgumentType]
                     kl = hidden_kl(model, initial, batch)
                     self._means["eval"].add("kl/initial", kl, batch.grad_tokens)
-        return loss, None, None
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, torch.cat(rewards), torch.cat(labels)
 
     def _get_grad_norm(self, model, grad_norm=None):
         self._finite.grad_norm = norm = super()._get_grad_norm(model, grad_norm)
@@ -455,6 +449,11 @@ class _SyncReference(TrainerCallback):
             self.reference.sync()
 
 
-def _copy(model: PreTrainedModel) -> PreTrainedModel:
-    with gathered(model):
-        return copy.deepcopy(model)
+def _outputs(result: PackedLoss, batch: PackedBatch) -> dict[str, Tensor]:
+    """What `compute_loss` returns beside the loss, and evaluation hands to `compute_metrics`."""
+    if batch.is_desirable is None:
+        predictions = torch.stack(result.rewards.chunk(2), dim=-1)  # (B, 2)
+        labels = torch.zeros(len(batch), dtype=torch.int64, device=predictions.device)
+    else:
+        predictions, labels = result.rewards[: len(batch)], batch.is_desirable.long()
+    return {"logps": result.logps, "predictions": predictions, "labels": labels}

@@ -1,0 +1,119 @@
+"""The models of a run: the policy made ready, the second model of its reference, and their undo."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from contextlib import AbstractContextManager
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
+
+from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.ops.backend import warn_once
+from tralign_fast.reference import build_reference, reference_class
+from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.sharding import gathered
+from tralign_fast.training.config import TRConfig
+from tralign_fast.training.distribution import (
+    check_distribution,
+    distribute_frozen,
+    prepare_on_all,
+    take_over_compilation,
+)
+
+
+class RunModels:
+    """What a run makes of the models that it was given.
+
+    Args:
+        policy: the model to train.
+        start: the first reference, a model of its own; None: the policy as it is.
+        place: where the reference lives, a name of `REFERENCES`.
+        collator: a `PreferenceCollator` gets the layout that the policy can run.
+
+    Attributes:
+        reference: the reference, of that place.
+        second: the model that it runs beside the policy; None where it has no model of its own.
+        initial: a copy of the policy as it was, for `log_kl_initial`; else None.
+        prepared: closing it gives the models back as they were. It holds none of them alive.
+    """
+
+    reference: ReferencePolicy
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: TRConfig,
+        policy: PreTrainedModel,
+        start: PreTrainedModel | None,
+        place: str,
+        collator: Any,
+    ) -> None:
+        self._accelerator = accelerator
+        self._args = args
+        self.prepared = contextlib.ExitStack()
+        kind = reference_class(place)
+        check_distribution(accelerator, kind)
+        self._compile_options = take_over_compilation(accelerator, args)
+        # copies of the policy are made before it is prepared
+        if kind.needs_second_model and start is None:
+            start = _copy(policy)
+        self.initial = _copy(policy).eval() if args.log_kl_initial else None
+        packs = self._prepare(policy)
+        if isinstance(collator, PreferenceCollator):
+            shared = "shared" if args.prefix_sharing else "packed"
+            collator.layout = shared if packs else "padded"
+        self.second = start if kind.needs_second_model else None
+        if self.initial is not None:
+            self._prepare(self.initial)
+        second = None if self.second is None else self._prepare_frozen(self.second)
+        self.reference = build_reference(
+            place, policy, second if kind.needs_second_model else start, args
+        )
+
+    def _prepare(self, model: PreTrainedModel) -> bool:
+        """Lets the model return log-probs; whether it can take packed rows."""
+        options = ("packing", "logits_budget_mb", "vocab_filter")
+        prepared = prepare_on_all(
+            self._accelerator, model, **{name: getattr(self._args, name) for name in options}
+        )
+        self.prepared.callback(prepared.undo)
+        if self._compile_options is not None:
+            prepared.compile_layers(**self._compile_options)
+        return prepared.packs
+
+    def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
+        """A second model that runs beside the policy, and as the policy does."""
+        self._prepare(model)
+        if self._args.use_liger_kernel:  # Trainer gives them to the policy when training starts
+            apply_liger_kernel(model, self._args.liger_kernel_config)
+        return distribute_frozen(self._accelerator, model)
+
+
+def activation_offloading(model: nn.Module, args: TRConfig) -> AbstractContextManager[Any]:
+    """What a forward and its backward run in, so that saved tensors wait in the host's memory.
+
+    TRL's, which leaves out parameters and the LM head, and copies beside the computation.
+
+    Raises:
+        ValueError: TRL is not installed.
+    """
+    if not args.activation_offloading:
+        return contextlib.nullcontext()
+    if args.device.type == "cpu":
+        warn_once("activation_offloading does nothing on a CPU, whose activations are there anyway")
+        return contextlib.nullcontext()
+    try:
+        from trl.models import get_act_offloading_ctx_manager
+    except ImportError as error:
+        raise ValueError("activation_offloading needs TRL: pip install trl") from error
+    return get_act_offloading_ctx_manager(model=model)
+
+
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    with gathered(model):
+        return copy.deepcopy(model)
