@@ -339,7 +339,10 @@ def test_models_and_rows_that_cannot_be_used(tiny_llama, small_tokenizer, tmp_pa
     with pytest.raises(ValueError, match="cannot load tokenizer 'no-such/model'"):
         TRTrainer("no-such/model", args=TRConfig(str(tmp_path)), train_dataset=pair_rows(2))
     with pytest.raises(ValueError, match="ref_model is the model itself"):
-        TRTrainer(tiny_llama, tiny_llama, TRConfig(str(tmp_path)), processing_class=small_tokenizer)
+        TRTrainer(
+            tiny_llama, tiny_llama, TRConfig(str(tmp_path)), processing_class=small_tokenizer,
+            train_dataset=pair_rows(2),
+        )  # fmt: skip
     rows = Dataset.from_list([{"prompt": "the cat", "chosen": " runs", "rejected": " runs"}])
     with pytest.raises(ValueError, match="train row 0"):
         make(tiny_llama, small_tokenizer, tmp_path, rows=rows)
