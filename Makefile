@@ -11,7 +11,7 @@ ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py \
 WORKERS ?= $(if $(filter cuda,$(TRALIGN_TEST_DEVICE)),0,2)
 PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 
-.PHONY: demo test test-slow test-oldest test-gpu check format bench bench-ops bench-gpu clean
+.PHONY: demo test test-slow test-oldest test-gpu check docs-config format bench bench-ops bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
@@ -36,6 +36,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# docs/configuration.md; a test compares it with the config.
+docs-config: $(VENV)/.dev
+	$(BIN)/python -m tralign_fast.training.option_table docs/configuration.md
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -2,41 +2,110 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
+import difflib
+import hashlib
+import linecache
+import os
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+_COMMANDS = {
+    "demo": "align a small chat model on this machine's CPU, in minutes",
+    "train": "align a model of yours: --config recipe.yaml [--option value]",
+    "plan": "does a training fit a GPU? --model llama-3.1-8b --gpu-memory 24GiB",
+}
+_HELP = "tralign-fast demo | train | plan [--help]: preference alignment with a moving reference\n"
+_STARTED = time.time()
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tralign-fast", description="Preference alignment with a moving reference."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | plan")
-    commands.add_parser(
-        "demo", add_help=False, help="align a small chat model on this machine's CPU, in minutes"
-    )
-    commands.add_parser(
-        "train",
-        add_help=False,
-        help="align a model of yours: --config recipe.yaml [--option value]",
-    )
-    commands.add_parser(
-        "plan",
-        add_help=False,
-        help="does a training fit a GPU? --model llama-3.1-8b --gpu-memory 24GiB",
-    )
-    arguments = sys.argv[1:] if argv is None else argv
-    chosen, rest = parser.parse_known_args(arguments[:1])[0], arguments[1:]
     try:
-        return {"demo": _demo, "train": _train, "plan": _plan}[chosen.command](rest)
-    except (ValueError, ImportError) as error:
-        print(f"tralign-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _run(sys.argv[1:] if argv is None else [*argv])
     except KeyboardInterrupt:
         print("tralign-fast: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        message = _message_of(error)
+        if message is None:
+            raise
+        _say_once(f"tralign-fast: error: {' '.join(message.split())}")
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    command, rest = (arguments[0] if arguments else ""), arguments[1:]
+    if command in ("-h", "--help"):
+        print(_HELP + "".join(f"\n  {name:8}{help}" for name, help in _COMMANDS.items()))
+        return 0
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"tralign-fast {version('tralign-fast')}")
+        return 0
+    if command not in _COMMANDS:
+        near = difflib.get_close_matches(command, _COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else " (tralign-fast --help)"
+        raise ValueError(f"expected a command, {' or '.join(_COMMANDS)}, got {command!r}{hint}")
+    return {"demo": _demo, "train": _train, "plan": _plan}[command](rest)
+
+
+def _message_of(error: Exception) -> str | None:
+    """What a user is told of an error that he can cause; None: it is a bug, and wants its trace.
+
+    A ValueError is one by who raised it: a statement that checks something, not `int("x")` nor a
+    tuple of the wrong length.
+    """
+    text = str(error) or type(error).__name__
+    if isinstance(error, (ImportError, OSError)):
+        return text
+    if isinstance(error, ValueError):
+        return text if _is_raised(error) else None
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{text.splitlines()[0]} (tralign-fast plan says what fits)"
+    # errors of transformers' own checks
+    if isinstance(error, RuntimeError) and "to be installed" in text:
+        return text
+    if isinstance(error, KeyError) and "metric_for_best_model" in text:
+        return str(error.args[0])
+    return None
+
+
+def _is_raised(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return True
+    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+    return line.lstrip().startswith("raise")
+
+
+def _say_once(line: str) -> None:
+    """On a machine with several processes of a run, the first says it.
+
+    The others wait until it has, as what ends first ends them all (torchrun), and say it themselves
+    if it does not: the error is theirs alone.
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")
+    name = hashlib.sha256(line.encode()).hexdigest()[:16]
+    mark = Path(tempfile.gettempdir()) / f"tralign-fast-{os.getppid()}-{name}"
+    alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+    if rank != "0" and not alone:
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                if mark.stat().st_mtime > _STARTED - 60:
+                    return
+            time.sleep(0.1)
+        line = f"{line} (process {rank})"
+    print(line, file=sys.stderr, flush=True)
+    if rank == "0" and not alone:
+        with contextlib.suppress(OSError):
+            mark.touch()
 
 
 def _demo(arguments: list[str]) -> int:
@@ -62,12 +131,17 @@ class TrainOptions:
 def _train(arguments: list[str]) -> int:
     from tralign_fast import TRConfig, TRTrainer
     from tralign_fast.data import load_rows
-    from tralign_fast.training.checkpoints import check_output_dir
+    from tralign_fast.training.checkpoints import check_output_dir, check_writable
+    from tralign_fast.training.option_conflicts import check_evaluation, check_trackers
 
     options, config = _parse("train", [TrainOptions, TRConfig], arguments)
+    # before hours of loading
     checkpoint = _checkpoint(options.resume, config.resume_from_checkpoint)
+    check_trackers(config.report_to)
+    check_evaluation(config, options.eval_dataset)
+    check_writable(config.output_dir)
     if not checkpoint and not config.overwrite_output_dir:
-        check_output_dir(config.output_dir)  # before hours of loading
+        check_output_dir(config.output_dir)
     rows = load_rows(options.dataset, options.dataset_split)
     held_out = load_rows(options.eval_dataset, options.eval_split) if options.eval_dataset else None
     trainer = TRTrainer(options.model, args=config, train_dataset=rows, eval_dataset=held_out)
@@ -77,10 +151,16 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _checkpoint(resume: bool, given: str | None) -> str | bool | None:
+def _checkpoint(resume: bool, given: str | bool | None) -> str | bool | None:
     """What to go on from: a folder, True for the newest whole checkpoint, None for nothing."""
-    words = {"true": True, "yes": True, "1": True, "false": None, "no": None, "0": None}
-    named = None if given is None else words.get(given.lower(), given)
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    named = words.get(given.lower(), given) if isinstance(given, str) else given
+    if resume and named is False:
+        raise ValueError("resume: expected one answer, got true, and resume_from_checkpoint false")
+    if isinstance(named, str) and not Path(named).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint: expected true or a checkpoint's folder, got {named!r}"
+        )
     return named or (True if resume else None)
 
 
@@ -92,68 +172,9 @@ def _plan(arguments: list[str]) -> int:
 
 def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
     """Dataclasses from a YAML file (--config) and the command line, which wins."""
-    import yaml
-    from transformers import HfArgumentParser
+    from tralign_fast.command_line import parse
 
-    parser = HfArgumentParser(classes, prog=f"tralign-fast {command}")
-    known = {action.dest for action in parser._actions}
-    own = _own_loss_options(known)
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    for name in own:  # in both: one reads them, the other's help shows them
-        first.add_argument(f"--{name}", type=float)
-        help = f"An option of {', '.join(own[name])}; goes into loss_options."
-        parser.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS, help=help)
-    given, rest = first.parse_known_args(arguments)
-    values = {name: getattr(given, name) for name in own}
-    if given.config is not None:
-        try:
-            with open(given.config, encoding="utf-8") as file:
-                recipe = yaml.load(file, _unique_keys(yaml.SafeLoader))
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"--config {given.config}: {error}") from error
-        if not isinstance(recipe, dict):
-            raise ValueError(f"--config {given.config}: expected lines of `option: value`")
-        values = {name: recipe.pop(name, None) if v is None else v for name, v in values.items()}
-        unknown = sorted({str(key) for key in recipe} - (known - {"help"}))
-        if unknown:
-            raise ValueError(f"--config {given.config}: unknown options {', '.join(unknown)}")
-        for action in parser._actions:
-            if action.dest in recipe:
-                action.required = False
-        parser.set_defaults(**recipe)
-    values = {name: value for name, value in values.items() if value is not None}
-    if values:
-        rest = [*rest, "--loss_options", json.dumps(values)]
-    return parser.parse_args_into_dataclasses(rest)
-
-
-def _unique_keys(base: Any) -> Any:
-    """A YAML loader that refuses a key that stands twice, of which it would take the last."""
-    import yaml
-
-    class Loader(base):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-            twice = [key for key in keys if keys.count(key) > 1]
-            if twice:
-                raise yaml.YAMLError(f"the option {twice[0]} stands there twice")
-            return super().construct_mapping(node, deep)
-
-    return Loader
-
-
-def _own_loss_options(known: set[str]) -> dict[str, list[str]]:
-    """Options of registered losses that have no field of their own, and the losses that take them;
-    `loss_options` holds them."""
-    from tralign_fast import LOSSES
-
-    own: dict[str, list[str]] = {}
-    for loss, spec in LOSSES.items() if "loss_options" in known else ():
-        for option in spec.options:
-            if option.name not in known:
-                own.setdefault(option.name, []).append(loss)
-    return own
+    return parse(command, classes, arguments)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ def config(folder, **options):
         ({"beta": [0.1]}, r"beta: expected a finite number, got \[0.1\]"),
         ({"prefix_sharing": "no"}, "prefix_sharing: expected true or false, got 'no'"),
         ({"sync_ref_model": 1}, "sync_ref_model: expected true or false, got 1"),
-        ({"max_length": 4.5}, "max_length: expected a whole number or nothing, got 4.5"),
-        ({"logits_budget_mb": math.nan}, "logits_budget_mb: expected a finite number, got nan"),
-        ({"reference": None}, "reference: expected a word, got None"),
+        ({"max_length": 4.5}, "max_length: expected a whole number ≥ 2 or nothing, got 4.5"),
+        ({"logits_budget_mb": math.nan}, "logits_budget_mb: expected a number ≥ 0, got nan"),
+        ({"reference": None}, "reference: expected one of auto, .*, got None"),
         ({"loss_type": 3}, "loss_type: expected a list of words or a word, got 3"),
-        ({"ref_model_mixup_alpha": True}, "ref_model_mixup_alpha: expected a finite number"),
+        ({"ref_model_mixup_alpha": True}, r"ref_model_mixup_alpha: expected a number in \[0, 1\], got True"),
     ],
 )
 def test_a_wrong_type_is_named(options, message, tmp_path):

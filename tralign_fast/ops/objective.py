@@ -43,7 +43,8 @@ class Range(NamedTuple):
         if self.high == math.inf:
             return f"{'>' if self.open_low else '≥'} {self.low:g} and finite"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"in {left}{self.low:g}, {self.high:g}{right}"
+        high = f"{self.high:.0f}" if self.high == int(self.high) else f"{self.high:g}"
+        return f"in {left}{self.low:g}, {high}{right}"
 
 
 class LossOption(NamedTuple):

@@ -43,14 +43,19 @@ class SnapshotReference(WindowedReference):
     name = "snapshot"
 
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
+        self.check_schedule(schedule)
+        super().__init__(policy, schedule)
+        self._kept: Path | None = None  # the folder with the weights that the window began with
+        self._inside = False
+
+    @staticmethod
+    def check_schedule(schedule: TrustRegion) -> None:
+        """Raises ValueError for one that mixes weights; a config asks before a model is loaded."""
         if not schedule.is_frozen and schedule.alpha != 1.0:
             raise ValueError(
                 f'reference="snapshot" needs ref_model_mixup_alpha=1 (hard updates), got '
                 f'{schedule.alpha}; soft updates need reference="offloaded" or "resident"'
             )
-        super().__init__(policy, schedule)
-        self._kept: Path | None = None  # the folder with the weights that the window began with
-        self._inside = False
 
     @classmethod
     def starts_from_policy(cls, lora: bool) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -16,8 +16,20 @@ from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.objective import DIVERGENCES, Objective, Range, objective_of
 from tralign_fast.reference import REFERENCES, TrustRegion
 from tralign_fast.training.gradient_release import check_releasable
-from tralign_fast.training.option_types import check_types
+from tralign_fast.training.option_conflicts import check_best_model, check_conflicts
+from tralign_fast.training.option_types import (
+    AT_LEAST_ONE,
+    NOT_NEGATIVE,
+    SHARE,
+    UNDER_ONE,
+    Checked,
+    OneOf,
+    StepsOrShare,
+    bounds_of,
+    check_types,
+)
 
+ORDERS = ("random", "sequential", "group_by_length", "batch_rebalance")
 # fields that are options of losses
 _LOSS_FIELDS = (
     "beta", "label_smoothing", "discopop_tau", "desirable_weight", "undesirable_weight",
@@ -36,9 +48,18 @@ def _help_of(option: str) -> str:
     (text,) = {o.help for o in found.values()}
     if len(found) == len(LOSSES):
         return text
-    ranges = {str(o.range) for o in found.values()}
-    of = [f"{n} ({o.range})" if len(ranges) > 1 else n for n, o in found.items()]
-    return f"{text} Of {', '.join(of)}."
+    return f"{text} Of {', '.join(found)}."
+
+
+def _range_of(option: str) -> Checked:
+    """Its range, which `objective_of` checks, as losses differ."""
+    losses: dict[str, list[str]] = {}
+    for name, spec in LOSSES.items():
+        if (found := spec.option(option)) is not None:
+            losses.setdefault(bounds_of(found.range), []).append(name)
+    if len(losses) == 1:
+        return Checked(next(iter(losses)))
+    return Checked("; ".join(f"{', '.join(names)}: {range}" for range, names in losses.items()))
 
 
 @dataclass
@@ -60,8 +81,10 @@ class TRConfig(TrainingArguments):
         "loss_options",
     ]
 
-    learning_rate: float = _option(1e-6, "Initial learning rate of the optimizer.")
-    logging_steps: float = _option(10, "Optimizer steps between two logs.")
+    learning_rate: Annotated[float, NOT_NEGATIVE] = _option(
+        1e-6, "Initial learning rate of the optimizer."
+    )
+    logging_steps: Annotated[float, NOT_NEGATIVE] = _option(10, "Optimizer steps between two logs.")
     gradient_checkpointing: bool = _option(
         True, "Compute activations again in the backward instead of keeping them."
     )
@@ -70,34 +93,40 @@ class TRConfig(TrainingArguments):
     )
 
     # the loss
-    loss_type: list[str] | str = _option(
+    loss_type: Annotated[list[str] | str, Checked(f"of {', '.join(LOSSES)}")] = _option(
         lambda: ["dpo"],
-        f"One loss, or several that are added up: {', '.join(LOSSES)}. dpo and sigmoid are one.",
+        "One loss, or several that are added up; dpo and sigmoid are one.",
     )
-    loss_weights: list[float] | None = _option(
+    loss_weights: Annotated[list[float] | None, Checked("≥ 0 each")] = _option(
         None, "A factor for each loss of loss_type, as 0.8 0.2 1.0 of MPO. None: 1 each."
     )
-    beta: float = _option(0.1, _help_of("beta"))
-    label_smoothing: float | None = _option(
+    beta: Annotated[float, _range_of("beta")] = _option(0.1, _help_of("beta"))
+    label_smoothing: Annotated[float | None, _range_of("label_smoothing")] = _option(
         None,
         f"{_help_of('label_smoothing')} With dpo it is conservative DPO, which TRL's sigmoid loss "
         "does not have (it ignores the option). None: 1e-3 for exo_pair, else 0.",
     )
-    discopop_tau: float = _option(0.05, _help_of("discopop_tau"))
-    desirable_weight: float = _option(1.0, _help_of("desirable_weight"))
-    undesirable_weight: float = _option(1.0, _help_of("undesirable_weight"))
+    discopop_tau: Annotated[float, _range_of("discopop_tau")] = _option(
+        0.05, _help_of("discopop_tau")
+    )
+    desirable_weight: Annotated[float, _range_of("desirable_weight")] = _option(
+        1.0, _help_of("desirable_weight")
+    )
+    undesirable_weight: Annotated[float, _range_of("undesirable_weight")] = _option(
+        1.0, _help_of("undesirable_weight")
+    )
     loss_options: dict[str, Any] | str | None = _option(
         None, "Options of losses of your own that have no field here, by name."
     )
     length_normalized: bool | None = _option(
         None, "Divide log-ratios by the completion's length. None: as each loss does (ipo does)."
     )
-    f_divergence_type: str = _option(
-        "reverse_kl", f"Divergence from the reference: {', '.join(DIVERGENCES)}."
+    f_divergence_type: Annotated[str, OneOf(*DIVERGENCES)] = _option(
+        "reverse_kl", "Divergence from the reference."
     )
     f_alpha_divergence_coef: float = _option(0.5, "α of alpha_divergence.")
-    ld_alpha: float | None = _option(
-        None, "LD-DPO: weight in [0, 1] of tokens beyond the pair's shorter completion. None: 1."
+    ld_alpha: Annotated[float | None, SHARE] = _option(
+        None, "LD-DPO: weight of tokens beyond the pair's shorter completion. None: 1."
     )
     use_weighting: bool = _option(
         False,
@@ -106,53 +135,53 @@ class TRConfig(TrainingArguments):
 
     # the reference
     sync_ref_model: bool = _option(True, "Move the reference; False is the classical frozen one.")
-    ref_model_mixup_alpha: float = _option(
-        0.6, "α in [0, 1], the policy's weight in the new reference (1: hard update)."
+    ref_model_mixup_alpha: Annotated[float, SHARE] = _option(
+        0.6, "α, the policy's weight in the new reference (1: hard update)."
     )
-    ref_model_sync_steps: float = _option(
-        512, "τ ≥ 1, optimizer steps between two updates; under 1, a share of the run's steps."
+    ref_model_sync_steps: Annotated[float, StepsOrShare()] = _option(
+        512, "τ, optimizer steps between two updates."
     )
-    reference: str = _option(
+    reference: Annotated[str, OneOf("auto", *REFERENCES)] = _option(
         "auto",
-        "Where the reference lives: auto (the cheapest exact one), resident, snapshot, offloaded, "
-        "adapter (PEFT LoRA).",
+        "Where the reference lives: auto is the cheapest exact place; adapter is of PEFT LoRA.",
     )
-    adapter_tolerance: float = _option(
-        1e-6, 'reference="adapter": weight in [0, 1) under which a past adapter is dropped.'
+    adapter_tolerance: Annotated[float, UNDER_ONE] = _option(
+        1e-6, 'reference="adapter": weight under which a past adapter is dropped.'
     )
-    precompute_ref_batch_size: int | None = _option(
+    precompute_ref_batch_size: Annotated[int | None, AT_LEAST_ONE] = _option(
         None,
         "Examples of a no-grad batch when a window is scored. None: two training batches' on an "
         "accelerator, one on a CPU and with a token_budget.",
     )
-    ema_rounding: str = _option(
-        "stochastic", "How bf16 and fp16 reference weights are rounded: stochastic or nearest."
+    ema_rounding: Annotated[str, OneOf("nearest", "stochastic")] = _option(
+        "stochastic", "How bf16 and fp16 reference weights are rounded."
     )
 
     # the data
-    train_sampling_strategy: str | None = _option(
+    train_sampling_strategy: Annotated[str | None, OneOf(*ORDERS)] = _option(
         None,
-        "random, sequential, group_by_length or batch_rebalance. None: sequential for unpaired "
-        "losses, as TRL's KTO, else random.",
+        "Order of the rows. None: sequential for unpaired losses, as TRL's KTO, else random.",
     )
-    max_length: int | None = _option(
+    max_length: Annotated[int | None, Range(2, math.inf)] = _option(
         1024, "Tokens of a prompt with its completion; completions are cut to it."
     )
-    on_bad_rows: str = _option(
+    on_bad_rows: Annotated[str, OneOf(*ON_BAD_ROWS)] = _option(
         "drop_overlong",
         "Unusable rows: drop_overlong leaves out those that are too long, as TRL does, drop leaves "
         "out all of them, each with one warning; error refuses them.",
     )
-    dataset_num_proc: int | None = _option(None, "Processes that tokenise.")
+    dataset_num_proc: Annotated[int | None, AT_LEAST_ONE] = _option(
+        None, "Processes that tokenise."
+    )
     prefix_sharing: bool = _option(True, "Compute a prompt once for all its completions.")
     packing: bool = _option(True, "One row without padding; False: padded rows as TRL has them.")
 
     padding_free: bool = _option(False, "TRL's name of packing; accepted, as packing is on.")
-    pad_to_multiple_of: int | str | None = _option(
+    pad_to_multiple_of: Annotated[int | str | None, Checked("≥ 1, or auto")] = _option(
         "auto",
         "Rows are filled up to a multiple of so many tokens, packed ones too. auto and None: not.",
     )
-    token_budget: int | None = _option(
+    token_budget: Annotated[int | None, AT_LEAST_ONE] = _option(
         None,
         "Tokens of a packed row; a batch that needs more runs in several, one after the other, to "
         "the same loss. None: one row.",
@@ -174,8 +203,10 @@ class TRConfig(TrainingArguments):
         "Use up and free every gradient inside the backward: no memory for gradients. Needs "
         "max_grad_norm=0, one backward a step, and AdamW, adamw_bnb_8bit or adafactor.",
     )
-    logits_budget_mb: float = _option(1024, "MiB of logits that may exist at a time.")
-    vocab_filter: float | None = _option(
+    logits_budget_mb: Annotated[float, NOT_NEGATIVE] = _option(
+        1024, "MiB of logits that may exist at a time."
+    )
+    vocab_filter: Annotated[float | None, UNDER_ONE] = _option(
         None, "ε: the head's backward skips tokens less likely than ε everywhere; 3e-5 if in doubt."
     )
     log_kl_initial: bool = _option(
@@ -186,36 +217,12 @@ class TRConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_types(self, TRConfig)
+        self._check_tables()
         self._check_losses()
-        _check_choice("reference", self.reference, ["auto", *REFERENCES])
-        _check_choice("ema_rounding", self.ema_rounding, ["nearest", "stochastic"])
-        _check_choice("on_bad_rows", self.on_bad_rows, ON_BAD_ROWS)
-        if not 0.0 <= self.ref_model_mixup_alpha <= 1.0:
-            raise ValueError(
-                f"ref_model_mixup_alpha must lie in [0, 1], got {self.ref_model_mixup_alpha}"
-            )
+        check_best_model(self)
         every = self.ref_model_sync_steps
-        if not (0 < every < 1 or (1 <= every < math.inf and every == int(every))):
-            raise ValueError(
-                "ref_model_sync_steps must be a whole number of optimizer steps ≥ 1, or a share of "
-                f"the run in (0, 1), got {every}; sync_ref_model=False freezes the reference"
-            )
         self.ref_model_sync_steps = every if every < 1 else int(every)
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2 tokens, got {self.max_length}")
-        if self.token_budget is not None and self.token_budget < 1:
-            raise ValueError(f"token_budget must be positive, got {self.token_budget}")
-        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
-            raise ValueError(
-                f"precompute_ref_batch_size must be positive, got {self.precompute_ref_batch_size}"
-            )
-        if self.logits_budget_mb < 0:
-            raise ValueError(f"logits_budget_mb must not be negative, got {self.logits_budget_mb}")
-        if self.vocab_filter is not None and not 0.0 <= self.vocab_filter < 1.0:
-            raise ValueError(f"vocab_filter must lie in [0, 1), got {self.vocab_filter}")
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
-        if self.padding_free and not self.packing:
-            raise ValueError("padding_free=True and packing=False contradict each other; drop one")
         if self.use_liger_kernel:
             self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
         # batches are PackedBatch, made from columns that no model's forward names
@@ -233,6 +240,7 @@ class TRConfig(TrainingArguments):
             self.bf16 = not self.fp16 and self.device.type != "cpu"
         if self.gradient_release:
             check_releasable(self)
+        check_conflicts(self)
 
     @property
     def trust_region(self) -> TrustRegion:
@@ -272,12 +280,20 @@ class TRConfig(TrainingArguments):
             length_normalized=self.length_normalized,
         )  # fmt: skip
 
+    def _check_tables(self) -> None:
+        """Those that the command line gives as JSON."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            own = name in ("loss_options", "model_init_kwargs")
+            if isinstance(value, str) and (own or value.startswith("{")):  # else a file's name
+                table = _table(name, value)
+                if name == "loss_options":  # TrainingArguments reads the others
+                    self.loss_options = table
+
     def _check_losses(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.loss_type = list(self.loss_type)
-        if isinstance(self.loss_options, str):  # of the command line
-            self.loss_options = _table("loss_options", self.loss_options)
         objective = self.objective
         if self.label_smoothing is None and not objective.options.get("label_smoothing"):
             self.label_smoothing = 0.0  # as TRL has it; exo_pair keeps its own
@@ -287,11 +303,8 @@ class TRConfig(TrainingArguments):
                 "TRL 1.16's sigmoid loss ignores it; loss_type=\"robust\" is TRL's too"
             )
         names = " + ".join(self.loss_type)
-        if self.ld_alpha is not None:
-            if self.ld_alpha not in Range(0.0, 1.0):
-                raise ValueError(f"ld_alpha: expected a number in [0, 1], got {self.ld_alpha!r}")
-            if not objective.paired:
-                raise ValueError(f"ld_alpha: {names} takes no pairs, got {self.ld_alpha}")
+        if self.ld_alpha is not None and not objective.paired:
+            raise ValueError(f"ld_alpha: {names} takes no pairs, got {self.ld_alpha}")
         if self.use_weighting and not (objective.paired and objective.weighs_examples):
             raise ValueError(f"use_weighting: {names} takes no weights of pairs")
         if self.token_budget is not None and objective.couples_examples:
@@ -331,8 +344,3 @@ def _table(name: str, text: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ValueError(f'{name}: expected JSON such as {{"gamma": 2}}, got {text!r}')
     return table
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
