@@ -61,6 +61,8 @@ class PrefixLayout:
     """
 
     groups: tuple[Group, ...]
+    # whether the last MLP runs on all rows, as a load-balancing loss of its router wants it
+    every_row: bool = False
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def varlen(self, device: torch.device) -> VarlenArguments:
@@ -147,6 +149,9 @@ class PackedBatch:
     # what the SFT term of this part of a batch is divided by; None: its chosen tokens
     nll_tokens: float | None = None
     token_weights: Tensor | None = None  # (N,) float32, LD-DPO's; None: 1
+    # (E,) of a mixture of experts: those of the whole batch where this is a part of one
+    router_slopes: Tensor | None = None
+    balance: Any = None  # the `model.router.Balance` that the model is asked for
     fingerprint: int = 0  # of the contents, by which scores are found again
 
     @property

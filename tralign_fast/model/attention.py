@@ -37,7 +37,7 @@ PREFIX = "tralign_"
 _KNOWN = {
     "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions",
     "output_hidden_states", "return_dict", "position_embeddings", "past_key_values",
-    "attention_mask",
+    "attention_mask", "output_router_logits",
 }  # fmt: skip
 
 

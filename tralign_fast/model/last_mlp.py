@@ -55,7 +55,8 @@ class _Handover:
         self, own_forward: Any, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         layout, self.layout = self.layout, None
-        if layout is None or args or kwargs:  # what else it is given may be of every row
+        # what else it is given may be of every row
+        if layout is None or layout.every_row or args or kwargs:
             return own_forward(module, hidden, *args, **kwargs)
         rows = layout.scored_rows(hidden.device)
         added = own_forward(module, hidden.index_select(1, rows))

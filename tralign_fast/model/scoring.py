@@ -27,6 +27,7 @@ from tralign_fast.model.patching import (
     take_back,
     unwrapped,
 )
+from tralign_fast.model.router import router_options
 from tralign_fast.ops.logprobs import linear_logprobs
 from tralign_fast.ops.statistics import token_statistics
 from tralign_fast.ops.transform import LogitTransform
@@ -37,6 +38,7 @@ class ScoreOutput(ModelOutput):
     """What a model returns when it was given `score_index`."""
 
     scores: Tensor | None = None  # (N,) float32 log-probs, or what the given `score` returned
+    balance: Tensor | None = None  # the answer to the given `balance`
 
 
 def enable_logprobs(
@@ -78,7 +80,7 @@ def enable_logprobs(
     def forward(
         own_forward, self, *args,
         score_index=None, score_targets=None, grad_tokens=None, with_squares=False, score=None,
-        row_tokens=None,
+        row_tokens=None, balance=None,
         **kwargs,
     ):  # fmt: skip
         if score_index is None:
@@ -90,8 +92,12 @@ def enable_logprobs(
             )
         if kwargs.get("past_key_values") is not None:
             _check_prefix_is_kept(self)
+        kwargs |= router_options(self.config, balance is not None)
         with split_tied_weight(self) as weight:
-            hidden = decoder_of(self)(*args, use_cache=False, **kwargs).last_hidden_state
+            outputs = decoder_of(self)(*args, use_cache=False, **kwargs)
+        hidden = outputs.last_hidden_state
+        if balance is not None:
+            balance = balance(outputs, kwargs, self.config)
         if row_tokens is not None and hidden.shape[1] != row_tokens:
             # PEFT's virtual tokens, before those of every row
             added = hidden.shape[1] - row_tokens
@@ -101,7 +107,7 @@ def enable_logprobs(
             _token_logps_and_squares if with_squares else _token_logps,
             targets=score_targets, grad_tokens=grad_tokens, options=options,
         )  # fmt: skip
-        return ScoreOutput(scores=lm_head_of(self)(hidden, score=score, weight=weight))
+        return ScoreOutput(lm_head_of(self)(hidden, score=score, weight=weight), balance)
 
     def head_forward(own_forward, self, hidden, score=None, weight=None):
         if score is None:
@@ -176,28 +182,38 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not.
     """
     output = model(**_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens)
-    return _scores(model, output)
+    return _scores(model, output, batch)
 
 
 def token_logps_and_squares(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """`token_logps`, and (N,) float32 `log Σ_v p(v)²` of the same distributions, no gradient."""
     scored = {"score_targets": batch.targets, "grad_tokens": batch.grad_tokens}
     output = model(**_inputs(batch), **scored, with_squares=True)
-    logps, squares = _scores(model, output)
+    logps, squares = _scores(model, output, batch)
     return logps, squares.detach()
 
 
-def _scores(model: nn.Module, output: Any) -> Tensor:
+def _scores(model: nn.Module, output: Any, batch: PackedBatch) -> Tensor:
     if getattr(output, "scores", None) is None:
         raise RuntimeError(
             f"{type(model).__name__} returned no log-probs: prepare it (again, after an undo)"
         )
+    if batch.balance is not None:
+        batch.balance.answer = output.balance
     return output.scores
 
 
 def sequence_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """(S,) float32 summed log-probabilities of the batch's sequences (`token_logps`)."""
     return batch.sum_per_sequence(token_logps(model, batch))
+
+
+@torch.no_grad()
+def balance_alone(model: nn.Module, batch: PackedBatch) -> Tensor | None:
+    """The model's answer to `batch.balance`, without the head's work."""
+    output = model(**_inputs(batch), score=lambda hidden, *_: hidden.new_zeros(0))
+    _scores(model, output, batch)
+    return batch.balance.answer
 
 
 @torch.no_grad()
@@ -246,5 +262,7 @@ def _inputs(batch: PackedBatch) -> dict[str, Any]:
         # transformers passes a 4-D mask on as it is: none of (T, T) is built, and ours is not read
         inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
         inputs["prefix_layout"] = batch.layout
+    if batch.balance is not None:
+        inputs["balance"] = batch.balance
     inputs["score_index"] = batch.score_index
     return inputs

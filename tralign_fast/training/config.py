@@ -132,6 +132,11 @@ class TRConfig(TrainingArguments):
         False,
         "WPO: weigh pairs by their probability under the policy; one more product of the head.",
     )
+    router_aux_loss_coef: float | None = _option(
+        None,
+        "Weight ≥ 0 of the load-balancing loss of a mixture of experts. None: what the model's "
+        "config says.",
+    )
 
     # the reference
     sync_ref_model: bool = _option(True, "Move the reference; False is the classical frozen one.")
@@ -301,6 +306,10 @@ class TRConfig(TrainingArguments):
             warn_once(
                 f"label_smoothing={self.label_smoothing:g}: dpo is conservative DPO with it, where "
                 "TRL 1.16's sigmoid loss ignores it; loss_type=\"robust\" is TRL's too"
+            )
+        if not 0.0 <= (self.router_aux_loss_coef or 0.0) < math.inf:
+            raise ValueError(
+                f"router_aux_loss_coef must be a finite number ≥ 0, got {self.router_aux_loss_coef}"
             )
         names = " + ".join(self.loss_type)
         if self.ld_alpha is not None and not objective.paired:

@@ -30,6 +30,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
+from tralign_fast.model.router import asked, router_coefficient
 from tralign_fast.model.scoring import (
     hidden_kl,
     sequence_logps,
@@ -48,6 +49,7 @@ from tralign_fast.training.distribution import even_parts, take_off_autocast
 from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease, releases
 from tralign_fast.training.inputs import collator_of, tokenized
+from tralign_fast.training.load_balance import add_balance, with_slopes
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.metrics import PreferenceMetrics
 from tralign_fast.training.model_card import add_trust_region
@@ -125,6 +127,8 @@ class TRTrainer(ResumableTrainer):
         first = load_reference(ref_model, base, args, quantization_config)
         policy = with_adapter(base, peft_config, args)
         check_trainable(policy, model if isinstance(model, str) else None)
+        found = router_coefficient(policy, args.router_aux_loss_coef)
+        self.router_aux_loss_coef, self.aux_loss_enabled = found
         if args.disable_dropout:
             disable_dropout(policy)
             if first is not None:
@@ -262,6 +266,8 @@ class TRTrainer(ResumableTrainer):
         parts = self.parts_of(inputs)
         if len(parts) == 1:
             return parts
+        if self.aux_loss_enabled:
+            parts = with_slopes(self, model, parts)
         if self._objective.sums_tokens:
             tokens = sum(sum(p.scored_lengths[: len(p)]) for p in parts if p.share > 0)
             parts = tuple(
@@ -289,8 +295,8 @@ class TRTrainer(ResumableTrainer):
         Raises:
             ValueError: a log-prob is NaN or infinite; nothing is trained on it.
         """
-        batch = inputs
-        ref_logps = self.reference.logps(batch)
+        ref_logps = self.reference.logps(inputs)
+        batch = asked(inputs) if self.aux_loss_enabled else inputs
         logps, weights = self._policy_logps(model, batch)
         result = preference_loss(
             logps, ref_logps, batch.offsets, loss=self._objective,
@@ -304,7 +310,8 @@ class TRTrainer(ResumableTrainer):
             if mode == "train":  # in the state, so that a resumed run goes on counting
                 self.state.num_input_tokens_seen += batch.num_tokens
         step = self.state.global_step + 1
-        loss = self._finite.guarded(result.loss, result.logps, ref_logps, batch.rows, step)
+        loss = add_balance(self, result.loss, batch)
+        loss = self._finite.guarded(loss, result.logps, ref_logps, batch.rows, step)
         loss = loss if batch.share == 1.0 else loss * batch.share
         if self.is_deepspeed_enabled:  # its backward steps
             self._finite.check()
