@@ -38,7 +38,7 @@ def config(folder, **options):
         ({"max_length": 4.5}, "max_length: expected a whole number or nothing, got 4.5"),
         ({"logits_budget_mb": math.nan}, "logits_budget_mb: expected a finite number, got nan"),
         ({"reference": None}, "reference: expected a word, got None"),
-        ({"loss_type": 3}, "loss_type: expected a list of words or a word, got 3"),
+        ({"loss_type": 3}, "loss_type: expected a list of words or a word or nothing, got 3"),
         ({"ref_model_mixup_alpha": True}, "ref_model_mixup_alpha: expected a finite number"),
     ],
 )

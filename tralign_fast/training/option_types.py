@@ -26,7 +26,8 @@ def check_types(config: Any, fields: type) -> None:
         kinds = _kinds(hints[name])
         fits, value = _fit(value, kinds)
         if not fits:
-            expected = " or ".join(_word(kind) for kind in kinds)
+            last = sorted(kinds, key=lambda kind: kind is type(None))
+            expected = " or ".join(_word(kind) for kind in last)
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
         setattr(config, name, value)
 

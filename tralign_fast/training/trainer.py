@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease, releases
 from tralign_fast.training.inputs import collator_of, tokenized
 from tralign_fast.training.lookahead import Lookahead
+from tralign_fast.training.method import settle_method
 from tralign_fast.training.metrics import PreferenceMetrics
 from tralign_fast.training.model_card import add_trust_region
 from tralign_fast.training.pretrained import (
@@ -89,6 +90,7 @@ class TRTrainer(ResumableTrainer):
 
     args: TRConfig
     model: PreTrainedModel
+    method: ClassVar[str | None] = None  # dpo or kto, where a subclass trains nothing else
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class TRTrainer(ResumableTrainer):
         if ref_model is model:
             raise ValueError("ref_model is the model itself; leave it out and a copy is made")
         args = args if args is not None else TRConfig("tr-output")
+        settle_method(args, self.method, train_dataset, eval_dataset)
         if args.should_save:
             check_writable(args.output_dir)
         tokenizer = load_tokenizer(processing_class, model)
