@@ -39,7 +39,8 @@ def test_importing_the_package_stays_light_and_patches_nothing():
 # What users import. A name may join these lists; none leaves them without a new major version.
 PUBLIC = {
     "tralign_fast": [
-        "LOSSES", "PreferenceLoss", "TRConfig", "TRTrainer", "TrustRegion", "dpo_loss",
+        "LOSSES", "PreferenceLoss", "TRConfig", "TRDPOConfig", "TRDPOTrainer", "TRKTOConfig",
+        "TRKTOTrainer", "TRTrainer", "TrustRegion", "dpo_loss",
         "ema_update_", "ipo_loss", "kto_loss", "linear_logprobs", "logprobs_from_logits",
         "lora_merge_", "preference_loss",
     ],

@@ -15,6 +15,12 @@ from tralign_fast.reference import TrustRegion
 if TYPE_CHECKING:
     from tralign_fast.ops.from_logits import logprobs_from_logits
     from tralign_fast.ops.logprobs import linear_logprobs
+    from tralign_fast.training.aliases import (
+        TRDPOConfig,
+        TRDPOTrainer,
+        TRKTOConfig,
+        TRKTOTrainer,
+    )
     from tralign_fast.training.config import TRConfig
     from tralign_fast.training.trainer import TRTrainer
 
@@ -24,6 +30,10 @@ __all__ = [
     "LOSSES",
     "PreferenceLoss",
     "TRConfig",
+    "TRDPOConfig",
+    "TRDPOTrainer",
+    "TRKTOConfig",
+    "TRKTOTrainer",
     "TRTrainer",
     "TrustRegion",
     "dpo_loss",
@@ -38,6 +48,10 @@ __all__ = [
 
 _LAZY = {
     "TRConfig": "tralign_fast.training.config",
+    "TRDPOConfig": "tralign_fast.training.aliases",
+    "TRDPOTrainer": "tralign_fast.training.aliases",
+    "TRKTOConfig": "tralign_fast.training.aliases",
+    "TRKTOTrainer": "tralign_fast.training.aliases",
     "TRTrainer": "tralign_fast.training.trainer",
     "linear_logprobs": "tralign_fast.ops.logprobs",
     "logprobs_from_logits": "tralign_fast.ops.from_logits",

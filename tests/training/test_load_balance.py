@@ -18,7 +18,11 @@ MODELS = {
     "Qwen2-MoE": (
         t.Qwen2MoeForCausalLM,
         t.Qwen2MoeConfig,
-        {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "mlp_only_layers": [0]},
+        {
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "mlp_only_layers": [0],
+        },
     ),
     # attention sinks: padded batches; its MLP returns two tensors
     "GPT-OSS": (t.GptOssForCausalLM, t.GptOssConfig, {"head_dim": 8}),

@@ -38,8 +38,11 @@ def config(folder, **options):
         ({"max_length": 4.5}, "max_length: expected a whole number ≥ 2 or nothing, got 4.5"),
         ({"logits_budget_mb": math.nan}, "logits_budget_mb: expected a number ≥ 0, got nan"),
         ({"reference": None}, "reference: expected one of auto, .*, got None"),
-        ({"loss_type": 3}, "loss_type: expected a list of words or a word, got 3"),
-        ({"ref_model_mixup_alpha": True}, r"ref_model_mixup_alpha: expected a number in \[0, 1\], got True"),
+        ({"loss_type": 3}, "loss_type: expected a list of words or a word or nothing, got 3"),
+        (
+            {"ref_model_mixup_alpha": True},
+            r"ref_model_mixup_alpha: expected a number in \[0, 1\], got True",
+        ),
     ],
 )
 def test_a_wrong_type_is_named(options, message, tmp_path):

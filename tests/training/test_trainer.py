@@ -285,7 +285,7 @@ def test_an_output_folder_that_holds_a_run_is_kept(tiny_llama, small_tokenizer, 
         ({"loss_type": ["sigmoid", "kto"]}, "cannot be added up"),
         ({"loss_type": []}, "loss_type: expected at least one"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing: the loss ipo does not"),
-        ({"desirable_weight": 2.0}, "desirable_weight: the loss dpo does not take it"),
+        ({"loss_type": "dpo", "desirable_weight": 2.0}, "desirable_weight: the loss dpo does not"),
         ({"discopop_tau": 0.1}, "discopop_tau: the loss dpo does not take it"),
         ({"loss_weights": [1.0, 2.0]}, "loss_weights: expected one weight for each"),
         ({"loss_weights": [math.inf]}, "loss_weights: expected a list of finite numbers or noth"),
@@ -306,6 +306,8 @@ def test_an_output_folder_that_holds_a_run_is_kept(tiny_llama, small_tokenizer, 
         ({"label_smoothing": 0.5}, r"label_smoothing: expected a number in \[0, 0.5\)"),
         ({"vocab_filter": 1.0}, r"vocab_filter must lie in \[0, 1\)"),
         ({"reference": "cloud"}, "reference: expected one of auto, resident"),
+        ({"truncation_mode": "middle"}, "truncation_mode: expected one of keep_start, keep_end"),
+        ({"truncation_mode": "keep_end", "loss_type": "kto"}, "truncation_mode: kto cuts compl"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"on_bad_rows": "ignore"}, "on_bad_rows: expected one of drop_overlong, drop"),
         ({"ema_rounding": "up"}, "ema_rounding: expected one of nearest, stochastic"),
@@ -328,7 +330,7 @@ def test_trl_defaults_and_ours(tmp_path):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.sync_ref_model
     assert TRConfig(str(tmp_path), loss_type="sigmoid").loss_type == ["sigmoid"]
-    assert json.loads(ours.to_json_string())["loss_type"] == ["dpo"]
+    assert json.loads(ours.to_json_string())["loss_type"] is None
     again = TRConfig(**{f: getattr(ours, f) for f in ("output_dir", "beta", "label_smoothing")})
     assert again.objective == ours.objective
 

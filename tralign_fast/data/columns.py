@@ -31,6 +31,20 @@ def one_dataset(dataset: Any, name: str) -> Any:
     return dataset
 
 
+def column_names(rows: Any) -> set[str]:
+    """The columns of a dataset, or of the first in a dict of them; none of what is no dataset.
+
+    A stream that does not know its columns is asked for its first row.
+    """
+    import datasets
+
+    if isinstance(rows, dict):
+        rows = next(iter(rows.values()), None)
+    if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
+        return set()
+    return {*(rows.column_names or next(iter(rows), {}))}
+
+
 def columns_of(dataset: Any, name: str) -> tuple[list[str], dict[str, Any]]:
     """The names of the columns, and the first row.
 

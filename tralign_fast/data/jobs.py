@@ -57,12 +57,18 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None
     prompt: str | None = "prompt"  # its column; None: chosen and rejected begin with it
+    truncation_mode: str = "keep_start"  # keep_end leaves the cut to the collator
     # `map` caches by a hash of this object, in which the code counts by its name alone
     source: str = field(default_factory=_source_hash)
 
     columns: ClassVar[tuple[str, ...]]
     lends: ClassVar[bool] = False  # completions also follow prompts that may leave them more room
     stream_batch: ClassVar[int] = 1  # rows read ahead
+
+    @property
+    def stop(self) -> int | None:
+        """Tokens that are kept of a prompt with its completion, from the first on."""
+        return self.max_length if self.truncation_mode == "keep_start" else None
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> Row:
         rows = [
@@ -138,7 +144,7 @@ class Job:
             alone, together = self._message_ids(prompt, list(completions.values()), row)
         starts = [_common_length(alone, ids) for ids in together]
         start = min(starts)
-        stop = self.max_length
+        stop = self.stop
         if self.lends and stop is not None:
             stop += start
         cut = [ids[start:stop] for ids in together]
@@ -187,7 +193,7 @@ class Job:
     def _check_lengths(
         self, prompt: int, uncut: list[list[int]], completions: dict[str, Content]
     ) -> None:
-        check_prompt_length(prompt, self.max_length)
+        check_prompt_length(prompt, self.stop)
         for column, ids in zip(completions, uncut, strict=True):
             is_text = isinstance(completions[column], str)
             if not ids or (is_text and all(i == self.tokenizer.eos_token_id for i in ids)):
@@ -200,10 +206,29 @@ class PairJob(Job):
     def records(self, row: Row) -> list[Row]:
         prompt, pair = self.pair(row)
         tokens = self.tokens(prompt, pair, row)
-        return [{**_pair_of(tokens, self.max_length), "merged": tokens.merged}]
+        return [{**self.checked(tokens), "merged": tokens.merged}]
 
     def blanks(self, problem: str) -> list[Row]:
         return [{"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "problem": problem}]
+
+    def checked(self, tokens: _Tokens) -> Row:
+        """The columns of a pair whose completions differ, also once they are cut."""
+        prompt, (chosen, rejected) = tokens.prompt_ids, tokens.completion_ids
+        cut = self.stop == len(prompt) + len(chosen)  # of no other length if they are alike
+        alike = chosen == rejected
+        if not alike and self.stop is None and self.max_length is not None:
+            ends = [(prompt + ids)[-self.max_length :] for ids in (chosen, rejected)]
+            cut = alike = ends[0] == ends[1]
+        if alike and cut:
+            raise Overlong(
+                f"chosen and rejected are identical once cut to max_length = {self.max_length}; "
+                "expected two different completions"
+            )
+        if alike:
+            raise BadRow(
+                "chosen and rejected have the same tokens; expected two different completions"
+            )
+        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
 class TokenizedPairJob(PairJob):
@@ -219,10 +244,11 @@ class TokenizedPairJob(PairJob):
             raise BadRow(
                 "chosen_ids and rejected_ids are identical; expected two different completions"
             )
-        check_prompt_length(len(prompt), self.max_length)
-        room = None if self.max_length is None else self.max_length - len(prompt)
-        tokens = _Tokens(prompt, [ids[:room] for ids in pair], None)
-        return [{**_known_row(row), **_pair_of(tokens, self.max_length)}]
+        check_prompt_length(len(prompt), self.stop)
+        room = None if self.stop is None else self.stop - len(prompt)
+        return [
+            {**_known_row(row), **self.checked(_Tokens(prompt, [i[:room] for i in pair], None))}
+        ]
 
 
 class CompletionJob(Job):
@@ -292,16 +318,6 @@ def check_prompt_length(prompt: int, max_length: int | None) -> None:
             f"the prompt has {prompt} tokens and leaves none for a completion; expected fewer "
             f"than max_length = {max_length}"
         )
-
-
-def _pair_of(tokens: _Tokens, max_length: int | None) -> Row:
-    chosen, rejected = tokens.completion_ids
-    if chosen == rejected:
-        kind, reason = BadRow, "have the same tokens"
-        if max_length == len(tokens.prompt_ids) + len(chosen):
-            kind, reason = Overlong, f"are identical once cut to max_length = {max_length}"
-        raise kind(f"chosen and rejected {reason}; expected two different completions")
-    return {"prompt_ids": tokens.prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
 def _known_row(row: Row) -> Row:

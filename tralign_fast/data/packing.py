@@ -28,6 +28,7 @@ from torch import Tensor
 from tralign_fast.ops.segments import segment_sums
 
 LAYOUTS = ("shared", "packed", "padded")
+Pair = list[list[int]]  # token ids of the completions of one example, or of their prompts
 
 
 class Group(NamedTuple):
@@ -273,7 +274,9 @@ class PreferenceCollator:
         layout: "shared" (a prompt once for all its completions), "packed" (a prompt for each, no
             padding), "padded" (one row each, for attentions that know no packing).
         max_length: KTO's completions, own and borrowed, are cut to what their prompt leaves of it
-            (those of pairs come cut). None: no limit.
+            (those of pairs come cut, but for "keep_end"). None: no limit.
+        truncation_mode: "keep_end" cuts every prompt with its completion to its last `max_length`
+            tokens, as TRL does: a pair's prompts may then differ, and are not shared.
         token_budget: tokens of a packed row; a batch that needs more becomes a `SplitBatch`, whose
             parts hold at most so many (a group that is longer stands alone). None: one row.
         pad_token_id: fills padded rows.
@@ -292,6 +295,7 @@ class PreferenceCollator:
     paired: bool
     layout: str = "shared"
     max_length: int | None = None
+    truncation_mode: str = "keep_start"
     token_budget: int | None = None
     pad_token_id: int = 0
     vocab_size: int | None = None
@@ -319,6 +323,13 @@ class PreferenceCollator:
                 for mine, other, left in zip(own, lent, room, strict=True)
             ]
         self._check_vocabulary(prompts, completions, rows)
+        # one for each completion, the same list unless they differ
+        prompts = [[p] * len(pair) for p, pair in zip(prompts, completions, strict=True)]
+        if self.truncation_mode == "keep_end" and self.max_length is not None:
+            ends = (
+                _ends(*each, self.max_length) for each in zip(prompts, completions, strict=True)
+            )
+            prompts, completions = map(list, zip(*ends, strict=True))
         labels = None if self.paired else [bool(e["label"]) for e in examples]
         cuts = self._cuts(prompts, completions)
         parts = tuple(
@@ -330,12 +341,12 @@ class PreferenceCollator:
         )  # fmt: skip
         return parts[0] if len(parts) == 1 else SplitBatch(parts)
 
-    def _cuts(self, prompts: list[list[int]], completions: list[list[list[int]]]) -> list[int]:
+    def _cuts(self, prompts: list[Pair], completions: list[Pair]) -> list[int]:
         """Bounds of runs of examples whose tokens fit the budget, in order."""
         cuts, used = [0], 0
-        for index, (prompt, pair) in enumerate(zip(prompts, completions, strict=True)):
-            copies = 1 if self.layout == "shared" else len(pair)
-            need = copies * len(prompt) + sum(map(len, pair))
+        for index, (own, pair) in enumerate(zip(prompts, completions, strict=True)):
+            copies = own[:1] if self.layout == "shared" and _is_one(own) else own
+            need = sum(map(len, copies)) + sum(map(len, pair))
             if self.token_budget is not None and used and used + need > self.token_budget:
                 cuts.append(index)
                 used = 0
@@ -344,8 +355,8 @@ class PreferenceCollator:
 
     def _pack(
         self,
-        prompts: list[list[int]],
-        completions: list[list[list[int]]],
+        prompts: list[Pair],
+        completions: list[Pair],
         rows: tuple[int, ...],
         labels: list[bool] | None,
         share: float,
@@ -386,7 +397,7 @@ class PreferenceCollator:
         )
 
     def _check_vocabulary(
-        self, prompts: list[list[int]], completions: list[list[list[int]]], rows: tuple[int, ...]
+        self, prompts: list[list[int]], completions: list[Pair], rows: tuple[int, ...]
     ) -> None:
         if self.vocab_size is None:
             return
@@ -435,21 +446,31 @@ class _Tokens(NamedTuple):
     scored: dict[tuple[int, int], list[int]]  # (example, completion) -> rows of the hidden states
 
 
+def _is_one(prompts: Pair) -> bool:
+    return all(prompt is prompts[0] for prompt in prompts)
+
+
+def _ends(prompts: Pair, pair: Pair, max_length: int) -> tuple[Pair, Pair]:
+    """The last `max_length` tokens of each prompt with its completion."""
+    if len(prompts[0]) + max(map(len, pair)) <= max_length:
+        return prompts, pair
+    pair = [completion[-max_length:] for completion in pair]
+    over = [len(p) + len(c) - max_length for p, c in zip(prompts, pair, strict=True)]
+    return [p[max(n, 0) :] for p, n in zip(prompts, over, strict=True)], pair
+
+
 def _packed(
-    prompts: list[list[int]],
-    completions: list[list[list[int]]],
-    share: bool,
-    pad: int,
-    multiple: int,
+    prompts: list[Pair], completions: list[Pair], share: bool, pad: int, multiple: int
 ) -> _Tokens:
     ids: list[int] = []
     positions: list[int] = []
     groups: list[Group] = []
     scored: dict[tuple[int, int], list[int]] = {}
-    for b, (prompt, pair) in enumerate(zip(prompts, completions, strict=True)):
-        P = len(prompt)
+    for b, (own, pair) in enumerate(zip(prompts, completions, strict=True)):
         every = range(len(pair))
-        for members in (every,) if share else ([k] for k in every):
+        for members in (every,) if share and _is_one(own) else ([k] for k in every):
+            prompt = own[members[0]]
+            P = len(prompt)
             groups.append(Group(len(ids), P, tuple(len(pair[k]) for k in members)))
             last = len(ids) + P - 1  # the prompt's last token predicts every completion's first
             ids += prompt
@@ -467,18 +488,14 @@ def _packed(
 
 
 def _padded(
-    prompts: list[list[int]],
-    completions: list[list[list[int]]],
-    _: bool,
-    pad: int,
-    multiple: int,
+    prompts: list[Pair], completions: list[Pair], _: bool, pad: int, multiple: int
 ) -> _Tokens:
     order = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
-    sequences = [prompts[b] + completions[b][k] for b, k in order]
+    sequences = [prompts[b][k] + completions[b][k] for b, k in order]
     L = max(map(len, sequences))
     L += -L % multiple
     scored = {
-        (b, k): list(range(s * L + max(len(prompts[b]) - 1, 0), s * L + len(sequences[s]) - 1))
+        (b, k): list(range(s * L + max(len(prompts[b][k]) - 1, 0), s * L + len(sequences[s]) - 1))
         for s, (b, k) in enumerate(order)
     }
     return _Tokens(

@@ -52,6 +52,7 @@ def tokenize_pairs(
     name: str = "train",
     on_bad_rows: str = "drop_overlong",
     num_proc: int | None = None,
+    truncation_mode: str = "keep_start",
 ) -> Rows:
     """Tokenise a preference dataset as TRL's DPOTrainer does.
 
@@ -67,6 +68,8 @@ def tokenize_pairs(
             length alone (the prompt fills `max_length`, or the pair is alike once cut) and raises
             for others; "drop" leaves out all bad rows; "error" (or "raise") raises for all.
         num_proc: processes of `Dataset.map`; a stream has none.
+        truncation_mode: "keep_start"; or "keep_end", with which nothing is cut here and no prompt
+            is too long: the collator keeps the last `max_length` tokens of prompt and completion.
 
     Returns:
         A dataset of the same kind with the columns `row` (int, index in `dataset`; in a stream, in
@@ -80,11 +83,13 @@ def tokenize_pairs(
     dataset = cast("Rows", one_dataset(dataset, name))
     columns, first = columns_of(dataset, name)
     if set(columns) >= {"prompt_ids", "chosen_ids", "rejected_ids"}:
-        job = TokenizedPairJob(name, tokenizer, max_length)
+        job = TokenizedPairJob(name, tokenizer, max_length, None, truncation_mode)
     else:
-        require(columns, ("chosen", "rejected"), name, "prompt is optional")
+        labelled = {"completion", "label"} <= set(columns)
+        also = 'completion and label are for loss_type="kto"' if labelled else "prompt is optional"
+        require(columns, ("chosen", "rejected"), name, also)
         prompt = prompt_column(columns, first, "chosen", name)
-        job = PairJob(name, tokenizer, max_length, prompt)
+        job = PairJob(name, tokenizer, max_length, prompt, truncation_mode)
     return _run(job, dataset, columns, policy, num_proc)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -62,6 +63,10 @@ def _range_of(option: str) -> Checked:
     return Checked("; ".join(f"{', '.join(names)}: {range}" for range, names in losses.items()))
 
 
+# in this order, transformers' parser of command lines makes a list of it
+Losses = list[str] | None | str
+
+
 @dataclass
 class TRConfig(TrainingArguments):
     """`transformers.TrainingArguments` and the options of trust-region alignment.
@@ -93,9 +98,10 @@ class TRConfig(TrainingArguments):
     )
 
     # the loss
-    loss_type: Annotated[list[str] | str, Checked(f"of {', '.join(LOSSES)}")] = _option(
-        lambda: ["dpo"],
-        "One loss, or several that are added up; dpo and sigmoid are one.",
+    loss_type: Annotated[Losses, Checked(f"of {', '.join(LOSSES)}")] = _option(
+        None,
+        "One loss, or several that are added up; dpo and sigmoid are one. None: as the rows have "
+        "it, kto for completions with a label, dpo for pairs.",
     )
     loss_weights: Annotated[list[float] | None, Checked("≥ 0 each")] = _option(
         None, "A factor for each loss of loss_type, as 0.8 0.2 1.0 of MPO. None: 1 each."
@@ -132,9 +138,9 @@ class TRConfig(TrainingArguments):
         False,
         "WPO: weigh pairs by their probability under the policy; one more product of the head.",
     )
-    router_aux_loss_coef: float | None = _option(
+    router_aux_loss_coef: Annotated[float | None, NOT_NEGATIVE] = _option(
         None,
-        "Weight ≥ 0 of the load-balancing loss of a mixture of experts. None: what the model's "
+        "Weight of the load-balancing loss of a mixture of experts. None: what the model's "
         "config says.",
     )
 
@@ -169,6 +175,11 @@ class TRConfig(TrainingArguments):
     )
     max_length: Annotated[int | None, Range(2, math.inf)] = _option(
         1024, "Tokens of a prompt with its completion; completions are cut to it."
+    )
+    truncation_mode: Annotated[str, OneOf("keep_start", "keep_end")] = _option(
+        "keep_start",
+        "keep_start, or for pairs keep_end, which TRL deprecates: the last max_length tokens of a "
+        "prompt with its completion stay, and no row is dropped for the length of its prompt.",
     )
     on_bad_rows: Annotated[str, OneOf(*ON_BAD_ROWS)] = _option(
         "drop_overlong",
@@ -232,9 +243,9 @@ class TRConfig(TrainingArguments):
             self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
         # batches are PackedBatch, made from columns that no model's forward names
         self.remove_unused_columns = False
+        self._own_sampling: str | None = None
         if self.train_sampling_strategy is None:
-            paired = self.objective.paired
-            self.train_sampling_strategy = "random" if paired else "sequential"
+            self._choose_sampling()
         # transformers ≥ 5.18 warns of these names, TRL's, where the new ones say nothing
         for name in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{name}", False) is None:
@@ -265,10 +276,41 @@ class TRConfig(TrainingArguments):
         return max(1, (self.precompute_ref_batch_size or default) // size)
 
     @property
+    def loss_is_open(self) -> bool:
+        """Whether the rows may say which loss is meant, also where those of a run have done so."""
+        return self.loss_type is None or self.loss_type == getattr(self, "_settled", None)
+
+    def settle_loss(self, name: str) -> None:
+        """Sets the loss where it is open, and what depends on it.
+
+        Raises:
+            ValueError: an option that this loss does not take.
+        """
+        self.loss_type = self._settled = [name]
+        self._check_losses()
+        if self._own_sampling == self.train_sampling_strategy:
+            self._choose_sampling()
+
+    def _choose_sampling(self) -> None:
+        self._own_sampling = "random" if self.objective.paired else "sequential"
+        self.train_sampling_strategy = self._own_sampling
+
+    @property
     def objective(self) -> Objective:
-        """The losses of the run, with their weights and options."""
+        """The losses of the run, with their weights and options; where `loss_type` is open, DPO, or
+        KTO if only this one takes them."""
+        if self.loss_type is not None:
+            return self._objective_of(self.loss_type)
+        try:
+            return self._objective_of("dpo")
+        except ValueError as refusal:
+            with contextlib.suppress(ValueError):
+                return self._objective_of("kto")
+            raise refusal
+
+    def _objective_of(self, losses: list[str] | str) -> Objective:
         fields = {f.name: f.default for f in dataclasses.fields(self)}
-        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        names = [losses] if isinstance(losses, str) else losses
         taken = {o.name for name in names if name in LOSSES for o in LOSSES[name].options}
         own: Any = self.loss_options
         options: dict[str, Any] = dict(own or {})
@@ -298,24 +340,24 @@ class TRConfig(TrainingArguments):
     def _check_losses(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        self.loss_type = list(self.loss_type)
         objective = self.objective
         if self.label_smoothing is None and not objective.options.get("label_smoothing"):
             self.label_smoothing = 0.0  # as TRL has it; exo_pair keeps its own
-        if self.label_smoothing and {"dpo", "sigmoid", "sigmoid_norm"} & set(self.loss_type):
+        if self.label_smoothing and {"dpo", "sigmoid", "sigmoid_norm"} & {*objective.names}:
             warn_once(
                 f"label_smoothing={self.label_smoothing:g}: dpo is conservative DPO with it, where "
                 "TRL 1.16's sigmoid loss ignores it; loss_type=\"robust\" is TRL's too"
             )
-        if not 0.0 <= (self.router_aux_loss_coef or 0.0) < math.inf:
-            raise ValueError(
-                f"router_aux_loss_coef must be a finite number ≥ 0, got {self.router_aux_loss_coef}"
-            )
-        names = " + ".join(self.loss_type)
+        names = " + ".join(objective.names)
         if self.ld_alpha is not None and not objective.paired:
             raise ValueError(f"ld_alpha: {names} takes no pairs, got {self.ld_alpha}")
         if self.use_weighting and not (objective.paired and objective.weighs_examples):
             raise ValueError(f"use_weighting: {names} takes no weights of pairs")
+        if self.truncation_mode == "keep_end" and not objective.paired:
+            raise ValueError(
+                f"truncation_mode: {names} cuts completions at their end, as TRL's KTOTrainer; "
+                "expected keep_start, got 'keep_end'"
+            )
         if self.token_budget is not None and objective.couples_examples:
             raise ValueError(
                 f"token_budget: {names} sorts the pairs of a batch, which cannot be split; leave "

@@ -19,6 +19,7 @@ def collator_of(
         mismatched=args.objective.needs_kl,
         ld_alpha=args.ld_alpha,
         max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
         token_budget=args.token_budget,
         pad_to_multiple_of=args.pad_to_multiple_of,  # pyright: ignore[reportArgumentType]
         pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
@@ -47,7 +48,7 @@ def tokenized(
         name=name,
         on_bad_rows=args.on_bad_rows,
         num_proc=args.dataset_num_proc,
-        **({} if paired else {"one_label": not training}),
+        **({"truncation_mode": args.truncation_mode} if paired else {"one_label": not training}),
     )
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         rows = add_lengths(rows, args.length_column_name)

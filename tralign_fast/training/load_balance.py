@@ -13,9 +13,7 @@ from tralign_fast.model.router import asked_for_counts, slopes_of
 from tralign_fast.model.scoring import balance_alone
 
 
-def with_slopes(
-    trainer: Any, model: Any, parts: Sequence[PackedBatch]
-) -> tuple[PackedBatch, ...]:
+def with_slopes(trainer: Any, model: Any, parts: Sequence[PackedBatch]) -> tuple[PackedBatch, ...]:
     """Parts of a batch, each with the slopes of the whole: their losses, weighed by their shares,
     add up to the loss of the whole. Runs the decoder once more on every part, without gradient.
     """

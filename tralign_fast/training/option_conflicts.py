@@ -36,12 +36,13 @@ def check_conflicts(config: Any) -> None:
 
 def _contradictions(config: Any) -> Iterator[str]:
     """What no run can be; the first one ends it."""
-    twice = {n for n in config.loss_type if config.loss_type.count(n) > 1}
-    if {"dpo", "sigmoid"} <= {*config.loss_type}:
+    losses = config.loss_type or []  # None: the rows decide
+    twice = {n for n in losses if losses.count(n) > 1}
+    if {"dpo", "sigmoid"} <= {*losses}:
         twice.add("sigmoid")
     if twice:
         yield (
-            f"loss_type: expected each loss once, got {', '.join(config.loss_type)}: weigh "
+            f"loss_type: expected each loss once, got {', '.join(losses)}: weigh "
             f"{min(twice)} by loss_weights"
         )
     if config.padding_free and not config.packing:
@@ -147,7 +148,7 @@ def _of_the_reference(config: Any) -> Iterator[tuple[str, str]]:
 
 def _of_the_batches(config: Any) -> Iterator[tuple[str, str]]:
     if all("nll" in spec.inputs for spec in config.objective.specs):
-        names = " + ".join(config.loss_type)
+        names = " + ".join(config.objective.names)
         yield "length_normalized", f"{names} has no log-ratios that are divided"
     if not config.use_liger_kernel:
         yield "liger_kernel_config", "use_liger_kernel is False"

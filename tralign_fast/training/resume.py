@@ -37,6 +37,7 @@ REFUSED = (
     "desirable_weight", "undesirable_weight", "length_normalized", "f_divergence_type",
     "f_alpha_divergence_coef", "ld_alpha", "use_weighting", "router_aux_loss_coef",
     "disable_dropout", "neftune_noise_alpha", "max_length",
+    "truncation_mode",
     "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "ema_rounding",
     "adapter_tolerance",
     "seed", "data_seed", "train_sampling_strategy", "train_batch_size",

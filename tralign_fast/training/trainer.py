@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelea
 from tralign_fast.training.inputs import collator_of, tokenized
 from tralign_fast.training.load_balance import add_balance, with_slopes
 from tralign_fast.training.lookahead import Lookahead
+from tralign_fast.training.method import settle_method
 from tralign_fast.training.metrics import PreferenceMetrics
 from tralign_fast.training.model_card import add_trust_region
 from tralign_fast.training.models import RunModels, activation_offloading
@@ -96,6 +97,7 @@ class TRTrainer(ResumableTrainer):
 
     args: TRConfig
     model: PreTrainedModel
+    method: ClassVar[str | None] = None  # dpo or kto, where a subclass trains nothing else
 
     def __init__(
         self,
@@ -120,6 +122,7 @@ class TRTrainer(ResumableTrainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required: rows to train on, or eval_dataset alone")
         args = run_arguments(args)
+        settle_method(args, self.method, train_dataset, eval_dataset)
         if args.should_save:
             check_writable(args.output_dir)
         tokenizer = load_tokenizer(processing_class, model, args)
