@@ -46,7 +46,8 @@ class TRConfig(TrainingArguments):
     """`transformers.TrainingArguments` and the options of trust-region alignment.
 
     Names, meanings and defaults are those of TRL 1.16's `DPOConfig` and `KTOConfig` where they have
-    the option, with two exceptions: `sync_ref_model` is True, and `bf16` is False on a CPU unless
+    the option, with two exceptions: `sync_ref_model` is True (unless log-probs of the reference are
+    to be computed once, `precompute_ref_log_probs`), and `bf16` is False on a CPU unless
     asked for. Beside those of `TrainingArguments`, the defaults that differ are `learning_rate`
     1e-6, `logging_steps` 10 and `gradient_checkpointing` True, as in TRL.
 
@@ -105,7 +106,11 @@ class TRConfig(TrainingArguments):
     )
 
     # the reference
-    sync_ref_model: bool = _option(True, "Move the reference; False is the classical frozen one.")
+    sync_ref_model: bool | None = _option(
+        None,
+        "Move the reference; False is the classical frozen one. None: True, but False with "
+        "precompute_ref_log_probs.",
+    )
     ref_model_mixup_alpha: float = _option(
         0.6, "α in [0, 1], the policy's weight in the new reference (1: hard update)."
     )
@@ -115,15 +120,20 @@ class TRConfig(TrainingArguments):
     reference: str = _option(
         "auto",
         "Where the reference lives: auto (the cheapest exact one), resident, snapshot, offloaded, "
-        "adapter (PEFT LoRA).",
+        "adapter (PEFT LoRA), precomputed (frozen).",
     )
     adapter_tolerance: float = _option(
         1e-6, 'reference="adapter": weight in [0, 1) under which a past adapter is dropped.'
     )
+    precompute_ref_log_probs: bool = _option(
+        False,
+        "Score all rows before the first step and keep no reference; log-probs are found again on "
+        "the disk. With sync_ref_model: as far ahead as the reference stands still.",
+    )
     precompute_ref_batch_size: int | None = _option(
         None,
-        "Examples of a no-grad batch when a window is scored. None: two training batches' on an "
-        "accelerator, one on a CPU and with a token_budget.",
+        "Examples of a no-grad batch when rows or a window are scored. None: two training batches' "
+        "on an accelerator, one on a CPU and with a token_budget.",
     )
     ema_rounding: str = _option(
         "stochastic", "How bf16 and fp16 reference weights are rounded: stochastic or nearest."
@@ -179,6 +189,9 @@ class TRConfig(TrainingArguments):
         _check_choice("reference", self.reference, ["auto", *REFERENCES])
         _check_choice("ema_rounding", self.ema_rounding, ["nearest", "stochastic"])
         _check_choice("on_bad_rows", self.on_bad_rows, ON_BAD_ROWS)
+        self.precompute_ref_log_probs |= self.reference == "precomputed"
+        if self.sync_ref_model is None:  # TRL's precomputed reference stands still
+            self.sync_ref_model = not self.precompute_ref_log_probs
         if not 0.0 <= self.ref_model_mixup_alpha <= 1.0:
             raise ValueError(
                 f"ref_model_mixup_alpha must lie in [0, 1], got {self.ref_model_mixup_alpha}"

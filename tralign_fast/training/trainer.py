@@ -122,6 +122,7 @@ class TRTrainer(ResumableTrainer):
             args.trust_region,
             own_start=ref_model is not None,
             lora=next(trained_adapters(policy), None) is not None,
+            precompute=args.precompute_ref_log_probs,
         )
         train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
         # accelerate would cut up the batches of a stream, of training or of evaluation
@@ -168,7 +169,7 @@ class TRTrainer(ResumableTrainer):
         if isinstance(collator, PreferenceCollator):
             shared = "shared" if self.args.prefix_sharing else "packed"
             collator.layout = shared if packs else "padded"
-        if kind.needs_second_model:
+        if start is not None and (kind.needs_second_model or kind.runs_start):
             start = self._prepare_frozen(start)
         if self._initial is not None:
             self._prepare(self._initial)
