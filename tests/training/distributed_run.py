@@ -19,6 +19,7 @@ from datasets import Dataset
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import kto_rows, pair_rows
+from tralign_fast.reference import score_cache
 
 STEPS = 6
 PROCESSES = 2
@@ -39,6 +40,7 @@ ZERO3 = {
 KINDS = {"ddp": {}, "fsdp2": FSDP, "zero3": ZERO3}
 HARD = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
 SOFT = {"ref_model_mixup_alpha": 0.4, "ref_model_sync_steps": 2}
+PRECOMPUTED = {"reference": "auto", "sync_ref_model": None, "precompute_ref_log_probs": True}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 CASES = {
     "dpo-resident": ("dpo", {"reference": "resident", **SOFT}),
@@ -48,12 +50,14 @@ CASES = {
     "kto-snapshot": ("kto", {"reference": "snapshot", **HARD}),
     "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 40, **HARD}),
     "dpo-compiled": ("dpo", {"reference": "resident", **COMPILED, **SOFT}),
+    "dpo-precomputed": ("dpo", PRECOMPUTED),
+    "kto-precomputed": ("kto", PRECOMPUTED),
     "kto-split": ("kto", {"reference": "resident", "token_budget": 60, **SOFT}),
 }
 REFUSED = {  # cases that a kind cannot run, and what it says
     "zero3": {"dpo-offloaded": "cannot hold weights", "dpo-compiled": "cannot compile layers"}
 }
-RESUMED = ("dpo-resident", "dpo-snapshot", "dpo-offloaded", "kto-snapshot")
+RESUMED = ("dpo-resident", "dpo-snapshot", "dpo-offloaded", "kto-snapshot", "dpo-precomputed")
 
 
 def rows_of(method):
@@ -78,7 +82,9 @@ def train(case, folder, *, batch, resume_from=None, **extra):
         train_sampling_strategy="sequential", eval_strategy="steps", eval_steps=3,
         **options, **extra,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume_from)
+    with pytest.MonkeyPatch.context() as patch:  # log-probs that another run has left prove nothing
+        patch.setattr(score_cache, "FOLDER", str(folder / "cache"))
+        trainer.train(resume_from_checkpoint=resume_from)
     logs = trainer.state.log_history
     losses = [log["loss"] for log in logs if "loss" in log]
     evaluated = [log["eval_rewards/chosen"] for log in logs if "eval_rewards/chosen" in log]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
 from tralign_fast.ops.segments import segment_sums
@@ -154,6 +156,8 @@ class PackedBatch:
     router_slopes: Tensor | None = None
     balance: Any = None  # the `model.router.Balance` that the model is asked for
     fingerprint: int = 0  # of the contents, by which scores are found again
+    # (S,) of each sequence by itself: prompt, completion and the weights of its tokens
+    keys: tuple[int, ...] = ()
 
     @property
     def parts(self) -> tuple[PackedBatch, ...]:
@@ -244,12 +248,17 @@ def merge_packed(batches: Sequence[PackedBatch]) -> PackedBatch:
         token_weights=_joined([batch.token_weights for batch in batches]),
         grad_tokens=len(targets),
         fingerprint=0,
+        keys=tuple(key for batch in batches for key in batch.keys),
     )
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
     """(S + 1,) int64: where the scored tokens of each sequence begin, and where the last end."""
-    return _int64([0, *accumulate(lengths)])
+    return _int64(_ends(lengths))
+
+
+def _ends(lengths: Sequence[int]) -> list[int]:
+    return [0, *accumulate(lengths)]
 
 
 def _joined(tensors: list[Tensor | None]) -> Tensor | None:
@@ -327,7 +336,8 @@ class PreferenceCollator:
         prompts = [[p] * len(pair) for p, pair in zip(prompts, completions, strict=True)]
         if self.truncation_mode == "keep_end" and self.max_length is not None:
             ends = (
-                _ends(*each, self.max_length) for each in zip(prompts, completions, strict=True)
+                _last_tokens(*each, self.max_length)
+                for each in zip(prompts, completions, strict=True)
             )
             prompts, completions = map(list, zip(*ends, strict=True))
         labels = None if self.paired else [bool(e["label"]) for e in examples]
@@ -394,6 +404,7 @@ class PreferenceCollator:
             grad_tokens=sum(lengths) if labels is None else sum(lengths[: len(prompts)]),
             share=share,
             fingerprint=int.from_bytes(hashlib.blake2b(contents, digest_size=7).digest(), "big"),
+            keys=_keys([(prompts[b][k], completions[b][k]) for b, k in order], lengths, weights),
         )
 
     def _check_vocabulary(
@@ -410,6 +421,21 @@ class PreferenceCollator:
                     f"vocabulary [0, {self.vocab_size}); do the tokenizer and the model belong "
                     "together?"
                 )
+
+
+def _keys(
+    sequences: list[tuple[list[int], list[int]]],
+    lengths: Sequence[int],
+    weights: list[float] | None,
+) -> tuple[int, ...]:
+    """Of each (prompt, completion), whatever batch it stands in: 64 bits, signed."""
+    keys = []
+    for (prompt, completion), (start, end) in zip(sequences, pairwise(_ends(lengths)), strict=True):
+        state = xxhash.xxh3_64(array("q", [len(prompt), *prompt, *completion]).tobytes())
+        if weights is not None:
+            state.update(repr(weights[start:end]).encode())
+        keys.append(int.from_bytes(state.digest(), "big", signed=True))
+    return tuple(keys)
 
 
 def _ld_weights(lengths: Sequence[int], alpha: float) -> list[float]:
@@ -450,7 +476,7 @@ def _is_one(prompts: Pair) -> bool:
     return all(prompt is prompts[0] for prompt in prompts)
 
 
-def _ends(prompts: Pair, pair: Pair, max_length: int) -> tuple[Pair, Pair]:
+def _last_tokens(prompts: Pair, pair: Pair, max_length: int) -> tuple[Pair, Pair]:
     """The last `max_length` tokens of each prompt with its completion."""
     if len(prompts[0]) + max(map(len, pair)) <= max_length:
         return prompts, pair

@@ -31,6 +31,12 @@ class ReferenceOptions(Protocol):
     def adapter_tolerance(self) -> float: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def bf16(self) -> bool | None: ...
+    @property
+    def fp16(self) -> bool: ...
+    @property
+    def tf32(self) -> bool | None: ...
 
 
 class ReferencePolicy(ABC):
@@ -47,6 +53,8 @@ class ReferencePolicy(ABC):
     name: ClassVar[str]  # the key in `REFERENCES`
     # `build` gets a model of its own as `start`, prepared and distributed as the policy is
     needs_second_model: ClassVar[bool] = False
+    # the same where another model than the policy is the first reference, else `start` is None
+    runs_start: ClassVar[bool] = False
     # what may shard the weights that it moves: of "FSDP2" and "ZeRO-3"
     can_be_sharded: ClassVar[frozenset[str]] = frozenset({"FSDP2", "ZeRO-3"})
     # an update adds to what it holds, until past weights are negligible

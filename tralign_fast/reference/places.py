@@ -18,11 +18,12 @@ REFERENCES = {
     "snapshot": "tralign_fast.reference.snapshot:SnapshotReference",
     "offloaded": "tralign_fast.reference.offloaded:OffloadedReference",
     "adapter": "tralign_fast.reference.adapter:AdapterReference",
+    "precomputed": "tralign_fast.reference.precomputed:PrecomputedReference",
 }
 
 
 def choose_reference(
-    asked: str, schedule: TrustRegion, *, own_start: bool, lora: bool
+    asked: str, schedule: TrustRegion, *, own_start: bool, lora: bool, precompute: bool = False
 ) -> tuple[str, str]:
     """(name, reason): the place that was asked for, or for "auto" the cheapest one.
 
@@ -30,12 +31,24 @@ def choose_reference(
         asked: a name of `REFERENCES`, or "auto".
         own_start: the first reference is another model than the policy.
         lora: the policy trains a PEFT adapter.
+        precompute: score as far ahead as the schedule allows; of a frozen reference all rows.
 
     Raises:
-        ValueError: a place that starts from the policy is to start from another model.
+        ValueError: a place that starts from the policy is to start from another model, or one that
+            holds a frozen reference whose scores are to be computed once.
     """
+    if precompute and schedule.is_frozen:
+        if asked not in ("auto", "precomputed"):
+            raise ValueError(
+                "precompute_ref_log_probs=True scores all rows before the first step and holds no "
+                f'reference: leave reference out, got reference="{asked}"'
+            )
+        return "precomputed", "frozen: every row is scored once, before the first step"
     if asked == "auto":
-        return cheapest_reference(schedule, own_start=own_start, lora=lora)
+        name, why = cheapest_reference(schedule, own_start=own_start, lora=lora)
+        if precompute and name == "resident":
+            why += "; precompute_ref_log_probs has nothing to compute ahead"
+        return name, why
     if own_start and reference_class(asked).starts_from_policy(lora):
         others = [n for n in REFERENCES if not reference_class(n).starts_from_policy(lora)]
         raise ValueError(

@@ -23,15 +23,40 @@ def process_count() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def from_main(value: Any) -> Any:
+    """What the first process has, in all of them."""
+    held = [value]
+    if process_count() > 1:
+        torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """What every process has, in the order of the processes, in all of them."""
+    held = [value] * process_count()
+    if process_count() > 1:
+        torch.distributed.all_gather_object(held, value)
+    return held
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether it is true in any process; all must ask."""
+    held = torch.tensor([int(flag)], device=device)
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+    return bool(held)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 shards the model's parameters."""
     return any(hasattr(p, "to_local") or hasattr(p, "ds_tensor") for p in model.parameters())
 
 
-def gathered(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Inside, every process has the whole weights of a model that was loaded under ZeRO-3, where
-    only a prepared model gathers them itself; nothing happens to any other. All must enter."""
-    parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
+def gathered(model: nn.Module | Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, every process has the whole weights of a model (or one of them) that was loaded under
+    ZeRO-3, where only a prepared model gathers them itself; nothing happens to any other. All must
+    enter."""
+    weights = [model] if isinstance(model, Tensor) else model.parameters()
+    parameters = [p for p in weights if hasattr(p, "ds_tensor")]
     if not parameters:
         return contextlib.nullcontext()
     from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]

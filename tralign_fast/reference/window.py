@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import safe_open
@@ -30,6 +31,8 @@ from tralign_fast.reference.trust_region import TrustRegion
 
 class WindowedReference(ReferencePolicy):
     """Scores of a window; a subclass says where the reference's weights are while it is scored."""
+
+    desc: ClassVar[str] = "reference window"  # of the progress bar
 
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         super().__init__(policy, schedule)
@@ -80,7 +83,7 @@ class WindowedReference(ReferencePolicy):
         iterator = iter(batches)
         with (
             self.weights(),
-            tqdm(desc="reference window", total=total, leave=False, disable=total is None) as bar,
+            tqdm(desc=self.desc, total=total, leave=False, disable=total is None) as bar,
         ):
             while group := list(islice(iterator, merge)):
                 self._score([part for parts in group for part in parts])
@@ -89,14 +92,21 @@ class WindowedReference(ReferencePolicy):
         self.needs_window = False
 
     def _score(self, parts: list[PackedBatch]) -> None:
-        if process_count() == 1:  # with others, all must run the model equally often
-            parts = [part for part in parts if part.fingerprint not in self._scores]
+        parts = self._unknown(parts)
         mergeable = len(parts) > 1 and all(part.layout is not None for part in parts)
         for group in [parts] if mergeable else [[part] for part in parts]:
             batch = group[0] if len(group) == 1 else merge_packed(group)
             sizes = [len(part.scored_lengths) for part in group]
             for part, logps in zip(group, self._run(batch).cpu().split(sizes), strict=True):
-                self._scores[part.fingerprint] = logps.clone()
+                self._keep(part, logps)
+
+    def _unknown(self, parts: list[PackedBatch]) -> list[PackedBatch]:
+        if process_count() > 1:  # all must run the model equally often
+            return parts
+        return [part for part in parts if part.fingerprint not in self._scores]
+
+    def _keep(self, part: PackedBatch, logps: Tensor) -> None:
+        self._scores[part.fingerprint] = logps.clone()
 
     def logps(self, batch: PackedBatch) -> Tensor:
         known = self._scores.get(batch.fingerprint)
@@ -104,7 +114,7 @@ class WindowedReference(ReferencePolicy):
             return known.to(batch.input_ids.device)
         if not self.can_score_now():
             raise ValueError(
-                f"reference={self.name!r}: the batch of rows {_few(batch.rows)} was not scored "
+                f"reference={self.name!r}: the batch of rows {few(batch.rows)} was not scored "
                 "when its window began (other data, or another order, than the window saw), and "
                 "the policy has moved since; pass it as eval_dataset, evaluate right after an "
                 'update, or use reference="resident"'
@@ -147,5 +157,5 @@ class WindowedReference(ReferencePolicy):
             self.scored_until = json.loads(file.metadata()["scored_until"])
 
 
-def _few(rows: Sequence[int]) -> str:
+def few(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")

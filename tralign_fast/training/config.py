@@ -72,7 +72,8 @@ class TRConfig(TrainingArguments):
     """`transformers.TrainingArguments` and the options of trust-region alignment.
 
     Names, meanings and defaults are those of TRL 1.16's `DPOConfig` and `KTOConfig` where they have
-    the option, with two exceptions: `sync_ref_model` is True, and `bf16` is False on a CPU unless
+    the option, with two exceptions: `sync_ref_model` is True (unless log-probs of the reference are
+    to be computed once, `precompute_ref_log_probs`), and `bf16` is False on a CPU unless
     asked for. Beside those of `TrainingArguments`, the defaults that differ are `learning_rate`
     1e-6, `logging_steps` 10 and `gradient_checkpointing` True, as in TRL.
 
@@ -145,7 +146,11 @@ class TRConfig(TrainingArguments):
     )
 
     # the reference
-    sync_ref_model: bool = _option(True, "Move the reference; False is the classical frozen one.")
+    sync_ref_model: bool | None = _option(
+        None,
+        "Move the reference; False is the classical frozen one. None: True, but False with "
+        "precompute_ref_log_probs.",
+    )
     ref_model_mixup_alpha: Annotated[float, SHARE] = _option(
         0.6, "α, the policy's weight in the new reference (1: hard update)."
     )
@@ -154,15 +159,21 @@ class TRConfig(TrainingArguments):
     )
     reference: Annotated[str, OneOf("auto", *REFERENCES)] = _option(
         "auto",
-        "Where the reference lives: auto is the cheapest exact place; adapter is of PEFT LoRA.",
+        "Where the reference lives: auto is the cheapest exact place; adapter is of PEFT LoRA, "
+        "precomputed is frozen.",
     )
     adapter_tolerance: Annotated[float, UNDER_ONE] = _option(
         1e-6, 'reference="adapter": weight under which a past adapter is dropped.'
     )
+    precompute_ref_log_probs: bool = _option(
+        False,
+        "Score all rows before the first step and keep no reference; log-probs are found again on "
+        "the disk. With sync_ref_model: as far ahead as the reference stands still.",
+    )
     precompute_ref_batch_size: Annotated[int | None, AT_LEAST_ONE] = _option(
         None,
-        "Examples of a no-grad batch when a window is scored. None: two training batches' on an "
-        "accelerator, one on a CPU and with a token_budget.",
+        "Examples of a no-grad batch when rows or a window are scored. None: two training batches' "
+        "on an accelerator, one on a CPU and with a token_budget.",
     )
     ema_rounding: Annotated[str, OneOf("nearest", "stochastic")] = _option(
         "stochastic", "How bf16 and fp16 reference weights are rounded."
@@ -236,6 +247,9 @@ class TRConfig(TrainingArguments):
         self._check_tables()
         self._check_losses()
         check_best_model(self)
+        self.precompute_ref_log_probs |= self.reference == "precomputed"
+        if self.sync_ref_model is None:  # TRL's precomputed reference stands still
+            self.sync_ref_model = not self.precompute_ref_log_probs
         every = self.ref_model_sync_steps
         self.ref_model_sync_steps = every if every < 1 else int(every)
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)

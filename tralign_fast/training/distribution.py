@@ -111,7 +111,9 @@ def distribute_frozen(accelerator: Accelerator, model: PreTrainedModel) -> nn.Mo
     if _fsdp_plugin(accelerator) is not None:
         return fsdp2_prepare_model(accelerator, model)
     if (zero3 := _zero3_plugin(accelerator)) is None:
-        return accelerator.prepare_model(model, evaluation_mode=True)
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        accelerator._models.remove(prepared)  # which would keep it as long as the trainer lives
+        return prepared
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     zero3.set_moe_leaf_modules(model)

@@ -39,6 +39,12 @@ def tokenized(
         return {key: tokenized(part, tokenizer, args, key) for key, part in dataset.items()}
     if dataset is None:
         return None
+    if args.precompute_ref_log_probs and not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{name}: precompute_ref_log_probs=True is not supported with IterableDataset, whose "
+            "rows cannot be scored once for all; pass a Dataset, or leave the option out: a "
+            "reference still scores ahead as far as it stands still"
+        )
     paired = args.objective.paired
     tokenize: Any = tokenize_pairs if paired else tokenize_unpaired
     rows = tokenize(

@@ -23,6 +23,7 @@ from transformers.trainer_utils import has_length
 
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.precomputed import PrecomputedReference
 from tralign_fast.reference.window import WindowedReference
 from tralign_fast.training.config import TRConfig
 
@@ -41,6 +42,7 @@ class LoopingTrainer(Protocol):
     def parts_of(self, batch: PackedBatch | SplitBatch, /) -> tuple[PackedBatch, ...]: ...
     def get_train_dataloader(self) -> Any: ...
     def get_eval_dataloader(self, eval_dataset: Any, /) -> Any: ...
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, /) -> Any: ...
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
     def is_world_process_zero(self) -> bool: ...
 
@@ -69,6 +71,9 @@ class Lookahead:
             reference.score_window(parts, total if bar else None, merge=args.merged_batches)
 
         reference.wrapped = trainer.model_wrapped
+        if isinstance(reference, PrecomputedReference):
+            self._score_rows(reference)
+            return
         if steps != window and reference.needs_window:
             reference.keep_weights()
         # one visit of the reference's weights for all that is scored
@@ -79,6 +84,35 @@ class Lookahead:
                 for loader in self._eval_loaders():
                     score(loader, len(loader) if has_length(loader) else None)
         reference.scored_until = step + steps
+
+    def _score_rows(self, reference: PrecomputedReference) -> None:
+        """Scores every row of the run's datasets, to train on and held out, once."""
+        trainer, args = self._trainer, self._trainer.args
+        bar = trainer.is_world_process_zero() and not args.disable_tqdm
+        merge = max(1, args.merged_batches * args.train_batch_size // args.eval_batch_size)
+        with trainer.compute_loss_context_manager(), reference.weights():
+            sweeps = [*self._training_sweeps(), *((e, len(e), merge) for e in self._eval_loaders())]
+            for batches, total, merged in sweeps:
+                parts = map(trainer.parts_of, batches)
+                reference.score_window(parts, total if bar else None, merge=merged)
+            reference.finish()
+
+    def _training_sweeps(self) -> Iterator[tuple[Iterable[Any], int, int]]:
+        """(batches, how many, how many as one): between them all sequences of the training."""
+        trainer, args = self._trainer, self._trainer.args
+        rows = trainer.train_dataset
+        if not args.objective.needs_kl:
+            with _all_rows(args):
+                size = args.merged_batches * args.train_batch_size
+                loader = trainer._get_dataloader(rows, "Reference", size)
+                trainer.accelerator._dataloaders.pop()
+            yield loader, len(loader), 1
+            return
+        # a row borrows the completion of its neighbour in the batch
+        in_order = args.train_sampling_strategy == "sequential"
+        total = -(-len(rows) // (args.train_batch_size * args.world_size))
+        for epoch in range(1 if in_order else trainer.state.num_train_epochs):
+            yield self._later_epoch(epoch), total, args.merged_batches
 
     def score_held_out(self) -> None:
         """Scores the evaluations that may come, and no step: the window is closed."""
@@ -162,6 +196,16 @@ class Lookahead:
             if hasattr(loader, "end"):
                 with contextlib.suppress(ValueError):  # it has ended by itself
                     loader.end()
+
+
+@contextlib.contextmanager
+def _all_rows(args: TRConfig) -> Iterator[None]:
+    """Inside, a dataloader is made of all rows: another epoch drops others than the last ones."""
+    drops, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drops
 
 
 @contextlib.contextmanager

@@ -68,12 +68,12 @@ class RunModels:
             shared = "shared" if args.prefix_sharing else "packed"
             collator.layout = shared if packs else "padded"
         self.second = start if kind.needs_second_model else None
+        wrapped: nn.Module | None = start
+        if start is not None and (kind.needs_second_model or kind.runs_start):
+            wrapped = self._prepare_frozen(start)
         if self.initial is not None:
             self._prepare(self.initial)
-        second = None if self.second is None else self._prepare_frozen(self.second)
-        self.reference = build_reference(
-            place, policy, second if kind.needs_second_model else start, args
-        )
+        self.reference = build_reference(place, policy, wrapped, args)
 
     def _prepare(self, model: PreTrainedModel) -> bool:
         """Lets the model return log-probs; whether it can take packed rows."""

@@ -141,6 +141,7 @@ class TRTrainer(ResumableTrainer):
             args.trust_region,
             own_start=first is not None,
             lora=next(trained_adapters(policy), None) is not None,
+            precompute=args.precompute_ref_log_probs,
         )
         train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
         # accelerate would cut up the batches of a stream, of training or of evaluation
