@@ -23,6 +23,7 @@ from tralign_fast.model.patching import (
     Patches,
     causal_lm_of,
     decoder_of,
+    head_tokens_of,
     lm_head_of,
     take_back,
     unwrapped,
@@ -101,11 +102,16 @@ def enable_logprobs(
             _token_logps_and_squares if with_squares else _token_logps,
             targets=score_targets, grad_tokens=grad_tokens, options=options,
         )  # fmt: skip
-        return ScoreOutput(scores=lm_head_of(self)(hidden, score=score, weight=weight))
+        tokens = head_tokens_of(self)
+        return ScoreOutput(
+            scores=lm_head_of(self)(hidden, score=score, weight=weight, tokens=tokens)
+        )
 
-    def head_forward(own_forward, self, hidden, score=None, weight=None):
+    def head_forward(own_forward, self, hidden, score=None, weight=None, tokens=None):
         if score is None:
             return own_forward(self, hidden)
+        if tokens is not None:
+            weight = tokens.get_merged_weights(tokens.active_adapters)
         # within a call of the module the weight is there: hooks of FSDP and ZeRO-3 have gathered it
         return score(hidden, self.weight if weight is None else weight, self.bias)
 

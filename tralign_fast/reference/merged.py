@@ -165,7 +165,8 @@ def _factors(layer: Any, name: str, used: set[int]) -> Iterator[tuple[Tensor, Te
     for adapter in layer.active_adapters:
         if not any(adapter in kind for kind in kinds):
             continue
-        if why := refusal(layer, adapter, "leave ref_model out and give the callback alpha=1"):
+        otherwise = "leave ref_model out and give the callback alpha=1"
+        if why := refusal(layer, adapter, otherwise, variants=False):
             raise ValueError(f"TrustRegionCallback: {name.removesuffix('.weight')} is {why}")
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         used.update((id(a), id(b)))
