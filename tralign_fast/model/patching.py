@@ -183,8 +183,8 @@ def lm_head_of(causal_lm: Any) -> Any:
 
 
 def head_tokens_of(causal_lm: Any) -> Any:
-    """PEFT's layer whose `get_merged_weights` is the head's weight with its trained tokens, where it
-    trains some of a head that is tied to the embedding; or None."""
+    """PEFT's layer whose `get_merged_weights` is the head's weight with its trained tokens, where
+    it trains some of a head that is tied to the embedding; or None."""
     tokens = _tokens_layer(causal_lm.get_output_embeddings())
     if tokens is None or tokens.disable_adapters or tokens.merged or not tokens.active_adapters:
         return None

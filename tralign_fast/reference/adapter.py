@@ -38,9 +38,10 @@ class AdapterReference(OffloadedReference):
     matrix instead, cut nowhere; so do small α. With τ > 1 all of it lies on the host (pinned beside
     a GPU), and a sweep brings in one layer at a time.
 
-    A DoRA layer's `diag(d_k)` goes into `B_k`, and their mean on `W` is a vector (`DoraDelta`). What
-    else the policy trains (biases, `modules_to_save`, tokens, layers unfrozen by hand, adapters
-    whose weight is linear in what they train, as IA3's) moves as in `OffloadedReference`. Scores are swept for a window, as there, and for τ = 1 at every step.
+    A DoRA layer's `diag(d_k)` goes into `B_k`, and their mean on `W` is a vector (`DoraDelta`).
+    What else the policy trains (biases, `modules_to_save`, tokens, layers unfrozen by hand,
+    adapters whose weight is affine in what they train, as IA3's) moves as in `OffloadedReference`.
+    Scores are swept for a window, as there, and for τ = 1 at every step.
 
     Args:
         policy: a PEFT LoRA model; the base may be quantised. Its adapter, as it is, is the first
@@ -49,8 +50,8 @@ class AdapterReference(OffloadedReference):
         rounding, seed: as in `ema_update_`, for what is not a LoRA factor.
 
     Raises:
-        ValueError: PEFT is not installed, the policy trains no adapter, or one whose weight is a sum
-            of neither such products nor what it trains, or LoRA on convolutions.
+        ValueError: PEFT is not installed, the policy trains no adapter, one whose weights' mean
+            this cannot hold (`lora.refusal`), or LoRA on convolutions.
     """
 
     name = "adapter"

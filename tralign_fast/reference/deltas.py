@@ -183,11 +183,7 @@ class ExpertsDelta(LayerDelta):
     """
 
     def _current(self) -> tuple[Tensor, Tensor]:
-        """(E, r, in) and (E, out, r), however the layer stores the parameter."""
-        down, up = super()._current()
-        experts = self.layer.num_experts
-        down = down.reshape(experts, -1, down.shape[-1])
-        return down, up.reshape(up.shape[0], -1, experts).permute(2, 0, 1)
+        return expert_factors(self.layer, self.adapter)
 
     def in_place(self) -> contextlib.AbstractContextManager[None]:
         of_others = {name: getattr(self.layer, name, None) for name in _DELTA_METHODS}
@@ -220,16 +216,22 @@ class ExpertsDelta(LayerDelta):
         if down is None:  # a view: no memory
             down = torch.eye(up.shape[-1], device=up.device).expand(len(up), -1, -1)
         down = down.to(parameter.device, non_blocking=True)
-        left, right = (up, down) if self._is_out_first() else (down.mT, up.mT)
-        return left.to(parameter.dtype), right.to(parameter.dtype), self._scaling()
+        left, right = (up, down) if is_out_first(self.layer) else (down.mT, up.mT)
+        scaling = self.layer.scaling[self.adapter]
+        return left.to(parameter.dtype), right.to(parameter.dtype), scaling
 
-    def _scaling(self) -> float:
-        return self.layer.scaling[self.adapter]
 
-    def _is_out_first(self) -> bool:
-        # a matrix of one "expert" is a linear layer's
-        swapped = getattr(self.layer, "_did_swap_in_out_features", False)
-        return self.layer.num_experts == 1 or swapped
+def expert_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """(E, r, in) and (E, out, r), however the layer stores the parameter that they belong to."""
+    down, up = (part[adapter].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    experts = layer.num_experts
+    down = down.reshape(experts, -1, down.shape[-1])
+    return down, up.reshape(up.shape[0], -1, experts).permute(2, 0, 1)
+
+
+def is_out_first(layer: Any) -> bool:
+    """Whether that parameter is (E, out, in); a matrix of one "expert" is a linear layer's."""
+    return layer.num_experts == 1 or getattr(layer, "_did_swap_in_out_features", False)
 
 
 _DELTA_METHODS = ("get_delta_factors", "get_delta_weight")

@@ -1,7 +1,8 @@
 """What PEFT trains in a policy, and why its factors are not weights.
 
-A LoRA layer's weight is `W + s·B·A`, a DoRA layer's that with scaled rows. The mean of two such weights is not the product of the mean
-factors: `(αB+(1-α)B')·(αA+(1-α)A')` differs from `αBA+(1-α)B'A'` by `-α(1-α)·(B-B')(A-A')`.
+A LoRA layer's weight is `W + s·B·A`, a DoRA layer's that with scaled rows. The mean of two such
+weights is not the product of the mean factors: `(αB+(1-α)B')·(αA+(1-α)A')` differs from
+`αBA+(1-α)B'A'` by `-α(1-α)·(B-B')(A-A')`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def refusal(layer: Any, adapter: str, otherwise: str, variants: bool = True) -> 
 
     Args:
         otherwise: what works for any kind of adapter.
-        variants: whether DoRA and aLoRA can be held too.
+        variants: whether DoRA, aLoRA and embeddings can be held too.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -70,7 +71,7 @@ def refusal(layer: Any, adapter: str, otherwise: str, variants: bool = True) -> 
     if kind.__name__ == "DoraLinearVariant":
         return _why_not_dora(layer)
     linear = adapter in layer.lora_A and type(layer.lora_A[adapter]) is nn.Linear
-    if linear or adapter in layer.lora_embedding_A:
+    if linear or (variants and adapter in layer.lora_embedding_A):
         return None
     return (
         f"LoRA on a layer that is not linear ({type(layer.get_base_layer()).__name__}); leave it "
