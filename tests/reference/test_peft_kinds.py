@@ -90,7 +90,14 @@ if hasattr(peft, "WaveFTConfig"):
 if hasattr(peft, "MissConfig"):
     KINDS["MiSS"] = (peft.MissConfig(r=2, **LINEAR), ())
 PLACES = {"adapter": AdapterReference, "offloaded": OffloadedReference}
-SIZES = {"IA3": 2.0, "C3A": 5.0, "BOFT": 1.0, "HRA": 0.5, "AdaLoRA": 1.0}  # of a step
+SIZES = {
+    "IA3": 2.0,
+    "FourierFT": 0.2,
+    "C3A": 5.0,
+    "BOFT": 1.0,
+    "HRA": 0.5,
+    "AdaLoRA": 2.0,
+}  # of a step
 
 
 def moe(kind=Qwen3MoeForCausalLM):
@@ -156,11 +163,11 @@ def reference_of(place, policy, alpha) -> Any:
     return PLACES[place](policy, schedule)
 
 
-def follows(reference, truth, policy, kind="", steps=6):
-    seen = []
+def follows(reference, truth, policy, kind="", steps=6, layout="shared"):
+    seen, batch = [], batch_of(layout)
     for step in range(steps):
-        seen.append(truth.logps(batch_of()))
-        torch.testing.assert_close(reference.logps(batch_of()), seen[-1], rtol=1e-5, atol=2e-5)
+        seen.append(truth.logps(batch))
+        torch.testing.assert_close(reference.logps(batch), seen[-1], rtol=1e-5, atol=2e-5)
         shake(policy, step, SIZES.get(kind, 0.05))
         truth.sync()
         reference.sync()
@@ -247,13 +254,14 @@ def test_experts_and_a_router(architecture, alpha, tmp_path):
     parameters = [*EXPERTS["target_parameters"], router]
     config = peft.LoraConfig(**{**LORA, "target_modules": [], "target_parameters": parameters})
     policy = adapted(moe(architecture), config)
-    prepare_model(policy)
+    layout = "shared" if prepare_model(policy).packs else "padded"  # GPT-OSS has sinks
     reference = reference_of("adapter", policy, alpha)
-    assert follows(reference, Truth(policy, alpha), policy, steps=9) > 0.01
+    assert follows(reference, Truth(policy, alpha), policy, steps=9, layout=layout) > 0.01
     reference.save(tmp_path)
     again = reference_of("adapter", policy, alpha)
     again.load(tmp_path)
-    assert torch.equal(again.logps(batch_of()), reference.logps(batch_of()))
+    batch = batch_of(layout)
+    assert torch.equal(again.logps(batch), reference.logps(batch))
     own = [m for m in policy.modules() if "get_delta_weight" in m.__dict__]
     assert not own  # what was replaced is back
 
@@ -263,7 +271,7 @@ def test_dora_is_saved_and_stays_out_of_the_way(small_tokenizer, tmp_path):
     prepare_model(policy)
     reference = reference_of("adapter", policy, 0.6)
     before = sequence_logps(policy, batch_of()).detach()
-    assert torch.equal(reference.logps(batch_of()), before)
+    torch.testing.assert_close(reference.logps(batch_of()), before, rtol=1e-6, atol=1e-6)
     assert torch.equal(sequence_logps(policy, batch_of()).detach(), before)
     for step in range(3):
         shake(policy, step)
@@ -283,7 +291,7 @@ def test_dora_that_cannot_be_held(small_tokenizer):
     policy = adapted(model, KINDS["DoRA"][0])
     policy.add_adapter("second", peft.LoraConfig(**LORA))
     policy.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="DoRA over another active adapter.*; activate one"):
+    with pytest.raises(ValueError, match=r"DoRA over another active adapter.*; activate one"):
         reference_of("adapter", policy, 0.6)
     policy = adapted(model, KINDS["DoRA"][0])
     policy.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight.requires_grad_(True)
@@ -298,12 +306,7 @@ def test_alora_adapts_what_follows_its_invocation(alpha, small_tokenizer):
         pytest.skip("a PEFT without aLoRA")
     config = peft.LoraConfig(**{**LORA, "alora_invocation_tokens": [6, 7]})
     policy = adapted(model_of("", small_tokenizer), config)
-    with (
-        pytest.warns(UserWarning, match="aLoRA looks for its invocation")
-        if alpha == 1.0
-        else (_nothing())
-    ):
-        prepare_model(policy)
+    prepare_model(policy)
     reference = reference_of("adapter", policy, alpha)
     layers = [layer for _, _, layer in trained_adapters(policy)]
     product = [_product(layer) for layer in layers]
@@ -329,12 +332,6 @@ def test_alora_adapts_what_follows_its_invocation(alpha, small_tokenizer):
     base = sequence_logps(plain, batch).detach()
     torch.testing.assert_close(expected[[1, 3]], base[[1, 3]], rtol=1e-5, atol=2e-5)
     assert not torch.allclose(expected[[0, 2]], base[[0, 2]], rtol=1e-4)
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def _product(layer):
@@ -366,7 +363,7 @@ def test_a_run_has_the_losses_of_merged_weights(kind, small_tokenizer, tmp_path)
     alpha = 0.5 if exact else 1.0
     extra = {
         "max_steps": 5, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha,
-        "learning_rate": 1e-2, "reference": "auto",
+        "learning_rate": 3e-2 if exact else 0.3, "reference": "auto",
     }  # fmt: skip
     trainer = make(policy, small_tokenizer, tmp_path / "a", **extra)
     assert trainer.reference.name == ("adapter" if exact else "snapshot")
@@ -380,7 +377,7 @@ def test_a_run_has_the_losses_of_merged_weights(kind, small_tokenizer, tmp_path)
     truth = Truth(plain.model, alpha)
     plain.reference.logps, plain.reference.sync = truth.logps, truth.sync
     assert losses == pytest.approx(history(plain), rel=2e-5)
-    assert len(set(losses)) == 5
+    assert len({round(loss, 6) for loss in losses}) >= 3  # right after a hard update it is log 2
 
 
 # --- a reference that is a model of its own -------------------------------------------------------
@@ -453,7 +450,7 @@ def test_what_a_model_of_its_own_cannot_follow(options, message, small_tokenizer
         policy, TrustRegion(0.0, 2), copy.deepcopy(model)
     )  # frozen: nothing to follow
     both = adapted(model, KINDS["LoRA"][0])
-    with pytest.raises(ValueError, match="mix the factors of .* or a ref_model without an adapter"):
+    with pytest.raises(ValueError, match=r"mix the factors of .* or a ref_model without an"):
         ResidentReference(both, TrustRegion(0.6, 2), copy.deepcopy(both))
 
 

@@ -28,6 +28,7 @@ from tralign_fast.model.patching import (
     take_back,
     unwrapped,
 )
+from tralign_fast.ops.ema import is_quantised
 from tralign_fast.ops.logprobs import linear_logprobs
 from tralign_fast.ops.statistics import token_statistics
 from tralign_fast.ops.transform import LogitTransform
@@ -68,6 +69,12 @@ def enable_logprobs(
         raise ValueError(
             f"{type(causal_lm).__name__}: expected a linear output embedding (lm_head), got "
             f"{type(head).__name__}"
+        )
+    if is_quantised(head.weight) and not head.weight.is_meta:
+        raise ValueError(
+            f"{type(causal_lm).__name__}: lm_head is quantised, but log-probs are computed from the "
+            "weight itself; leave it out of the quantisation (llm_int8_skip_modules="
+            '["lm_head"], modules_to_not_convert=["lm_head"])'
         )
     options = {
         **LogitTransform.of_config(causal_lm.config).options(),

@@ -98,9 +98,10 @@ def mixed_parameters(policy: nn.Module, schedule: TrustRegion, place: str) -> di
     found = (name for name, _, layer in trained_adapters(policy) if not mixes_by_tensor(layer))
     name = None if schedule.is_frozen or schedule.alpha == 1.0 else next(found, None)
     if name is not None:
+        own = ", or a ref_model without an adapter" if place == "resident" else ""
         raise ValueError(
             f"reference={place!r} would mix the factors of {name}, not its weights, with "
             f'ref_model_mixup_alpha={schedule.alpha}; use reference="adapter" (LoRA), or '
-            "ref_model_mixup_alpha=1"
+            f"ref_model_mixup_alpha=1{own}"
         )
     return {name: p for name, p in named_parameters(policy).items() if p.requires_grad}

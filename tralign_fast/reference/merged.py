@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tralign_fast.ops.ema import ema_update_, lora_merge_
+from tralign_fast.ops.ema import ema_update_, is_quantised, lora_merge_
 from tralign_fast.reference.deltas import expert_factors, is_out_first
 from tralign_fast.reference.lora import refusal
 
@@ -90,7 +90,7 @@ def merged_weights(
         *path, last = name.split(".")
         own = _weight_of(_walk(base, path, name), last, name, used)
         weight = own.weight if isinstance(own, LoraWeight) else own
-        if weight.shape != ref.shape or not weight.is_floating_point():
+        if weight.shape != ref.shape or is_quantised(weight) or is_quantised(ref):
             raise ValueError(
                 f"{name} is {tuple(ref.shape)} in ref_model and {tuple(weight.shape)} of "
                 f"{weight.dtype} in the policy: expected one architecture, in floating point (the "

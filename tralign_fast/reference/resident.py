@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
 from tralign_fast.model.scoring import sequence_logps
-from tralign_fast.ops.ema import ema_update_, local_shard
+from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference.base import (
     ReferenceOptions,
     ReferencePolicy,
@@ -115,4 +115,4 @@ class ResidentReference(ReferencePolicy):
     def _weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all weights, but for quantised ones, which nobody moves."""
         named = named_parameters(self.model).items()
-        return {name: p for name, p in named if p.is_floating_point()}
+        return {name: p for name, p in named if not is_quantised(p)}
