@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from tralign_fast.ops.backend import warn_once
-from tralign_fast.ops.ema import ema_update_, local_shard
+from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference import TrustRegion
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import load_generator, save_generator
@@ -434,7 +434,7 @@ def _refuse_unmovable(model: nn.Module) -> None:
                 "TrustRegionCallback does not gather the shards of DeepSpeed ZeRO-3: use ZeRO-2 or "
                 "FSDP2, or TRL's sync_ref_model=True"
             )
-        if not parameter.is_floating_point():
+        if is_quantised(parameter):
             raise ValueError(
                 f"reference weight {name} is {parameter.dtype}: quantised weights cannot move; "
                 "train an adapter and leave ref_model out"

@@ -170,9 +170,27 @@ def decoder_of(causal_lm: Any) -> Any:
 
 
 def lm_head_of(causal_lm: Any) -> Any:
-    """The output embedding in use: PEFT keeps the one of `modules_to_save` beside the original."""
+    """The output embedding in use: PEFT keeps the one of `modules_to_save` beside the original, and
+    under a layer of its own the one whose tokens it trains (`head_tokens_of`)."""
     head = causal_lm.get_output_embeddings()
+    tokens = _tokens_layer(head)
+    if tokens is not None:
+        return tokens.base_layer
     if not hasattr(head, "modules_to_save"):
         return head
     active = [] if head.disable_adapters else head.active_adapters
     return head.modules_to_save[active[0]] if active else head.original_module
+
+
+def head_tokens_of(causal_lm: Any) -> Any:
+    """PEFT's layer whose `get_merged_weights` is the head's weight with its trained tokens, where
+    it trains some of a head that is tied to the embedding; or None."""
+    tokens = _tokens_layer(causal_lm.get_output_embeddings())
+    if tokens is None or tokens.disable_adapters or tokens.merged or not tokens.active_adapters:
+        return None
+    return tokens
+
+
+def _tokens_layer(head: Any) -> Any:
+    layer = getattr(head, "token_adapter", head)
+    return layer if hasattr(layer, "trainable_tokens_delta") else None

@@ -23,11 +23,13 @@ from tralign_fast.model.patching import (
     Patches,
     causal_lm_of,
     decoder_of,
+    head_tokens_of,
     lm_head_of,
     take_back,
     unwrapped,
 )
 from tralign_fast.model.router import router_options
+from tralign_fast.ops.ema import is_quantised
 from tralign_fast.ops.logprobs import linear_logprobs
 from tralign_fast.ops.statistics import token_statistics
 from tralign_fast.ops.transform import LogitTransform
@@ -70,6 +72,12 @@ def enable_logprobs(
             f"{type(causal_lm).__name__}: expected a linear output embedding (lm_head), got "
             f"{type(head).__name__}"
         )
+    if is_quantised(head.weight) and not head.weight.is_meta:
+        raise ValueError(
+            f"{type(causal_lm).__name__}: lm_head is quantised, but log-probs are computed from the "
+            "weight itself; leave it out of the quantisation (llm_int8_skip_modules="
+            '["lm_head"], modules_to_not_convert=["lm_head"])'
+        )
     options = {
         **LogitTransform.of_config(causal_lm.config).options(),
         "logits_budget_mb": logits_budget_mb,
@@ -107,11 +115,16 @@ def enable_logprobs(
             _token_logps_and_squares if with_squares else _token_logps,
             targets=score_targets, grad_tokens=grad_tokens, options=options,
         )  # fmt: skip
-        return ScoreOutput(lm_head_of(self)(hidden, score=score, weight=weight), balance)
+        tokens = head_tokens_of(self)
+        return ScoreOutput(
+            lm_head_of(self)(hidden, score=score, weight=weight, tokens=tokens), balance
+        )
 
-    def head_forward(own_forward, self, hidden, score=None, weight=None):
+    def head_forward(own_forward, self, hidden, score=None, weight=None, tokens=None):
         if score is None:
             return own_forward(self, hidden)
+        if tokens is not None:
+            weight = tokens.get_merged_weights(tokens.active_adapters)
         # within a call of the module the weight is there: hooks of FSDP and ZeRO-3 have gathered it
         return score(hidden, self.weight if weight is None else weight, self.bias)
 

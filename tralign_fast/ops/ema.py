@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tralign_fast.ops.backend import device_kind, kernel, pick_backend, warn_once
 from tralign_fast.ops.checks import FLOAT_NAMES, FLOATS
@@ -303,6 +304,18 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether the elements are not the numbers that a weight stands for: codes (bitsandbytes packs
+    4-bit ones into any dtype), fp8 with scales elsewhere, or a tensor subclass of torchao's kind,
+    which tells the dtype that it computes in."""
+    local = local_shard(weight)
+    return (
+        local.dtype not in FLOATS
+        or getattr(weight, "quant_state", None) is not None
+        or is_traceable_wrapper_subclass(local)
+    )
+
+
 def _check_options(name: str, alpha: float, rounding: str) -> None:
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"{name}: alpha must lie in [0, 1], got {alpha}")
@@ -320,6 +333,8 @@ def _check_match(refs: list[Tensor], thetas: list[Tensor]) -> None:
                 f"{tuple(ref.shape)}; with sharded weights both must be sharded alike"
             )
         check_floats("ema_update_", f"tensor {index}", ref.dtype, theta.dtype)
+        if is_quantised(ref) or is_quantised(theta):
+            raise ValueError(f"ema_update_: tensor {index} is quantised: such weights cannot move")
 
 
 def check_floats(name: str, what: str, *dtypes: torch.dtype) -> None:

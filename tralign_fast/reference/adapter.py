@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tralign_fast.reference.base import ReferenceOptions, ReferencePolicy
-from tralign_fast.reference.lora import refusal, trained_adapters
+from tralign_fast.reference.deltas import DoraDelta, EmbeddingDelta, ExpertsDelta, LayerDelta
+from tralign_fast.reference.lora import mixes_by_tensor, refusal, trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.sharding import process_index
 from tralign_fast.reference.trust_region import TrustRegion
@@ -38,8 +38,10 @@ class AdapterReference(OffloadedReference):
     matrix instead, cut nowhere; so do small α. With τ > 1 all of it lies on the host (pinned beside
     a GPU), and a sweep brings in one layer at a time.
 
-    Whatever else the policy trains (biases, `modules_to_save`, layers unfrozen by hand) moves as in
-    `OffloadedReference`. Scores are swept for a window, as there, and for τ = 1 at every step.
+    A DoRA layer's `diag(d_k)` goes into `B_k`, and their mean on `W` is a vector (`DoraDelta`).
+    What else the policy trains (biases, `modules_to_save`, tokens, layers unfrozen by hand,
+    adapters whose weight is affine in what they train, as IA3's) moves as in `OffloadedReference`.
+    Scores are swept for a window, as there, and for τ = 1 at every step.
 
     Args:
         policy: a PEFT LoRA model; the base may be quantised. Its adapter, as it is, is the first
@@ -48,8 +50,8 @@ class AdapterReference(OffloadedReference):
         rounding, seed: as in `ema_update_`, for what is not a LoRA factor.
 
     Raises:
-        ValueError: PEFT is not installed, the policy trains no LoRA layer, or one whose weight is
-            not `W + s·B·A` (DoRA), or one that is not linear (embeddings, convolutions, experts).
+        ValueError: PEFT is not installed, the policy trains no adapter, one whose weights' mean
+            this cannot hold (`lora.refusal`), or LoRA on convolutions.
     """
 
     name = "adapter"
@@ -71,7 +73,7 @@ class AdapterReference(OffloadedReference):
         self._moves_always = schedule.every == 1 and not schedule.is_frozen
         home = None if self._moves_always else torch.device("cpu")
         self._deltas = {
-            f"{name}.{adapter}": _LayerDelta(layer, adapter, home)
+            f"{name}.{adapter}": _delta_of(layer, adapter, home)
             for name, adapter, layer in _lora_layers(policy)
         }
         self._weights = [1.0]  # w_k, newest first
@@ -135,94 +137,22 @@ class AdapterReference(OffloadedReference):
         self._weights = json.loads((folder / "adapters.json").read_text())["weights"]
         tensors = self._load_tensors(folder, "adapters.safetensors")
         for name, delta in self._deltas.items():
-            delta.load(tensors.get(f"{name}.down"), tensors[f"{name}.up"], self._weights)
+            prefix = f"{name}."
+            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            delta.load({k: t for k, t in own.items() if "." not in k}, self._weights)
 
     def _identity(self) -> dict:
         return {**super()._identity(), "tolerance": self.tolerance}
 
 
-class _LayerDelta:
-    """`Σ_k w_k·B_k A_k` of one LoRA layer: as factors, or as one matrix where that is smaller."""
-
-    def __init__(self, layer: Any, adapter: str, home: torch.device | None) -> None:
-        self._down_layer: nn.Linear = layer.lora_A[adapter]
-        self._up_layer: nn.Linear = layer.lora_B[adapter]
-        self.factors = (self._down_layer.weight, self._up_layer.weight)
-        self._home = home  # None: where the policy's factors are
-        down, up = (factor.detach().clone() for factor in self.factors)
-        self._down: Tensor | None = self._parked(down)  # (R, in); None: `_up` is (out, in)
-        self._up: Tensor = self._parked(up)  # (out, R)
-        self._coefficients: Tensor | None = None  # (R,) float32; None: all are 1
-
-    def move(self, weights: list[float]) -> None:
-        """Puts the policy's factors in front; `weights`: theirs, then those of the kept ones."""
-        down, up = (factor.detach().to(self._up.device) for factor in self.factors)
-        rank, terms, size = down.shape[0], len(weights), up.shape[0] * down.shape[1]
-        factors_size = terms * (up.numel() + down.numel())
-        if self._down is not None and terms > 1 and factors_size > size:
-            self._up = self._parked(self._weighted(self._up.float()) @ self._down.float())
-            self._down = self._coefficients = None
-        if self._down is None:
-            self._up.addmm_(up.float(), down.float(), beta=1 - weights[0], alpha=weights[0])
-            return
-        kept = (terms - 1) * rank
-        self._down = self._parked(torch.cat([down, self._down[:kept]]))
-        self._up = self._parked(torch.cat([up, self._up[:, :kept]], dim=1))
-        self._weigh(weights)
-
-    def _weigh(self, weights: list[float]) -> None:
-        rank = self.factors[0].shape[0]
-        weighted = len(weights) > 1 and self._down is not None
-        self._coefficients = (
-            torch.tensor(weights).repeat_interleave(rank).to(self._up.device) if weighted else None
-        )
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, the layer's adapter is this one, for forwards without gradient. Its modules,
-        parameters and their hooks stay: only what the two modules compute is replaced."""
-        swapped = {self._down_layer: self._project_down, self._up_layer: self._project_up}
-        before = {module: module.__dict__.get("forward") for module in swapped}
-        for module, forward in swapped.items():
-            module.forward = forward
-        try:
-            yield
-        finally:
-            for module, forward in before.items():
-                del module.forward
-                if forward is not None:  # accelerate's, on a dispatched model
-                    module.forward = forward
-
-    def _project_down(self, x: Tensor) -> Tensor:
-        if self._down is None:
-            return x
-        return F.linear(x, self._down.to(x.device, non_blocking=True))
-
-    def _project_up(self, h: Tensor) -> Tensor:
-        up = self._up.to(h.device, non_blocking=True)
-        # the bias of `lora_bias=True` is a plain parameter: here it holds the reference's value
-        return F.linear(self._weighted(h), up.to(h.dtype), self._up_layer.bias)
-
-    def _weighted(self, h: Tensor) -> Tensor:
-        """(…, R) times the w_k, in h's dtype."""
-        if self._coefficients is None:
-            return h
-        return (h * self._coefficients.to(h.device, non_blocking=True)).to(h.dtype)
-
-    def _parked(self, tensor: Tensor) -> Tensor:
-        if self._home is None:
-            return tensor
-        tensor = tensor.to(self._home)
-        return tensor.pin_memory() if self.factors[0].is_cuda else tensor
-
-    def state(self) -> dict[str, Tensor]:
-        return {"up": self._up} if self._down is None else {"down": self._down, "up": self._up}
-
-    def load(self, down: Tensor | None, up: Tensor, weights: list[float]) -> None:
-        device = self._up.device
-        self._up = self._parked(up.to(device))
-        self._down = None if down is None else self._parked(down.to(device))
-        self._weigh(weights)
+def _delta_of(layer: Any, adapter: str, home: torch.device | None) -> LayerDelta:
+    if adapter in getattr(layer, "lora_embedding_A", ()):
+        return EmbeddingDelta(layer, adapter, home)
+    if hasattr(layer, "num_experts"):
+        return ExpertsDelta(layer, adapter, home)
+    if adapter in (getattr(layer, "lora_magnitude_vector", None) or ()):
+        return DoraDelta(layer, adapter, home)
+    return LayerDelta(layer, adapter, home)
 
 
 def _lora_layers(policy: nn.Module) -> list[tuple[str, str, Any]]:
@@ -235,6 +165,7 @@ def _lora_layers(policy: nn.Module) -> list[tuple[str, str, Any]]:
             f"{type(policy).__name__}: wrap it with peft.get_peft_model(model, LoraConfig(...)), "
             'or use reference="auto"'
         )
+    found = [(name, adapter, layer) for name, adapter, layer in found if not mixes_by_tensor(layer)]
     for name, adapter, layer in found:
         if why := refusal(layer, adapter, 'ref_model_mixup_alpha=1 with reference="snapshot"'):
             raise ValueError(f'reference="adapter": {name} is {why}')

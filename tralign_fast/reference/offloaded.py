@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tralign_fast.ops.ema import ema_update_, local_shard
+from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference.base import (
     ReferenceOptions,
     ReferencePolicy,
@@ -54,6 +54,11 @@ class OffloadedReference(WindowedReference):
         self._generator = torch.Generator().manual_seed(seed)
         # another model's frozen weights may differ too
         source = self.mixed_parameters() if start is None else named_parameters(start)
+        if name := next((name for name, p in source.items() if is_quantised(p)), None):
+            raise ValueError(
+                f"reference={self.name!r}: {name} of ref_model is quantised, and cannot change "
+                'places with the policy\'s: use reference="resident", or leave ref_model out'
+            )
         self._host: dict[str, Tensor] = {name: _host_copy(p) for name, p in source.items()}
         self._inside = False
 

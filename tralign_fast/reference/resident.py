@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
 from tralign_fast.model.scoring import sequence_logps
-from tralign_fast.ops.ema import ema_update_, local_shard
+from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference.base import (
     ReferenceOptions,
     ReferencePolicy,
@@ -17,12 +17,15 @@ from tralign_fast.reference.base import (
     save_generator,
 )
 from tralign_fast.reference.lora import mixed_parameters
-from tralign_fast.reference.sharding import named_parameters
+from tralign_fast.reference.merged import follow_merged_, has_adapters, merged_weights
+from tralign_fast.reference.sharding import is_sharded, named_parameters
 from tralign_fast.reference.trust_region import TrustRegion
 
 
 class ResidentReference(ReferencePolicy):
     """Weights: a second model beside the policy. Exact for every schedule.
+
+    A whole model follows the merged weights of a policy that trains an adapter (`follow_merged_`).
 
     Args:
         model: the reference, prepared like the policy (`model.prepare.prepare_model`); frozen here.
@@ -30,8 +33,8 @@ class ResidentReference(ReferencePolicy):
         seed: of the random bits of stochastic rounding.
 
     Raises:
-        ValueError: soft updates of a PEFT adapter (`mixed_parameters`), or a model that lacks what
-            the policy trains.
+        ValueError: soft updates of a model with a PEFT adapter (`mixed_parameters`), a model that
+            lacks what the policy trains, or an adapter that it cannot follow (`merged_weights`).
     """
 
     name = "resident"
@@ -52,7 +55,12 @@ class ResidentReference(ReferencePolicy):
         self.rounding = rounding
         self._generator = torch.Generator().manual_seed(seed)
         theirs = named_parameters(model)
-        moving = {} if schedule.is_frozen else mixed_parameters(policy, schedule, self.name)
+        self._merges = has_adapters(policy) and not has_adapters(model)
+        moving = {}
+        if self._merges and not schedule.is_frozen:
+            merged_weights(list(theirs.items()), policy)  # what it refuses
+        elif not schedule.is_frozen:
+            moving = mixed_parameters(policy, schedule, self.name)
         if other := next((name for name in moving if name not in theirs), None):
             raise ValueError(
                 f"ref_model has no {other}, which the policy trains: pass a model built like the "
@@ -70,18 +78,27 @@ class ResidentReference(ReferencePolicy):
 
     @torch.no_grad()
     def logps(self, batch: PackedBatch) -> Tensor:
+        if self._merges and not self.schedule.is_frozen and is_sharded(self.policy):
+            raise ValueError(
+                "ref_model follows an adapter whose factors are whole: leave it out, or train with "
+                "DDP or ZeRO-2"
+            )
         return sequence_logps(self.model, batch)
 
     def sync(self) -> None:
         # looked up here: FSDP2 puts other parameters into the policy when training starts
         theirs = named_parameters(self.model)
+        options = {"rounding": self.rounding, "generator": self._generator}
+        if self._merges:
+            names = list(theirs.items())
+            follow_merged_(names, self.policy, self.schedule.alpha, **options)  # pyright: ignore[reportArgumentType]
+            return
         moving = mixed_parameters(self.policy, self.schedule, self.name)
         ema_update_(
             [theirs[name] for name in moving],
             list(moving.values()),
             self.schedule.alpha,
-            rounding=self.rounding,  # pyright: ignore[reportArgumentType]
-            generator=self._generator,
+            **options,  # pyright: ignore[reportArgumentType]
         )
 
     def save_weights(self, folder: Path) -> None:
@@ -98,4 +115,4 @@ class ResidentReference(ReferencePolicy):
     def _weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all weights, but for quantised ones, which nobody moves."""
         named = named_parameters(self.model).items()
-        return {name: p for name, p in named if p.is_floating_point()}
+        return {name: p for name, p in named if not is_quantised(p)}

@@ -31,6 +31,8 @@ import xxhash
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tralign_fast.ops.ema import is_quantised
+
 # `TRConfig`'s names; those that a version does not have are left out
 REFUSED = (
     "loss_type", "loss_weights", "loss_options", "beta", "label_smoothing", "discopop_tau",
@@ -100,7 +102,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
         if parameter.requires_grad:
             trained += 1
-        elif parameter.is_floating_point() and _has_numbers(parameter):
+        elif _has_numbers(parameter):
             first = parameter.detach().flatten()[:16].to("cpu", torch.float32)
             frozen.update(first.numpy().tobytes())
     return {
@@ -111,8 +113,9 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _has_numbers(parameter: Tensor) -> bool:
-    """Not those on meta, nor the fake ones of a memory trace."""
-    return parameter.device.type != "meta" and not isinstance(parameter, FakeTensor)
+    """Not those on meta, nor the fake ones of a memory trace, nor quantised ones."""
+    is_real = parameter.device.type != "meta" and not isinstance(parameter, FakeTensor)
+    return is_real and not is_quantised(parameter)
 
 
 def _plain(value: Any) -> Any:

@@ -73,7 +73,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        # no view, which adapters could not add to in place (AdaLoRA, C3A, aLoRA)
+        return product(x, weight, bias).data
 
     @staticmethod
     @torch.autograd.function.once_differentiable
