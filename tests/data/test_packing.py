@@ -3,7 +3,8 @@ import pickle
 import pytest
 import torch
 
-from tralign_fast.data.packing import Group, PackedBatch, PreferenceCollator, merge_packed
+from tralign_fast.data.layout import Group
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator, merge_packed
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import sequence_logps
 

@@ -7,6 +7,8 @@ import torch
 import transformers as t
 
 from tests.training.test_trl_parity import STEPS, kto_rows, pair_rows, run_both
+from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.model.router import asked
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
@@ -50,7 +52,8 @@ def logs(trainer, key):
 
 
 def check_equal(theirs, mine, steps=STEPS):
-    assert theirs.aux_loss_enabled and mine.aux_loss_enabled
+    assert theirs.aux_loss_enabled
+    assert mine.aux_loss_enabled
     assert mine.router_aux_loss_coef == theirs.router_aux_loss_coef
     for trainer in (theirs, mine):
         trainer.train()
@@ -89,3 +92,17 @@ def test_layers_without_router_and_padded_models(name, method, small_tokenizer, 
         ours=padded, ref_model_sync_steps=3,
     )  # fmt: skip
     check_equal(theirs, mine)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_what_fills_a_row_up_weighs_nothing(layout):
+    rows = [
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+        {"prompt_ids": [7], "chosen_ids": [8, 9, 10], "rejected_ids": [11, 12]},
+    ]
+    plain = PreferenceCollator(paired=True, layout=layout)(rows)
+    filled = PreferenceCollator(paired=True, layout=layout, pad_to_multiple_of=32)(rows)
+    weights = [asked(batch).balance.weights for batch in (plain, filled)]
+    assert len(weights[1]) == 32
+    torch.testing.assert_close(weights[1][: len(weights[0])], weights[0])
+    assert not weights[1][len(weights[0]) :].any()

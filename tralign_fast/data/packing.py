@@ -17,112 +17,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from array import array
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
+from tralign_fast.data.layout import (
+    Group,
+    Pair,
+    PrefixLayout,
+    int64,
+    is_one,
+    last_tokens,
+    lay_packed,
+    lay_padded,
+)
 from tralign_fast.ops.segments import segment_sums
 
 LAYOUTS = ("shared", "packed", "padded")
-Pair = list[list[int]]  # token ids of the completions of one example, or of their prompts
-
-
-class Group(NamedTuple):
-    """A prompt and its completions in the packed row; all numbers in tokens."""
-
-    start: int
-    prompt: int
-    completions: tuple[int, ...]
-
-
-class VarlenArguments(NamedTuple):
-    """What a variable-length attention kernel takes, as flash-attn names it."""
-
-    cu_seqlens_q: Tensor  # (sequences + 1,) int32
-    cu_seqlens_k: Tensor  # (sequences + 1,) int32
-    max_seqlen_q: int
-    max_seqlen_k: int
-    key_index: Tensor  # (keys,) int64: the packed row's tokens, those of prompts repeated
-    first: Tensor  # (T,) int64: where a token stands first among the keys
-    # where tokens stand again, (tokens, keys) int64: of all second completions, all third, …
-    again: tuple[tuple[Tensor, Tensor], ...]
-
-
-@dataclass  # not frozen: torch 2.10 compiles a layer anew for every content of a frozen one
-class PrefixLayout:
-    """Where prompts and completions lie in the packed row; host integers, and what they imply.
-
-    The first completion of a group runs on from its prompt: `[prompt | completion 0]` is one causal
-    sequence. Every further completion is a sequence of queries whose keys are
-    `[prompt | completion]`, causal when aligned at the bottom right.
-    """
-
-    groups: tuple[Group, ...]
-    # whether the last MLP runs on all rows, as a load-balancing loss of its router wants it
-    every_row: bool = False
-    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    def varlen(self, device: torch.device) -> VarlenArguments:
-        """Sequence bounds and key gather for flash-attn's varlen interface, made once a batch."""
-        if device not in self._cache:
-            queries, keys, index = [0], [0], []
-            first, again = [], defaultdict(lambda: ([], []))
-            for start, prompt, completions in self.groups:
-                begin = start + prompt
-                for k, length in enumerate(completions):
-                    queries.append(prompt + length if k == 0 else length)
-                    keys.append(prompt + length)
-                    end = len(index) + prompt
-                    first += range(end - prompt if k == 0 else end, end + length)
-                    if k > 0:
-                        again[k][0].extend(range(start, start + prompt))
-                        again[k][1].extend(range(end - prompt, end))
-                    index += [*range(start, start + prompt), *range(begin, begin + length)]
-                    begin += length
-            self._cache[device] = VarlenArguments(
-                torch.tensor(list(accumulate(queries)), dtype=torch.int32).to(device),
-                torch.tensor(list(accumulate(keys)), dtype=torch.int32).to(device),
-                max(queries),
-                max(keys),
-                _int64(index).to(device),
-                _int64(first).to(device),
-                tuple((_int64(a).to(device), _int64(b).to(device)) for a, b in again.values()),
-            )
-        return self._cache[device]
-
-    def scored_rows(self, device: torch.device) -> Tensor:
-        """(R,) int64, every row whose output can be scored: each prompt's last token, completions.
-
-        Made once a batch. An empty prompt has no last token: the row before is another group's.
-        """
-        key = ("scored", device)
-        if key not in self._cache:
-            rows = [
-                row
-                for start, prompt, completions in self.groups
-                for row in range(start + max(prompt - 1, 0), start + prompt + sum(completions))
-            ]
-            self._cache[key] = _int64(rows).to(device)
-        return self._cache[key]
-
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """(queries, keys) bool, causal, aligned at the bottom right, made once a batch and shape.
-
-        `window`: a query sees itself and the `window - 1` keys before it (None: all).
-        """
-        key = (queries, keys, window, device)
-        if key not in self._cache:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-            if window is not None:
-                mask &= mask.new_ones(queries, keys).triu(keys - queries - window + 1)
-            self._cache[key] = mask
-        return self._cache[key]
 
 
 @dataclass(frozen=True)
@@ -254,7 +170,7 @@ def merge_packed(batches: Sequence[PackedBatch]) -> PackedBatch:
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
     """(S + 1,) int64: where the scored tokens of each sequence begin, and where the last end."""
-    return _int64(_ends(lengths))
+    return int64(_ends(lengths))
 
 
 def _ends(lengths: Sequence[int]) -> list[int]:
@@ -264,11 +180,6 @@ def _ends(lengths: Sequence[int]) -> list[int]:
 def _joined(tensors: list[Tensor | None]) -> Tensor | None:
     present = [t for t in tensors if t is not None]
     return torch.cat(present) if present else None
-
-
-def _int64(values: list[int]) -> Tensor:
-    """A tensor of whole numbers even where there are none: `torch.tensor([])` has floats."""
-    return torch.tensor(values, dtype=torch.int64)
 
 
 @dataclass
@@ -336,7 +247,7 @@ class PreferenceCollator:
         prompts = [[p] * len(pair) for p, pair in zip(prompts, completions, strict=True)]
         if self.truncation_mode == "keep_end" and self.max_length is not None:
             ends = (
-                _last_tokens(*each, self.max_length)
+                last_tokens(*each, self.max_length)
                 for each in zip(prompts, completions, strict=True)
             )
             prompts, completions = map(list, zip(*ends, strict=True))
@@ -355,7 +266,7 @@ class PreferenceCollator:
         """Bounds of runs of examples whose tokens fit the budget, in order."""
         cuts, used = [0], 0
         for index, (own, pair) in enumerate(zip(prompts, completions, strict=True)):
-            copies = own[:1] if self.layout == "shared" and _is_one(own) else own
+            copies = own[:1] if self.layout == "shared" and is_one(own) else own
             need = sum(map(len, copies)) + sum(map(len, pair))
             if self.token_budget is not None and used and used + need > self.token_budget:
                 cuts.append(index)
@@ -371,7 +282,7 @@ class PreferenceCollator:
         labels: list[bool] | None,
         share: float,
     ) -> PackedBatch:
-        build = _padded if self.layout == "padded" else _packed
+        build = lay_padded if self.layout == "padded" else lay_packed
         tokens = build(
             prompts, completions, self.layout == "shared", self.pad_token_id,
             self.pad_to_multiple_of or 1,
@@ -393,8 +304,8 @@ class PreferenceCollator:
             position_ids=torch.tensor(tokens.position_ids),
             attention_mask=None if tokens.mask is None else torch.tensor(tokens.mask),
             layout=tokens.layout,
-            score_index=_int64([i for s in scored for i in s]),
-            targets=_int64([t for s in targets for t in s]),
+            score_index=int64([i for s in scored for i in s]),
+            targets=int64([t for s in targets for t in s]),
             scored_lengths=lengths,
             offsets=_offsets(lengths),
             token_weights=None if weights is None else torch.tensor(weights),
@@ -462,72 +373,3 @@ def _borrowed(example: dict[str, Any], row: int) -> list[int]:
             "tokenize_unpaired made (it adds borrowed_ids)"
         )
     return list(example["borrowed_ids"])
-
-
-class _Tokens(NamedTuple):
-    input_ids: list[list[int]]
-    position_ids: list[list[int]]
-    mask: list[list[int]] | None
-    layout: PrefixLayout | None
-    scored: dict[tuple[int, int], list[int]]  # (example, completion) -> rows of the hidden states
-
-
-def _is_one(prompts: Pair) -> bool:
-    return all(prompt is prompts[0] for prompt in prompts)
-
-
-def _last_tokens(prompts: Pair, pair: Pair, max_length: int) -> tuple[Pair, Pair]:
-    """The last `max_length` tokens of each prompt with its completion."""
-    if len(prompts[0]) + max(map(len, pair)) <= max_length:
-        return prompts, pair
-    pair = [completion[-max_length:] for completion in pair]
-    over = [len(p) + len(c) - max_length for p, c in zip(prompts, pair, strict=True)]
-    return [p[max(n, 0) :] for p, n in zip(prompts, over, strict=True)], pair
-
-
-def _packed(
-    prompts: list[Pair], completions: list[Pair], share: bool, pad: int, multiple: int
-) -> _Tokens:
-    ids: list[int] = []
-    positions: list[int] = []
-    groups: list[Group] = []
-    scored: dict[tuple[int, int], list[int]] = {}
-    for b, (own, pair) in enumerate(zip(prompts, completions, strict=True)):
-        every = range(len(pair))
-        for members in (every,) if share and _is_one(own) else ([k] for k in every):
-            prompt = own[members[0]]
-            P = len(prompt)
-            groups.append(Group(len(ids), P, tuple(len(pair[k]) for k in members)))
-            last = len(ids) + P - 1  # the prompt's last token predicts every completion's first
-            ids += prompt
-            positions += range(P)
-            for k in members:
-                begin, C = len(ids), len(pair[k])
-                scored[b, k] = ([last] if P else []) + list(range(begin, begin + C - 1))
-                ids += pair[k]
-                positions += range(P, P + C)
-    if missing := -len(ids) % multiple:
-        groups.append(Group(len(ids), missing - 1, (1,)))
-        ids += [pad] * missing
-        positions += range(missing)
-    return _Tokens([ids], [positions], None, PrefixLayout(tuple(groups)), scored)
-
-
-def _padded(
-    prompts: list[Pair], completions: list[Pair], _: bool, pad: int, multiple: int
-) -> _Tokens:
-    order = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
-    sequences = [prompts[b][k] + completions[b][k] for b, k in order]
-    L = max(map(len, sequences))
-    L += -L % multiple
-    scored = {
-        (b, k): list(range(s * L + max(len(prompts[b][k]) - 1, 0), s * L + len(sequences[s]) - 1))
-        for s, (b, k) in enumerate(order)
-    }
-    return _Tokens(
-        [s + [pad] * (L - len(s)) for s in sequences],
-        [list(range(L)) for _ in sequences],
-        [[1] * len(s) + [0] * (L - len(s)) for s in sequences],
-        None,
-        scored,
-    )

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tralign_fast.data.packing import PrefixLayout, VarlenArguments
+from tralign_fast.data.layout import PrefixLayout, VarlenArguments
 from tralign_fast.model.masks import check_mask, make_mask
 from tralign_fast.model.patching import Patches
 from tralign_fast.ops.backend import device_kind, is_pretending, warn_once

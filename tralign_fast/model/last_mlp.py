@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tralign_fast.data.packing import PrefixLayout
+from tralign_fast.data.layout import PrefixLayout
 from tralign_fast.model.patching import Patches, causal_lm_of, decoder_of
 
 LAST_MLP = "last MLP"  # the kind of the patches

@@ -161,6 +161,7 @@ def _weights(batch: PackedBatch) -> Tensor:
             weights[start : begin + sum(completions)] = 0.0
         elif not paired and len(completions) > 1:
             weights[begin + completions[0] : begin + sum(completions)] = 0.0
+    weights[len(weights) - batch.layout.padding :] = 0.0
     return weights
 
 

@@ -1,0 +1,191 @@
+"""Where the tokens of examples stand: in one packed row, or in a padded row each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Pair = list[list[int]]  # token ids of the completions of one example, or of their prompts
+
+
+class Group(NamedTuple):
+    """A prompt and its completions in the packed row; all numbers in tokens."""
+
+    start: int
+    prompt: int
+    completions: tuple[int, ...]
+
+
+class VarlenArguments(NamedTuple):
+    """What a variable-length attention kernel takes, as flash-attn names it."""
+
+    cu_seqlens_q: Tensor  # (sequences + 1,) int32
+    cu_seqlens_k: Tensor  # (sequences + 1,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_index: Tensor  # (keys,) int64: the packed row's tokens, those of prompts repeated
+    first: Tensor  # (T,) int64: where a token stands first among the keys
+    # where tokens stand again, (tokens, keys) int64: of all second completions, all third, …
+    again: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass  # not frozen: torch 2.10 compiles a layer anew for every content of a frozen one
+class PrefixLayout:
+    """Where prompts and completions lie in the packed row; host integers, and what they imply.
+
+    The first completion of a group runs on from its prompt: `[prompt | completion 0]` is one causal
+    sequence. Every further completion is a sequence of queries whose keys are
+    `[prompt | completion]`, causal when aligned at the bottom right.
+    """
+
+    groups: tuple[Group, ...]
+    padding: int = 0  # tokens of the last group, where it only fills the row up
+    # whether the last MLP runs on all rows, as a load-balancing loss of its router wants it
+    every_row: bool = False
+    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def varlen(self, device: torch.device) -> VarlenArguments:
+        """Sequence bounds and key gather for flash-attn's varlen interface, made once a batch."""
+        if device not in self._cache:
+            queries, keys, index = [0], [0], []
+            first, again = [], defaultdict(lambda: ([], []))
+            for start, prompt, completions in self.groups:
+                begin = start + prompt
+                for k, length in enumerate(completions):
+                    queries.append(prompt + length if k == 0 else length)
+                    keys.append(prompt + length)
+                    end = len(index) + prompt
+                    first += range(end - prompt if k == 0 else end, end + length)
+                    if k > 0:
+                        again[k][0].extend(range(start, start + prompt))
+                        again[k][1].extend(range(end - prompt, end))
+                    index += [*range(start, start + prompt), *range(begin, begin + length)]
+                    begin += length
+            self._cache[device] = VarlenArguments(
+                torch.tensor(list(accumulate(queries)), dtype=torch.int32).to(device),
+                torch.tensor(list(accumulate(keys)), dtype=torch.int32).to(device),
+                max(queries),
+                max(keys),
+                int64(index).to(device),
+                int64(first).to(device),
+                tuple((int64(a).to(device), int64(b).to(device)) for a, b in again.values()),
+            )
+        return self._cache[device]
+
+    def scored_rows(self, device: torch.device) -> Tensor:
+        """(R,) int64, every row whose output can be scored: each prompt's last token, completions.
+
+        Made once a batch. An empty prompt has no last token: the row before is another group's.
+        """
+        key = ("scored", device)
+        if key not in self._cache:
+            rows = [
+                row
+                for start, prompt, completions in self.groups
+                for row in range(start + max(prompt - 1, 0), start + prompt + sum(completions))
+            ]
+            self._cache[key] = int64(rows).to(device)
+        return self._cache[key]
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+        """(queries, keys) bool, causal, aligned at the bottom right, made once a batch and shape.
+
+        `window`: a query sees itself and the `window - 1` keys before it (None: all).
+        """
+        key = (queries, keys, window, device)
+        if key not in self._cache:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            if window is not None:
+                mask &= mask.new_ones(queries, keys).triu(keys - queries - window + 1)
+            self._cache[key] = mask
+        return self._cache[key]
+
+
+class Tokens(NamedTuple):
+    """The tokens of examples as the model gets them."""
+
+    input_ids: list[list[int]]
+    position_ids: list[list[int]]
+    mask: list[list[int]] | None
+    layout: PrefixLayout | None
+    scored: dict[tuple[int, int], list[int]]  # (example, completion) -> rows of the hidden states
+
+
+def is_one(prompts: Pair) -> bool:
+    """Whether the completions of an example have one prompt in common."""
+    return all(prompt is prompts[0] for prompt in prompts)
+
+
+def last_tokens(prompts: Pair, pair: Pair, max_length: int) -> tuple[Pair, Pair]:
+    """The last `max_length` tokens of each prompt with its completion."""
+    if len(prompts[0]) + max(map(len, pair)) <= max_length:
+        return prompts, pair
+    pair = [completion[-max_length:] for completion in pair]
+    over = [len(p) + len(c) - max_length for p, c in zip(prompts, pair, strict=True)]
+    return [p[max(n, 0) :] for p, n in zip(prompts, over, strict=True)], pair
+
+
+def lay_packed(
+    prompts: list[Pair], completions: list[Pair], share: bool, pad: int, multiple: int
+) -> Tokens:
+    """One row without padding but for what fills it up to a multiple: a group that nothing reads.
+
+    Args:
+        share: a prompt once for all its completions.
+        pad: the token that fills it.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    groups: list[Group] = []
+    scored: dict[tuple[int, int], list[int]] = {}
+    for b, (own, pair) in enumerate(zip(prompts, completions, strict=True)):
+        every = range(len(pair))
+        for members in (every,) if share and is_one(own) else ([k] for k in every):
+            prompt = own[members[0]]
+            P = len(prompt)
+            groups.append(Group(len(ids), P, tuple(len(pair[k]) for k in members)))
+            last = len(ids) + P - 1  # the prompt's last token predicts every completion's first
+            ids += prompt
+            positions += range(P)
+            for k in members:
+                begin, C = len(ids), len(pair[k])
+                scored[b, k] = ([last] if P else []) + list(range(begin, begin + C - 1))
+                ids += pair[k]
+                positions += range(P, P + C)
+    missing = -len(ids) % multiple
+    if missing:
+        groups.append(Group(len(ids), missing - 1, (1,)))
+        ids += [pad] * missing
+        positions += range(missing)
+    return Tokens([ids], [positions], None, PrefixLayout(tuple(groups), missing), scored)
+
+
+def lay_padded(
+    prompts: list[Pair], completions: list[Pair], _: bool, pad: int, multiple: int
+) -> Tokens:
+    """A row for each sequence, filled up with masked tokens on the right."""
+    order = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
+    sequences = [prompts[b][k] + completions[b][k] for b, k in order]
+    L = max(map(len, sequences))
+    L += -L % multiple
+    scored = {
+        (b, k): list(range(s * L + max(len(prompts[b][k]) - 1, 0), s * L + len(sequences[s]) - 1))
+        for s, (b, k) in enumerate(order)
+    }
+    return Tokens(
+        [s + [pad] * (L - len(s)) for s in sequences],
+        [list(range(L)) for _ in sequences],
+        [[1] * len(s) + [0] * (L - len(s)) for s in sequences],
+        None,
+        scored,
+    )
+
+
+def int64(values: list[int]) -> Tensor:
+    """A tensor of whole numbers even where there are none: `torch.tensor([])` has floats."""
+    return torch.tensor(values, dtype=torch.int64)
