@@ -13,9 +13,7 @@ from tralign_fast.model.router import asked_for_counts, slopes_of
 from tralign_fast.model.scoring import balance_alone
 
 
-def with_slopes(
-    trainer: Any, model: Any, parts: Sequence[PackedBatch]
-) -> tuple[PackedBatch, ...]:
+def with_slopes(trainer: Any, model: Any, parts: Sequence[PackedBatch]) -> tuple[PackedBatch, ...]:
     """Parts of a batch, each with the slopes of the whole: their losses, weighed by their shares,
     add up to the loss of the whole. Runs the decoder once more on every part, without gradient.
     """
@@ -49,4 +47,4 @@ def add_balance(trainer: Any, loss: Tensor, batch: PackedBatch) -> Tensor:
         mode = "train" if trainer.model.training else "eval"
         share = aux.detach().new_full((), batch.share)  # filled there: no copy waits for the device
         trainer._means[mode].add("aux_loss", aux.detach() * share, share)
-    return loss + trainer.router_aux_loss_coef * aux
+    return loss + trainer.router_aux_loss_coef * aux.to(loss.device)
