@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as t
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from tests.training.test_trl_parity import STEPS, kto_rows, pair_rows, run_both
+from tests.model.test_prepare import snapshot
+from tests.training.test_trainer import make
+from tests.training.test_trl_parity import (
+    STEPS,
+    history,
+    kto_rows,
+    options,
+    pair_rows,
+    run_both,
+    trl_classes,
+)
+from tralign_fast import TRConfig, TRTrainer
 from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.router import asked
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -106,3 +121,148 @@ def test_what_fills_a_row_up_weighs_nothing(layout):
     assert len(weights[1]) == 32
     torch.testing.assert_close(weights[1][: len(weights[0])], weights[0])
     assert not weights[1][len(weights[0]) :].any()
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_accumulation_checkpoints_and_evaluation_equal_trl(method, small_tokenizer, tmp_path):
+    rows = kto_rows() if method == "kto" else pair_rows()
+    theirs, mine = run_both(
+        method, make_moe(small_tokenizer), small_tokenizer, tmp_path, rows,
+        held_out=rows.select(range(8)), per_device_train_batch_size=2, max_steps=4,
+        gradient_accumulation_steps=2, gradient_checkpointing=True, ref_model_sync_steps=2,
+        eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2,
+        router_aux_loss_coef=0.2,
+    )  # fmt: skip
+    check_equal(theirs, mine, steps=4)
+    for key in ("eval_loss", "eval_aux_loss"):
+        assert logs(mine, key) == pytest.approx(logs(theirs, key), abs=1e-5), key
+        assert len(logs(mine, key)) == 2
+
+
+def test_a_run_shorter_than_a_log_says_it_at_its_end(small_tokenizer, tmp_path):
+    theirs, mine = run_both(
+        "dpo", make_moe(small_tokenizer), small_tokenizer, tmp_path, pair_rows(8), max_steps=2,
+        logging_steps=10,
+    )  # fmt: skip
+    for trainer in (theirs, mine):
+        trainer.train()
+    assert logs(mine, "aux_loss") == pytest.approx(logs(theirs, "aux_loss"), abs=1e-5)
+    assert len(logs(mine, "aux_loss")) == 1
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_token_budget_changes_no_loss(layout, method, small_tokenizer, tmp_path):
+    rows = (kto_rows if method == "kto" else pair_rows)(16)
+    whole, split = (
+        make(
+            make_moe(small_tokenizer), small_tokenizer, tmp_path / str(budget), method, rows,
+            rows.select(range(8)), max_steps=3, ref_model_sync_steps=2, token_budget=budget,
+            gradient_accumulation_steps=2, **LAYOUTS[layout],
+        )
+        for budget in (None, 100)
+    )  # fmt: skip
+    assert len(next(iter(split.get_train_dataloader())).parts) > 1
+    for trainer in (whole, split):
+        trainer.train()
+        trainer.evaluate()
+    for key in ("loss", "aux_loss", "grad_norm", "eval_loss", "eval_aux_loss"):
+        assert len(logs(split, key)) == (1 if key.startswith("eval") else 3)
+        assert logs(split, key) == pytest.approx(logs(whole, key), rel=2e-5), key
+
+
+PEFT = {
+    "LoRA": lambda: LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["gate.weight"]),
+    "experts": lambda: LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"]),
+    "virtual tokens": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT)
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_peft_equals_trl(method, kind, small_tokenizer, tmp_path):
+    rows = kto_rows() if method == "kto" else pair_rows()
+    config, trainer = trl_classes(method)
+    base = make_moe(small_tokenizer)
+
+    def build(make_trainer, make_config, where, **extra):
+        torch.manual_seed(1)
+        model = get_peft_model(copy.deepcopy(base), PEFT[kind]())
+        args = make_config(**options(tmp_path / where, sync_ref_model=False, **extra))
+        return make_trainer(model, args=args, train_dataset=rows, processing_class=small_tokenizer)
+
+    name = "kto" if method == "kto" else "sigmoid"
+    theirs = build(trainer, config, "trl", loss_type=name)
+    mine = build(TRTrainer, TRConfig, "ours", loss_type=method, reference="resident")
+    if kind == "virtual tokens":  # TRL's reference has none: only the first forwards are alike
+        mine.train(), theirs.train()
+        assert logs(mine, "aux_loss")[0] == pytest.approx(logs(theirs, "aux_loss")[0], abs=1e-5)
+        return
+    check_equal(theirs, mine)
+
+
+def test_the_coefficient_is_checked(tiny_llama, small_tokenizer, tmp_path):
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="router_aux_loss_coef"):
+            TRConfig(str(tmp_path), router_aux_loss_coef=wrong)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is no mixture of experts"):
+        make(tiny_llama, small_tokenizer, tmp_path, router_aux_loss_coef=0.1)
+    assert not make(
+        tiny_llama, small_tokenizer, tmp_path, router_aux_loss_coef=0.0
+    ).aux_loss_enabled
+    trainer = make(
+        make_moe(small_tokenizer), small_tokenizer, tmp_path, router_aux_loss_coef=0.0, max_steps=1
+    )
+    assert not trainer.aux_loss_enabled
+    assert history(trainer) == [pytest.approx(0.693147, abs=1e-6)]
+    assert not logs(trainer, "aux_loss")
+
+
+def test_only_the_policy_is_asked(small_tokenizer, tmp_path):
+    """Also where the model's config asks always."""
+    model = make_moe(small_tokenizer, output_router_logits=True)
+    trainer = make(model, small_tokenizer, tmp_path, max_steps=2)
+    found = {}
+
+    def watch(who):
+        def hook(module, args, kwargs, output):
+            wanted = kwargs["prefix_layout"].every_row
+            found.setdefault(who, set()).add((wanted, output.get("router_logits") is not None))
+
+        return hook
+
+    for who, m in (("policy", trainer.model), ("reference", trainer.reference.model)):
+        m.model.register_forward_hook(watch(who), with_kwargs=True)
+    trainer.train()
+    assert found == {"policy": {(True, True)}, "reference": {(False, False)}}
+
+
+def test_a_model_without_router_logits_goes_on(tiny_llama, small_tokenizer, tmp_path):
+    """The options stand in the config, but no layer has a router."""
+    expected = history(make(tiny_llama, small_tokenizer, tmp_path / "a", max_steps=2))
+    odd = copy.deepcopy(tiny_llama)
+    odd.config.output_router_logits, odd.config.router_aux_loss_coef = False, 0.1
+    trainer = make(odd, small_tokenizer, tmp_path / "b", max_steps=2)
+    with pytest.warns(UserWarning, match="no router logits; training without") as warned:
+        assert history(trainer) == expected
+    assert len([w for w in warned if "router" in str(w.message)]) == 1
+    assert not trainer.aux_loss_enabled
+    assert not logs(trainer, "aux_loss")
+
+
+def test_reentrant_checkpoints_are_told(small_tokenizer, tmp_path):
+    extra = {"gradient_checkpointing": True, "max_steps": 1}
+    extra["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
+    trainer = make(make_moe(small_tokenizer), small_tokenizer, tmp_path, **extra)
+    with pytest.warns(UserWarning, match="load-balancing loss has no gradient"):
+        trainer.train()
+
+
+def test_the_model_is_given_back(small_tokenizer, tmp_path):
+    model = make_moe(small_tokenizer)
+    before = snapshot(model)
+    with prepare_model(model) as prepared:
+        assert prepared.packs
+        assert any(m._forward_hooks for m in model.modules())
+    assert snapshot(model) == before
+    assert not any(m._forward_hooks for m in model.modules())

@@ -18,6 +18,7 @@ from tralign_fast.model.cpu import speed_up_linears
 from tralign_fast.model.last_mlp import LAST_MLP, leave_prompts_out_of_last_mlp
 from tralign_fast.model.masks import watch_masks
 from tralign_fast.model.patching import Patches, causal_lm_of, has_forward
+from tralign_fast.model.router import record_router_logits
 from tralign_fast.model.scoring import enable_logprobs, sequence_logps
 from tralign_fast.ops.backend import warn_once
 
@@ -78,6 +79,7 @@ def prepare_model(
     with contextlib.ExitStack() as undo:
         undo.callback(_keep_4bit_differentiable(model))
         undo.callback(enable_logprobs(model, logits_budget_mb=logits_budget_mb, **options))
+        undo.callback(record_router_logits(model))
         undo.callback(speed_up_linears(model))
         probe = probe and next(model.parameters()).device.type != "meta"
         with _evaluating(model):

@@ -17,6 +17,8 @@ Letters: T tokens, S rows of a padded batch, E experts, L layers with a router.
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +26,13 @@ import torch
 from torch import Tensor
 
 from tralign_fast.data.packing import PackedBatch
-from tralign_fast.model.patching import causal_lm_of
+from tralign_fast.model.patching import causal_lm_of, decoder_of
 from tralign_fast.ops.backend import warn_once
 
 # What configs call the experts that a token goes to.
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "moe_topk")
+
+_HOOKED = "_output_capturing_hooks_installed"  # transformers' mark on a model that has its hooks
 
 
 def router_coefficient(model: Any, coefficient: float | None) -> tuple[float, bool]:
@@ -62,20 +66,22 @@ class Balance:
 
     def __call__(self, outputs: Any, inputs: dict[str, Any], config: Any) -> Tensor | None:
         """The answer, of what a decoder returned for these keywords."""
-        hidden, weights = outputs.last_hidden_state, self.weights
+        hidden = outputs.last_hidden_state
+        weights = self.weights.to(hidden.device)
         if inputs.get("prefix_layout") is None:  # the mask may have PEFT's virtual tokens
             mask = inputs["attention_mask"][:, -hidden.shape[1] :]
-            weights = (mask * weights[:, None]).flatten()
+            weights = (mask.to(hidden.device) * weights[:, None]).flatten()
         try:
-            logits = _joined(getattr(outputs, "router_logits", None), len(weights))
+            logits = _joined(getattr(outputs, "router_logits", None), len(weights), hidden.device)
             top_k = _experts_per_token(config.get_text_config())
         except ValueError as error:
             warn_once(f"{type(config).__name__}: {error}; training without a load-balancing loss")
             return None
         if hidden.requires_grad and not logits.requires_grad:
             warn_once(
-                "the load-balancing loss has no gradient: reentrant checkpoints hide the routers; "
-                'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+                "the load-balancing loss is logged but has no gradient: reentrant checkpoints hide "
+                'the routers (set gradient_checkpointing_kwargs={"use_reentrant": False}), or no '
+                "weight that is trained lies before them"
             )
         weights = weights.repeat(len(logits) // len(weights))
         if self.counts:
@@ -125,6 +131,35 @@ def slopes_of(counts: Tensor) -> Tensor:
     return counts[:-1] * (len(counts) - 1) / counts[-1].square()
 
 
+def record_router_logits(model: Any) -> Callable[[], None]:
+    """Sets transformers' hooks, which record what routers return, on a mixture of experts; returns
+    the function that takes them off.
+
+    transformers sets them in the first forward that asks for router logits. By then layers may be
+    compiled, and their graphs, which never look for hooks again, would record nothing.
+    """
+    decoder = decoder_of(causal_lm_of(model))
+    config = decoder.config.get_text_config()
+    if not hasattr(config, "output_router_logits") or hasattr(decoder, _HOOKED):
+        return lambda: None
+    try:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:  # an older one, whose models ask their layers
+        return lambda: None
+    before = {id(hook) for m in decoder.modules() for hook in m._forward_hooks.values()}
+    maybe_install_capturing_hooks(decoder)
+    modules = weakref.WeakSet(decoder.modules())
+
+    def undo() -> None:
+        for module in modules:
+            module.__dict__.pop(_HOOKED, None)
+            for key, hook in list(module._forward_hooks.items()):
+                if id(hook) not in before and hook.__module__.endswith("output_capturing"):
+                    del module._forward_hooks[key]
+
+    return undo
+
+
 def asked(batch: PackedBatch) -> PackedBatch:
     """The batch, asking the model that scores it for its load-balancing loss (`batch.balance`)."""
     return _asking(batch, Balance(_weights(batch), batch.router_slopes))
@@ -154,18 +189,18 @@ def _weights(batch: PackedBatch) -> Tensor:
     weights = torch.ones(batch.input_ids.numel(), device=device)
     copies = len(batch.scored_lengths) // len(batch)
     for index, (start, prompt, completions) in enumerate(batch.layout.groups):
-        begin = start + prompt
+        begin, end = start + prompt, start + prompt + sum(completions)
         if paired and len(completions) > 1:
             weights[start:begin] = float(len(completions))
-        elif not paired and len(completions) < copies and index % copies:  # mismatched, alone
-            weights[start : begin + sum(completions)] = 0.0
         elif not paired and len(completions) > 1:
-            weights[begin + completions[0] : begin + sum(completions)] = 0.0
+            weights[begin + completions[0] : end] = 0.0
+        elif not paired and index % copies:  # a mismatched one behind a prompt of its own
+            weights[start:end] = 0.0
     weights[len(weights) - batch.layout.padding :] = 0.0
     return weights
 
 
-def _joined(router_logits: Any, tokens: int) -> Tensor:
+def _joined(router_logits: Any, tokens: int, device: torch.device) -> Tensor:
     """(L · T, E): the logits of all routers, one after the other.
 
     Raises:
@@ -174,10 +209,10 @@ def _joined(router_logits: Any, tokens: int) -> Tensor:
     layers = [layer for layer in router_logits or () if layer is not None]
     if not layers:
         raise ValueError("the model returned no router logits")
-    experts = layers[0].shape[-1]
-    rows = [layer.reshape(-1, layer.shape[-1]).to(layers[0].device) for layer in layers]
-    if odd := [tuple(r.shape) for r in rows if r.shape != (tokens, experts)]:
-        raise ValueError(f"expected router logits {(tokens, experts)}, got {odd[0]}")
+    expected = (tokens, layers[0].shape[-1])
+    rows = [layer.reshape(-1, layer.shape[-1]).to(device) for layer in layers]
+    if odd := [tuple(r.shape) for r in rows if r.shape != expected]:
+        raise ValueError(f"expected router logits of shape {expected}, got {odd[0]}")
     return torch.cat(rows)
 
 

@@ -47,4 +47,4 @@ def add_balance(trainer: Any, loss: Tensor, batch: PackedBatch) -> Tensor:
         mode = "train" if trainer.model.training else "eval"
         share = aux.detach().new_full((), batch.share)  # filled there: no copy waits for the device
         trainer._means[mode].add("aux_loss", aux.detach() * share, share)
-    return loss + trainer.router_aux_loss_coef * aux
+    return loss + trainer.router_aux_loss_coef * aux.to(loss.device)

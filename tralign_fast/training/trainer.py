@@ -88,7 +88,8 @@ class TRTrainer(ResumableTrainer):
 
     `ref_model` is the model that the reference keeps, or None. Metrics are TRL's: `rewards/chosen`,
     `rewards/rejected`, `rewards/accuracies`, `rewards/margins`, `logps/chosen`, `logps/rejected`,
-    `kl` (KTO), `num_tokens`; and `tr/syncs`, and in evaluation `kl/initial` with
+    `kl` (KTO), `aux_loss` (mixtures of experts), `num_tokens`; and `tr/syncs`, and in evaluation
+    `kl/initial` with
     `log_kl_initial=True`.
 
     Raises:
@@ -400,6 +401,8 @@ class TRTrainer(ResumableTrainer):
             logs["num_tokens"] = float(total)  # pyright: ignore[reportArgumentType]
             schedule = self.reference.schedule
             logs["tr/syncs"] = 0 if schedule.is_frozen else self.state.global_step // schedule.every
+        elif "train_loss" in logs:  # the end: what no log has had, as TRL says it there
+            logs.update(self._means["train"].pop(self.accelerator))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
