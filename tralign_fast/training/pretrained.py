@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tralign_fast.ops.backend import warn_once
 from tralign_fast.training.config import TRConfig
 
 
@@ -33,6 +34,8 @@ def load_model(model: str | PreTrainedModel, args: TRConfig) -> PreTrainedModel:
         loaded = _load(AutoModelForCausalLM, model, **{"dtype": torch.float32, **options})
     else:
         loaded = model
+        if args.model_init_kwargs:
+            warn_once("model_init_kwargs has no effect: the model is given, not its name")
     _check_trainable(loaded, model if isinstance(model, str) else None)
     return loaded
 
@@ -83,11 +86,14 @@ def _load(factory: Any, name: str, **options: Any) -> Any:
         raise ValueError(
             f"cannot load {name!r} with {asked}: {str(error).splitlines()[0]}"
         ) from error
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a dozen types: safetensors, tokenizers, the hub, json, …
         what = "tokenizer" if factory is AutoTokenizer else "model"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot load {what} {name!r}: expected a hub id or a folder made by save_pretrained "
-            f"({str(error).splitlines()[0]})"
+            f"({reason})"
         ) from error
 
 
