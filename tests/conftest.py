@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -124,3 +125,21 @@ def make_tiny_llama(tokenizer, **options):
 @pytest.fixture
 def tiny_llama(small_tokenizer):
     return make_tiny_llama(small_tokenizer)
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_llama, small_tokenizer):
+    """A recipe, a model and a data file as a user has them."""
+    tiny_llama.save_pretrained(tmp_path / "model")
+    small_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": f"the cat {i}", "chosen": " sings", "rejected": " sleeps slowly"}
+        for i in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tmp_path}/model\ndataset: {tmp_path}/rows.jsonl\noutput_dir: {tmp_path}/run\n"
+        "max_steps: 2\nper_device_train_batch_size: 2\nref_model_sync_steps: 1\nuse_cpu: true\n"
+        "report_to: none\nlogging_steps: 1\nlearning_rate: 1.0e-3\n"
+    )
+    return tmp_path / "recipe.yaml"

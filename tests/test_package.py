@@ -165,26 +165,6 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.fixture
-def recipe(tmp_path, tiny_llama, small_tokenizer):
-    """A recipe, a model and a data file as a user has them."""
-    import json
-
-    tiny_llama.save_pretrained(tmp_path / "model")
-    small_tokenizer.save_pretrained(tmp_path / "model")
-    rows = [
-        {"prompt": f"the cat {i}", "chosen": " sings", "rejected": " sleeps slowly"}
-        for i in range(8)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "recipe.yaml").write_text(
-        f"model: {tmp_path}/model\ndataset: {tmp_path}/rows.jsonl\noutput_dir: {tmp_path}/run\n"
-        "max_steps: 2\nper_device_train_batch_size: 2\nref_model_sync_steps: 1\nuse_cpu: true\n"
-        "report_to: none\nlogging_steps: 1\nlearning_rate: 1.0e-3\n"
-    )
-    return tmp_path / "recipe.yaml"
-
-
 def test_train_from_a_recipe(recipe, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -209,11 +189,11 @@ def test_train_from_a_recipe(recipe, tmp_path):
         (["train", "--config", "no.yaml"], "--config no.yaml: "),
         (
             ["train", "--config", "RECIPE", "--ref_model_sync_steps", "0"],
-            "ref_model_sync_steps must be",
+            "ref_model_sync_steps: expected",
         ),
         (
             ["train", "--config", "RECIPE", "--ref_model_mixup_alpha", "2"],
-            "ref_model_mixup_alpha must",
+            "ref_model_mixup_alpha: expected",
         ),
         (["train", "--config", "RECIPE", "--dataset", "no.jsonl"], "no.jsonl"),
         (
@@ -236,7 +216,7 @@ def test_what_cannot_be_run_is_one_line_and_exit_code_2(
 
 def test_unknown_options_of_a_recipe_are_named(recipe, refused):
     recipe.write_text(recipe.read_text() + "ref_sync: 3\n")
-    assert "unknown options ref_sync" in refused("train", "--config", str(recipe))
+    assert "ref_sync: no such option" in refused("train", "--config", str(recipe))
     assert "nothing" in refused("nothing")
 
 

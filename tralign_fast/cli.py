@@ -102,6 +102,8 @@ def _say_once(line: str) -> None:
                     return
             time.sleep(0.1)
         line = f"{line} (process {rank})"
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.close()  # which ends its line
     print(line, file=sys.stderr, flush=True)
     if rank == "0" and not alone:
         with contextlib.suppress(OSError):

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from tralign_fast import LOSSES
 from tralign_fast.training.option_types import (
+    TAKEN,
     OneOf,
     bounds_of,
     checked,
-    expectation,
     nearest,
+    own_options,
+    refusal,
     rule_of,
     shown,
 )
@@ -34,6 +36,9 @@ def parse(command: str, classes: Sequence[type], arguments: Sequence[str]) -> li
             recipe the line.
     """
     parser = _Parser(classes, command)
+    if arguments and not arguments[0].startswith("-"):
+        hint = "; a recipe is given as --config" if Path(arguments[0]).suffix else ""
+        raise ValueError(f"{arguments[0]}: expected --option value{hint}")
     parser.check_names(arguments)
     first = _OnlyConfig(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -41,8 +46,7 @@ def parse(command: str, classes: Sequence[type], arguments: Sequence[str]) -> li
         parser.read(path)
     given, rest = parser.parse_known_args(arguments)
     if rest:
-        hint = "; a recipe is given as --config" if rest[0].endswith((".yaml", ".yml")) else ""
-        raise ValueError(f"{rest[0]}: expected --option value{hint}")
+        raise ValueError(f"{rest[0]}: expected --option value")
     return parser.built(given)
 
 
@@ -86,8 +90,7 @@ class _Parser(HfArgumentParser):
         value = re.match(r"invalid .*?(?:value|choice): ('.*?'|\".*?\")|.*got (.*?) but", what)
         hint = self.hints.get(name.removeprefix("--"))
         if value is not None and hint is not None:
-            got = value[1] or repr(value[2])
-            what = f"expected {expectation(hint)}, got {got}"
+            raise ValueError(refusal(name, value[2] or value[1][1:-1], hint))
         raise ValueError(f"{name}: {what}")
 
     def check_names(self, arguments: Sequence[str]) -> None:
@@ -108,9 +111,10 @@ class _Parser(HfArgumentParser):
 
     def _meant(self, name: str, dashes: str = "") -> str:
         known = {action.dest for action in self._actions}
-        if meant := nearest(name, known):
+        if (meant := nearest(name, known)) and meant != name:
             return f"; did you mean {dashes}{meant}?"
-        return f"; {self.prog} --help lists them"
+        losses = ", also those of the losses in LOSSES" if "loss_options" in self.hints else ""
+        return f"; {self.prog} --help lists them{losses}"
 
     def read(self, path: str) -> None:
         """Takes the values of a recipe for defaults."""
@@ -124,7 +128,8 @@ class _Parser(HfArgumentParser):
             try:
                 recipe[name] = self._taken(known[name], value)
             except ValueError as error:
-                raise ValueError(f"{place}{error}{_yaml_words(value)}") from None
+                words = _yaml_words(value) if "word" in str(error) or "one of" in str(error) else ""
+                raise ValueError(f"{place}{error}{words}") from None
         for action in self._actions:
             action.required = action.required and action.dest not in recipe
         self.set_defaults(**recipe)
@@ -136,13 +141,13 @@ class _Parser(HfArgumentParser):
             return value
         try:
             return checked(action.dest, value, hint)
-        except ValueError as refusal:
+        except ValueError as error:
             if not isinstance(value, str) or not callable(action.type):
                 raise
             try:  # as on the command line; YAML takes 1e-6 for a word
                 value = action.type(value)
             except (ValueError, TypeError, argparse.ArgumentTypeError):
-                raise refusal from None
+                raise error from None
             return checked(action.dest, value, hint)
 
     def built(self, given: argparse.Namespace) -> list[Any]:
@@ -172,6 +177,9 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
 def _hints(dataclass: type) -> dict[str, Any]:
     """Name -> annotation of all fields, those of the parents too."""
     hints = typing.get_type_hints(dataclass, include_extras=True)
+    if issubclass(dataclass, TrainingArguments):
+        own = own_options(dataclass)
+        hints |= {name: hint for name, (hint, _) in TAKEN.items() if name not in own}
     return {f.name: hints[f.name] for f in dataclasses.fields(dataclass) if f.init}
 
 

@@ -231,7 +231,7 @@ def test_plan_prints_json_and_a_change_that_fits(tmp_path, capsys):
         (["--model", "llama-3.2-1b", "--method", "ppo"], "loss_type: expected one of"),
         (["--model", "llama-3.2-1b", "--tokens", "3"], "at least 4 tokens a pair"),
         (["--model", "llama-3.2-1b", "--base-bits", "4"], "set lora_rank"),
-        (["--model", "llama-3.2-1b", "--alpha", "1.5"], "ref_model_mixup_alpha must lie"),
+        (["--model", "llama-3.2-1b", "--alpha", "1.5"], "ref_model_mixup_alpha: expected"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, expected, capsys):

@@ -83,12 +83,13 @@ def workload(options: PlanOptions) -> Workload:
         "loss_type": options.method,
         "reference": options.reference,
         "sync_ref_model": options.sync > 0,
-        "ref_model_mixup_alpha": options.alpha,
-        "ref_model_sync_steps": max(options.sync, 1),
         "optim": options.optim,
         "gradient_checkpointing": options.gradient_checkpointing,
         "logits_budget_mb": options.logits_budget_mb,
     }
+    if options.sync > 0:
+        schedule = {"ref_model_mixup_alpha": options.alpha, "ref_model_sync_steps": options.sync}
+        training |= schedule
     if options.gradient_release:
         training |= _RELEASE
     return Workload(

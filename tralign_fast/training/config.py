@@ -90,7 +90,9 @@ class TRConfig(TrainingArguments):
     learning_rate: Annotated[float, NOT_NEGATIVE] = _option(
         1e-6, "Initial learning rate of the optimizer."
     )
-    logging_steps: Annotated[float, NOT_NEGATIVE] = _option(10, "Optimizer steps between two logs.")
+    logging_steps: Annotated[float, StepsOrShare()] = _option(
+        10, "Optimizer steps between two logs."
+    )
     gradient_checkpointing: bool = _option(
         True, "Compute activations again in the backward instead of keeping them."
     )

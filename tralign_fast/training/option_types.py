@@ -12,6 +12,7 @@ Others that read the annotations (transformers' parser) see the plain type.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import enum
 import functools
@@ -42,14 +43,19 @@ class OneOf(tuple):
         return f"one of {', '.join(self)}"
 
 
+@dataclasses.dataclass(frozen=True)
 class StepsOrShare:
-    """Whole steps, or under 1 a share of the run's."""
+    """Whole steps, or under 1 a share of the run's; 0 where that means something."""
+
+    zero: bool = False
 
     def __contains__(self, value: float) -> bool:
+        if value == 0:
+            return self.zero
         return 0 < value < 1 or (value >= 1 and value == int(value))
 
     def __str__(self) -> str:
-        return "of whole steps ≥ 1, or a share of the run in (0, 1)"
+        return f"of whole steps ≥ {1 - self.zero}, or a share of the run in (0, 1)"
 
 
 class NotEmpty:
@@ -99,10 +105,13 @@ TAKEN: dict[str, tuple[Any, str]] = {
     ),
     "fp16": (bool, "fp16 mixed precision."),
     "eval_steps": (
-        Annotated[float | None, NOT_NEGATIVE],
-        "Steps between two evaluations; None: logging_steps.",
+        Annotated[float | None, StepsOrShare(zero=True)],
+        "Steps between two evaluations; None and 0: logging_steps.",
     ),
-    "save_steps": (_AMOUNT, "Steps between two checkpoints; under 1, a share of the run's."),
+    "save_steps": (
+        Annotated[float, StepsOrShare(zero=True)],
+        "Steps between two checkpoints; 0: none.",
+    ),
     "save_total_limit": (
         Annotated[int | None, NOT_NEGATIVE],
         "Checkpoints that are kept; None and 0: all.",
@@ -161,9 +170,13 @@ def checked(name: str, value: Any, hint: Any) -> Any:
     fits, made = _fit(value, kinds)
     if fits and (rule is None or made is None or made in rule):
         return made
-    raise ValueError(
-        f"{name}: expected {expectation(hint)}, got {shown(value)}{_near(value, rule)}"
-    )
+    raise ValueError(refusal(name, value, hint))
+
+
+def refusal(name: str, value: Any, hint: Any) -> str:
+    """The line that refuses a value."""
+    near = _near(value, hint)
+    return f"{name}: expected {expectation(hint)}, got {shown(value)}{near}"
 
 
 def expectation(hint: Any) -> str:
@@ -174,6 +187,8 @@ def expectation(hint: Any) -> str:
         return " or ".join([str(rule), *(["nothing"] if type(None) in kinds else [])])
     ranged = rule is not None and not isinstance(rule, Checked)
     bounds = {int: "a whole number", float: "a number", str: "a word"} if ranged else {}
+    if any(_is_enum(kind) for kind in kinds):
+        kinds = tuple(kind for kind in kinds if kind is not str)
     words = list(dict.fromkeys(bounds.get(kind) or _word(kind) for kind in kinds))
     limit = f" {bounds_of(rule)}" if ranged else ""
     return " or ".join(word + limit * (word in bounds.values()) for word in words)
@@ -200,8 +215,11 @@ def nearest(word: object, words: Iterable[str]) -> str | None:
     return folded[found[0]] if found else None
 
 
-def _near(value: Any, rule: Any) -> str:
-    meant = nearest(value, rule) if isinstance(rule, OneOf) and isinstance(value, str) else None
+def _near(value: Any, hint: Any) -> str:
+    plain, rule = _split(hint)
+    words = [*rule] if isinstance(rule, OneOf) else []
+    words += [str(member.value) for kind in _kinds(plain) if _is_enum(kind) for member in kind]
+    meant = nearest(value, words) if isinstance(value, str) else None
     return f"; did you mean {meant!r}?" if meant else ""
 
 
@@ -251,7 +269,7 @@ def _fit(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, Any]:
         elif base is int and isinstance(value, numbers.Real):
             if abs(value) <= sys.float_info.max and value == int(value):
                 return True, int(value)
-        elif isinstance(base, type) and issubclass(base, enum.Enum):
+        elif _is_enum(base):
             if isinstance(value, base) or value in [member.value for member in base]:
                 return True, value
             if isinstance(value, str):  # also declared as a word, of which few are right
@@ -261,13 +279,17 @@ def _fit(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, Any]:
     return False, value
 
 
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
 def _word(kind: Any) -> str:
     base = typing.get_origin(kind) or kind
     if base is list:
         return f"a list of {_word((*typing.get_args(kind), str)[0]).removeprefix('a ')}s"
     if base is typing.Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
-    if isinstance(base, type) and issubclass(base, enum.Enum):
+    if _is_enum(base):
         return f"one of {', '.join(str(member.value) for member in base)}"
     return _WORDS.get(base) or f"a {base.__name__}"
 

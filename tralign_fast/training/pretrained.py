@@ -41,7 +41,7 @@ def load_model(
             "from_pretrained(name, quantization_config=...)"
         )
     if args.model_init_kwargs:
-        warn_once("model_init_kwargs are not used: the model is loaded already")
+        warn_once("model_init_kwargs has no effect: the model is given, not its name")
     return model
 
 
@@ -169,11 +169,14 @@ def _load(factory: Any, name: str, **options: Any) -> Any:
         raise ValueError(
             f"cannot load {name!r} with {asked}: {str(error).splitlines()[0]}"
         ) from error
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a dozen types: safetensors, tokenizers, the hub, json, …
         what = "tokenizer" if factory is AutoTokenizer else "model"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot load {what} {name!r}: expected a hub id or a folder made by save_pretrained "
-            f"({str(error).splitlines()[0]})"
+            f"({reason})"
         ) from error
 
 
