@@ -34,7 +34,7 @@ def config(folder, **options):
         ({"loss_type": ["exo_pair", "dpo"]}, "label_smoothing: the losses exo_pair, dpo have"),
         ({"beta": [0.1]}, r"beta: expected a finite number, got \[0.1\]"),
         ({"prefix_sharing": "no"}, "prefix_sharing: expected true or false, got 'no'"),
-        ({"sync_ref_model": 1}, "sync_ref_model: expected true or false, got 1"),
+        ({"sync_ref_model": 1}, "sync_ref_model: expected true or false or nothing, got 1"),
         ({"max_length": 4.5}, "max_length: expected a whole number or nothing, got 4.5"),
         ({"logits_budget_mb": math.nan}, "logits_budget_mb: expected a finite number, got nan"),
         ({"reference": None}, "reference: expected a word, got None"),
