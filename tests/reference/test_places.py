@@ -116,6 +116,7 @@ def processes(*, fsdp=None, zero_stage=None, offload="none"):
         ("snapshot", set()),
         ("offloaded", {"zero3", "nvme"}),
         ("adapter", {"fsdp2", "zero3", "nvme"}),
+        ("precomputed", set()),
         ("host_copy", {"fsdp2", "zero3", "nvme"}),
     ],
 )

@@ -80,8 +80,8 @@ def test_losses_are_those_of_a_second_model(
     rows, held_out = (rows_of("kto" if unpaired else "dpo", n) for n in (11, 5))
     extra = {
         "max_steps": 8, "per_device_train_batch_size": 3, "train_sampling_strategy": order,
-        "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 4,
-        "dataloader_drop_last": order == "random", "held_out": held_out, **extra,
+        "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 4, "dataloader_drop_last": order == "random", "held_out": held_out, **extra,
     }  # fmt: skip
     keys = ("loss", "eval_loss", "eval_rewards/chosen")
     runs = []
@@ -121,7 +121,7 @@ def test_every_row_is_scored_once_and_found_again(
     assert not forwards  # those two were held out before
     rows = rows_of("dpo", 22).select(range(10, 22))
     history(make(tiny_llama, small_tokenizer, tmp_path / "more", rows=rows, **other))
-    assert {key for keys in forwards for key in keys}.isdisjoint(scored)
+    assert [len(keys) // 2 for keys in forwards] == [6]  # the batch with what is new, as a whole
     (file,) = cache.iterdir()
     assert len(load_file(file)["keys"]) == 2 * 22
 
@@ -282,6 +282,21 @@ def test_rows_that_come_after_the_start_are_refused(tiny_llama, small_tokenizer,
     assert model(torch.tensor([[1, 2, 3]])).logits.shape[-1] == len(small_tokenizer)
 
 
+def test_kto_in_a_random_order_has_the_epochs_that_it_began_with(
+    tiny_llama, small_tokenizer, tmp_path
+):
+    extra = {
+        "rows": rows_of("kto", 12), "train_sampling_strategy": "random", "max_steps": 3,
+        "per_device_train_batch_size": 4, **PRE,
+    }  # fmt: skip
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, "kto", **extra)
+    trainer.train()
+    trainer.train()
+    trainer.args.max_steps = 9
+    with pytest.raises(ValueError, match="borrow other completions in epochs"):
+        trainer.train()
+
+
 def test_an_adapter_can_score_rows_that_come_later(small_tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
@@ -318,12 +333,9 @@ def test_streams_are_refused(sync, as_, tiny_llama, small_tokenizer, tmp_path):
         "IterableDatasetDict": datasets.IterableDatasetDict({"a": stream}),
     }.get(as_)  # fmt: skip
     rows = stream if as_ == "train" else rows_of("dpo")
+    extra = {"rows": rows, "held_out": held_out, "max_steps": 1, **PRE, "sync_ref_model": sync}
     with pytest.raises(ValueError, match=r"precompute_ref_log_probs.*not supported with Iterable"):
-        trainer = make(
-            tiny_llama, small_tokenizer, tmp_path, rows=rows, held_out=held_out, max_steps=1,
-            **{**PRE, "sync_ref_model": sync},
-        )  # fmt: skip
-        trainer.evaluate(stream)
+        make(tiny_llama, small_tokenizer, tmp_path, **extra).evaluate(stream)
 
 
 def test_a_moving_reference_has_its_windows(tiny_llama, small_tokenizer, tmp_path, capsys):

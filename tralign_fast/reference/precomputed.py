@@ -29,7 +29,8 @@ class PrecomputedReference(OffloadedReference):
     """Weights: none once the rows are scored. Exact for a frozen reference, of any architecture.
 
     A sequence is scored once, whatever batch or epoch it stands in: not at all if an earlier run
-    with the same reference has left its log-prob on the disk (`score_cache.py`). Processes share
+    with the same reference has left its log-prob on the disk (`score_cache.py`; a batch with one
+    that is new runs as a whole). Processes share
     the rows out, and then all of them know all. A model of its own as reference is let go of after
     that. Of a PEFT policy the adapter that it starts with stays on the host, so that rows that come
     later can still be scored; of a policy that is trained whole nothing stays.
@@ -160,14 +161,24 @@ class PrecomputedReference(OffloadedReference):
         if complete:
             return torch.from_numpy(values).to(batch.input_ids.device)
         if not self.can_score_now():
-            raise ValueError(
-                "Cannot compute reference log-probs for a dataset passed to evaluate() after "
-                f"training has started (rows {few(batch.rows)}): precompute_ref_log_probs=True "
-                "keeps no reference model. Pass the dataset as eval_dataset when the trainer is "
-                "made, or set precompute_ref_log_probs=False"
-            )
+            raise ValueError(self._missing(batch))
         with self.weights():
             return self._run(batch)
+
+    def _missing(self, batch: PackedBatch) -> str:
+        rows = few(batch.rows)
+        if self.policy.training:
+            return (
+                f"rows {rows} were not scored before the first step: they are not those that the "
+                "run began with, or, of KTO in a random order, borrow other completions in epochs "
+                "that it did not have then; set precompute_ref_log_probs=False"
+            )
+        return (
+            "Cannot compute reference log-probs for a dataset passed to evaluate() after training "
+            f"has started (rows {rows}): precompute_ref_log_probs=True keeps no reference model. "
+            "Pass the dataset as eval_dataset when the trainer is made, or set "
+            "precompute_ref_log_probs=False"
+        )
 
     @property
     def _device(self) -> torch.device:
