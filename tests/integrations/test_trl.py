@@ -98,6 +98,7 @@ class _MixMerged(TrainerCallback):
         (0.1, {"use_rslora": True}),
         (1.0, {}),
         (1.0, {"use_dora": True}),
+        (0.6, {"use_dora": True}),
         (0.5, {"modules_to_save": ["norm"]}),
     ],
 )
@@ -502,9 +503,12 @@ def other_forward(model):
         (other_architecture, "different models .only the policy has model.layers.1"),
         (
             lambda build: TrustRegionCallback(
-                0.5, trainer=build("dpo", peft_config=lora(use_dora=True))
+                0.5,
+                trainer=build(
+                    "dpo", peft_config=lora(use_dora=True, target_modules=["embed_tokens"])
+                ),
             ),
-            r"alpha=0.5 mixes plain LoRA .*Dora.*TrustRegionCallback\(alpha=1\)",
+            r"alpha=0.5 mixes LoRA and its like only .*Dora.*TrustRegionCallback\(alpha=1\)",
         ),
         (lambda build: use_fast_logprobs("model"), "expected a TRL trainer or a model, got str"),
         (lambda build: head(build, other_forward), "LlamaForCausalLM has no fused LM head of TRL"),

@@ -95,6 +95,10 @@ BASES = {
     "8 bit": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
 }
 
+# An 8-bit layer rounds activations to 8 bits: what differs by 1e-7 may be rounded apart. TRL's own
+# first loss, of a policy that is its reference, is off log 2 by 6e-5.
+TOLERANCE = {"8 bit": 5e-4}
+
 
 @pytest.fixture(params=[*BASES, "coded"])
 def base(request, small_tokenizer, tmp_path) -> Any:
@@ -104,7 +108,7 @@ def base(request, small_tokenizer, tmp_path) -> Any:
 
 
 def weights_of(layer):
-    """(s·B·A with DoRA's rows scaled, the scale of the base's rows) of a layer."""
+    """s·B·A of a layer."""
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return layer.scaling["default"] * (b @ a).detach()
 
@@ -140,7 +144,8 @@ class MeanOfDeltas:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6, 0.05])
-def test_the_moving_reference_is_the_mean_of_the_deltas(alpha, base):
+def test_the_moving_reference_is_the_mean_of_the_deltas(alpha, base, request):
+    kind = request.node.callspec.params["base"]
     policy = lora(base).eval()
     prepare_model(policy)
     reference = AdapterReference(policy, TrustRegion(alpha, 2))
@@ -148,7 +153,8 @@ def test_the_moving_reference_is_the_mean_of_the_deltas(alpha, base):
     frozen = {n: p.clone() for n, p in policy.named_parameters() if not p.requires_grad}
     for step in range(6):
         seen.append(truth.logps(batch))
-        torch.testing.assert_close(reference.logps(batch), seen[-1], rtol=1e-5, atol=2e-5)
+        close = {"rtol": 1e-5, "atol": TOLERANCE.get(kind, 2e-5)}
+        torch.testing.assert_close(reference.logps(batch), seen[-1], **close)
         shake(policy, step)
         truth.sync()
         reference.sync()
@@ -156,8 +162,8 @@ def test_the_moving_reference_is_the_mean_of_the_deltas(alpha, base):
     for name, parameter in policy.named_parameters():
         if name in frozen and isinstance(parameter, CodedWeight):
             assert torch.equal(parameter.codes, frozen[name].codes)
-        elif name in frozen:
-            assert torch.equal(parameter, frozen[name])
+        elif name in frozen:  # as bytes: codes may read as NaN
+            assert torch.equal(parameter.view(torch.uint8), frozen[name].view(torch.uint8))
 
 
 def test_dora_on_a_quantised_base(small_tokenizer, tmp_path):
@@ -196,7 +202,7 @@ def test_places_have_the_same_losses_and_resume(place, base, small_tokenizer, tm
     assert resumed == pytest.approx(losses, rel=1e-6)
 
 
-def test_losses_equal_trls_at_every_step(base, small_tokenizer, tmp_path):
+def test_losses_equal_trls_at_every_step(base, request, small_tokenizer, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     from tralign_fast import TRConfig, TRTrainer
@@ -217,7 +223,8 @@ def test_losses_equal_trls_at_every_step(base, small_tokenizer, tmp_path):
         runs.append(history(trainer))
     assert len(runs[0]) == STEPS
     assert len({round(loss, 4) for loss in runs[0]}) > 4
-    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+    kind = request.node.callspec.params["base"]
+    assert runs[1] == pytest.approx(runs[0], rel=TOLERANCE.get(kind, 1e-4))
 
 
 # --- what a quantised weight is, and what cannot be done with it ----------------------------------

@@ -56,7 +56,7 @@ class TrustRegionCallback(TrainerCallback):
       off; from here on `disable_adapter` of this model means the moved reference instead
       (`AdapterReference`: exact, LoRA factors only; α = 1 follows any kind of adapter). With a
       `ref_model`, a whole model, this follows the policy's merged weights `W + s·B·A` instead, a
-      layer at a time, and B·A is never in memory (`lora_merge_`: plain LoRA on linear layers,
+      layer at a time, and B·A is never in memory (`lora_merge_`: plain LoRA, on experts too,
       `modules_to_save`);
     - for FSDP2: each process moves its own shards, nothing is communicated. TRL shards its
       reference itself; elsewhere shard yours as the policy is, before training:
@@ -309,7 +309,7 @@ class _PeftReference:
         except ValueError as error:
             if 0.0 < schedule.alpha < 1.0:
                 raise ValueError(
-                    f"alpha={schedule.alpha} mixes plain LoRA on linear layers only ({error}); "
+                    f"alpha={schedule.alpha} mixes LoRA and its like only ({error}); "
                     "TrustRegionCallback(alpha=1) follows any adapter"
                 ) from error
             self.held = OffloadedReference(self.model, TrustRegion(1.0, 1), **options)

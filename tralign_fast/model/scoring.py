@@ -75,7 +75,7 @@ def enable_logprobs(
     if is_quantised(head.weight) and not head.weight.is_meta:
         raise ValueError(
             f"{type(causal_lm).__name__}: lm_head is quantised, but log-probs are computed from "
-            "the weight itself; leave it out of the quantisation (llm_int8_skip_modules="
+            "its weight; leave it out of the quantisation (llm_int8_skip_modules="
             '["lm_head"], modules_to_not_convert=["lm_head"])'
         )
     options = {

@@ -61,6 +61,8 @@ def ema_update_(
     _check_options("ema_update_", alpha, rounding)
     refs, thetas = [local_shard(t) for t in ref_tensors], [local_shard(t) for t in tensors]
     _check_match(refs, thetas)
+    if any(is_quantised(t) for both in (ref_tensors, tensors) for t in both):
+        raise ValueError("ema_update_: quantised weights cannot move; leave them out")
     refs, thetas = _without_repeats(refs, thetas)
     if alpha == 0.0 or not refs:
         return
@@ -333,8 +335,6 @@ def _check_match(refs: list[Tensor], thetas: list[Tensor]) -> None:
                 f"{tuple(ref.shape)}; with sharded weights both must be sharded alike"
             )
         check_floats("ema_update_", f"tensor {index}", ref.dtype, theta.dtype)
-        if is_quantised(ref) or is_quantised(theta):
-            raise ValueError(f"ema_update_: tensor {index} is quantised: such weights cannot move")
 
 
 def check_floats(name: str, what: str, *dtypes: torch.dtype) -> None:
