@@ -62,8 +62,8 @@ def use_fast_logprobs(
         logits_budget_mb, backend: as in `linear_logprobs`.
 
     Raises:
-        ValueError: not TRL's, a head that is not linear, quantised, on meta or with LoRA factors (of
-            which TRL's head knows nothing), in use already, or Liger's head on top.
+        ValueError: not TRL's, a head that is not linear, quantised, on meta or with LoRA factors
+            (of which TRL's head knows nothing), in use already, or Liger's head on top.
         RuntimeError: a TRL whose head is not the one known. Nothing is changed then.
     """
     _check_liger(trainer_or_model)
@@ -169,8 +169,8 @@ def _check_one(name: str, head: Any) -> None:
     weight = getattr(head, "weight", None)
     if hasattr(head, "base_layer"):
         raise ValueError(
-            f"{name}: lm_head has LoRA factors or the like, which TRL's fused head leaves out: take "
-            'it out of target_modules, and train it with modules_to_save=["lm_head"]'
+            f"{name}: lm_head has LoRA factors or the like, which TRL's fused head leaves out: "
+            'take it out of target_modules, and train it with modules_to_save=["lm_head"]'
         )
     if not isinstance(head, nn.Linear) or weight is None:
         raise ValueError(
