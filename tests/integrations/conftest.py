@@ -19,23 +19,24 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 @pytest.fixture
 def build(tiny_llama, small_tokenizer, tmp_path):
-    """build("dpo" | "kto" | "grpo", ref=True, ...) -> one of TRL's trainers."""
+    """build("dpo" | "kto" | "grpo" | "rloo", ref=True, ...) -> one of TRL's trainers."""
 
     def one(method: str, *, ref: bool = True, model=None, peft_config=None, rows=None, **extra):
         model = copy.deepcopy(model or tiny_llama)
         args = options(tmp_path / f"{method}{len(list(tmp_path.iterdir()))}")
         args |= {"sync_ref_model": False, "max_steps": 6, **extra}
-        if method == "grpo":
-            from trl import GRPOConfig, GRPOTrainer
+        if method in ("grpo", "rloo"):
+            import trl
 
+            config, trainer = (getattr(trl, method.upper() + n) for n in ("Config", "Trainer"))
             del args["max_length"], args["train_sampling_strategy"]
             args = {"beta": 0.2, "num_generations": 2, "max_completion_length": 5, **args}
-            # GRPO copies its reference from the model's folder
+            # the reference is read from the model's folder
             tiny_llama.save_pretrained(tmp_path / "start")
             model.config._name_or_path = str(tmp_path / "start")
             model.generation_config.eos_token_id = None
-            return GRPOTrainer(
-                model, reward, args=GRPOConfig(**args),
+            return trainer(
+                model, reward, args=config(**args),
                 train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in pair_rows()]),
                 processing_class=small_tokenizer, peft_config=peft_config,
             )  # fmt: skip

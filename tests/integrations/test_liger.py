@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -134,16 +135,18 @@ def test_frozen_tensors_get_no_gradient(frozen):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kl", [None, 0.7, -0.4])
+@pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.parametrize("kl", [None, 0.7, -0.4, 1])
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"use_ref_model": True}, {"use_ref_model": True, "average_log_prob": True, "beta": 0.3}],
     ids=str,
 )
-def test_kto_equals_liger(kwargs, kl, bias):
+def test_kto_equals_liger(kwargs, kl, as_tensor, bias):
     kwargs = {"compiled": False, **kwargs}
     ours, theirs = FusedLinearKTOLoss(**kwargs), chunked_loss.LigerFusedLinearKTOLoss(**kwargs)
-    compare(ours, theirs, tensors(seed=2), bias=bias, kl=None if kl is None else torch.tensor([kl]))
+    given = torch.tensor([kl]) if as_tensor and kl is not None else kl
+    compare(ours, theirs, tensors(seed=2), bias=bias, kl=given)
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
@@ -195,6 +198,11 @@ ONES = {"hidden": torch.ones(2, 4, 2), "weight": torch.ones(3, 2)}
 TARGET = torch.ones(2, 4, dtype=torch.int64)
 
 
+def kto_with(convert):
+    t = tensors()
+    call(FusedLinearKTOLoss(), {**t, "labels": convert(t["labels"])})
+
+
 def dpo(weight=ONES["weight"], hidden=ONES["hidden"], **options):
     FusedLinearDPOLoss(**options)(weight, hidden, TARGET)
 
@@ -227,6 +235,49 @@ def dpo(weight=ONES["weight"], hidden=ONES["hidden"], **options):
             r"expected bool preference_labels \(2,\), got None",
         ),
         (lambda: call(FusedLinearKTOLoss(), tensors(), kl=torch.ones(6)), "kl: expected one num"),
+        *(
+            (lambda kl=kl: call(FusedLinearKTOLoss(), tensors(), kl=kl), "kl: expected a tensor of")
+            for kl in ([0.3], "0.3", math.nan, -math.inf, True, torch.tensor(True))
+        ),
+        *(
+            (
+                lambda convert=convert: kto_with(convert),
+                r"expected bool preference_labels \(6,\), got (list|ndarray|torch)",
+            )
+            for convert in (
+                torch.Tensor.tolist,
+                torch.Tensor.numpy,
+                torch.Tensor.int,
+                torch.Tensor.float,
+                lambda labels: labels.int() * 2 - 1,
+                lambda labels: labels[:3],
+                lambda labels: labels[:, None],
+            )
+        ),
+        *(
+            (
+                lambda alpha=alpha: FusedLinearDPOLoss(alpha=alpha, compute_nll_loss=True),
+                "alpha: expected a number ≥ 0 and finite, got",
+            )
+            for alpha in (math.nan, math.inf, -1.0, "1", None, [1.0], True)
+        ),
+        (lambda: FusedLinearDPOLoss(label_smoothing="a"), r"label_smoothing: .* in \[0, 1\], got"),
+        (lambda: FusedLinearDPOLoss(discopop_tau=0.0), "discopop_tau: expected a number > 0"),
+        (lambda: FusedLinearDPOLoss(ignore_index=None), "ignore_index: expected an int, got None"),
+        (lambda: FusedLinearKTOLoss(ignore_index=1.5), "ignore_index: expected an int, got 1.5"),
+        (lambda: FusedLinearDPOLoss(compute_nll_loss="no"), "compute_nll_loss: expected True or"),
+        (lambda: FusedLinearKTOLoss(average_log_prob="no"), "average_log_prob: expected True or"),
+        *(
+            (
+                lambda name=name, value=value: call(
+                    FusedLinearDPOLoss(), {**tensors(), name: value}
+                ),
+                ": expected a tensor, got list",
+            )
+            for name, value in (("ref_input", [[1.0]]), ("ref_weight", [1.0]), ("ref_bias", [1.0]))
+        ),
+        (lambda: dpo(weight=[[1.0]], use_ref_model=False), "weight: expected a tensor, got list"),
+        (lambda: dpo(hidden=None, use_ref_model=False), "hidden states: expected a tensor, got No"),
     ],
 )
 def test_bad_input_is_one_line(build, message):

@@ -205,6 +205,53 @@ def test_a_path_given_to_train_is_the_one_that_counts(build):
     assert resumed == pytest.approx(expected, rel=1e-5)
 
 
+SAVING = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 2e-2}
+
+
+def _run_of_six(build, peft_config=None):
+    """The losses of a run whose reference moved, and its checkpoint of step 3."""
+    first = build("dpo", peft_config=peft_config, **SAVING)
+    first.add_callback(TrustRegionCallback(0.6, 2, trainer=first))
+    return [log["loss"] for log in logs(first)], f"{first.args.output_dir}/checkpoint-3"
+
+
+@pytest.mark.parametrize(
+    ("named", "peft", "as_keyword"),
+    [(None, False, True), ("elsewhere/checkpoint-3", False, False), (None, True, True)],
+)
+def test_a_third_folder_given_to_train_alone_is_found(named, peft, as_keyword, build):
+    """Neither args.output_dir nor args.resume_from_checkpoint names it."""
+    peft_config = lora() if peft else None
+    expected, folder = _run_of_six(build, peft_config)
+    again = build("dpo", peft_config=peft_config, resume_from_checkpoint=named, **SAVING)
+    callback = TrustRegionCallback(0.6, 2, trainer=again)
+    again.add_callback(callback)
+    if as_keyword:
+        again.train(resume_from_checkpoint=folder)
+    else:
+        again.train(folder)
+    losses = [log["loss"] for log in again.state.log_history if "loss" in log]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    callback.detach()
+    assert "train" not in vars(again)
+
+
+def test_a_third_folder_that_nobody_told_the_callback_is_refused(build):
+    _, folder = _run_of_six(build)
+    again = build("dpo")
+    again.add_callback(TrustRegionCallback(0.6, 2, ref_model=again.ref_model))
+    with pytest.raises(ValueError, match=r"resumes step 3 from a checkpoint that is not .*pass tr"):
+        again.train(resume_from_checkpoint=folder)
+    # named, it is found; a callback that saves none looks for none
+    named = build("dpo", learning_rate=2e-2, resume_from_checkpoint=folder)
+    named.add_callback(TrustRegionCallback(0.6, 2, ref_model=named.ref_model))
+    named.train(resume_from_checkpoint=folder)
+    other = build("dpo")
+    other.add_callback(TrustRegionCallback(0.6, 2, ref_model=other.ref_model, save=False))
+    with pytest.warns(UserWarning, match="holds no reference"):
+        other.train(resume_from_checkpoint=folder)
+
+
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_merging_where_the_adapter_is_off_is_refused(alpha, build):
     trainer = build("dpo", peft_config=lora(), learning_rate=5e-2)
@@ -256,6 +303,104 @@ def test_fast_logprobs_change_no_loss_and_no_metric(method, build, monkeypatch):
     used.clear()
     ours.evaluate(ours.train_dataset) if method == "dpo" else None
     assert not used
+
+
+ONLINE = {
+    # old log-probs of their own, scored in chunks of the batch, the last one smaller
+    "grpo_old": {
+        "num_iterations": 2,
+        "steps_per_generation": 3,
+        "temperature": 0.7,
+        "top_entropy_quantile": 0.5,
+    },
+    "grpo_sequence": {"importance_sampling_level": "sequence", "temperature": 1.9},
+    "rloo": {"num_iterations": 2, "temperature": 0.6},
+}
+
+
+@pytest.mark.parametrize("case", ONLINE)
+def test_online_methods_have_trls_losses_at_every_step(case, build, monkeypatch):
+    """Policy with entropy, reference and old policy, with a temperature."""
+    method, extra = case.split("_")[0], {"max_steps": 8, "learning_rate": 2e-2, **ONLINE[case]}
+    theirs, ours = build(method, **extra), build(method, **extra)
+    used = _count(monkeypatch)
+    use_fast_logprobs(ours)
+    (expected, _), (losses, _) = start_equal(theirs, ours)
+    assert used[True] == 8
+    assert used[False] >= 4  # the reference, for every generation, and the old policy
+    same_logs(losses, expected)
+    assert len({log["loss"] for log in losses}) > 4  # it is no constant that agrees
+    assert all(log["entropy"] > 0.5 for log in losses)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "rloo"])
+def test_a_head_in_modules_to_save(method, build, monkeypatch):
+    """The active adapter's copy is trained; the original one is the reference's."""
+    extra = {"max_steps": 8, "learning_rate": 2e-2}
+    config = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        trainers.append(build(method, peft_config=config, **extra))
+    theirs, ours = trainers
+    used = _count(monkeypatch)
+    use_fast_logprobs(ours)
+    start = ours.model.get_base_model().lm_head.original_module.weight.clone()
+    (expected, _), (losses, _) = start_equal(theirs, ours)
+    assert used[True] >= 8
+    assert used[False] >= 4
+    same_logs(losses, expected)
+    head, other = (t.model.get_base_model().lm_head for t in (ours, theirs))
+    copies = (head.modules_to_save["default"].weight, other.modules_to_save["default"].weight)
+    torch.testing.assert_close(*copies, rtol=1e-4, atol=1e-5)
+    assert (copies[0] - start).abs().max() > 1e-2
+    assert torch.equal(head.original_module.weight, start)
+
+
+def test_a_head_in_modules_to_save_moves_with_the_reference(build):
+    """The reference's head is then neither of the two that PEFT has."""
+    config = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    found = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        trainer = build("dpo", peft_config=config, max_steps=8, learning_rate=2e-2)
+        trainer.add_callback(TrustRegionCallback(0.6, 2, trainer=trainer))
+        if fast:
+            use_fast_logprobs(trainer)
+        found.append(logs(trainer))
+    same_logs(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "backend"),
+    [
+        ("dpo", "none"),
+        ("grpo", "none"),
+        # to compile takes minutes
+        pytest.param("dpo", "inductor", marks=pytest.mark.slow),
+        pytest.param("grpo", "inductor", marks=pytest.mark.slow),
+        pytest.param("kto", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_trainer(method, backend, build, monkeypatch):
+    """ "none": wrapped as for the compiler, which is told to leave it."""
+    chosen = {"torch_compile_backend": backend} if backend != "none" else {}
+    stance = "force_eager" if backend == "none" else "default"
+    found = []
+    for fast in (False, True):
+        torch._dynamo.reset()
+        trainer = build(method, torch_compile=True, max_steps=8, learning_rate=2e-2, **chosen)
+        assert hasattr(trainer.ref_model, "_orig_mod")
+        undo = use_fast_logprobs(trainer) if fast else None
+        torch.manual_seed(0)
+        used = _count(monkeypatch)
+        with torch.compiler.set_stance(stance):
+            found.append(logs(trainer))
+        assert (used.get(True, 0) >= 8) == fast
+    same_logs(found[1], found[0])
+    undo()
+    own = [trainer.model, trainer.ref_model._orig_mod]
+    assert not any("_tralign_" in n for m in own for n in m.forward.__func__.__code__.co_names)
 
 
 def _count(monkeypatch):
@@ -478,6 +623,30 @@ def quantised(model):
     model.lm_head.weight = torch.nn.Parameter(torch.ones(4, 4).to(torch.int8), requires_grad=False)
 
 
+def factors_on_the_head(build):
+    from peft import get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = build("dpo").model  # TRL's trainers refuse such a model
+    add_fused_lm_head(model)
+    use_fast_logprobs(get_peft_model(model, lora(target_modules=["q_proj", "lm_head"])))
+
+
+def quantised_copy(build):
+    trainer = build("dpo", peft_config=lora(modules_to_save=["lm_head"]))
+    copy_ = trainer.model.get_base_model().lm_head.modules_to_save["default"]
+    copy_.weight = torch.nn.Parameter(torch.ones(4, 4).to(torch.int8), requires_grad=False)
+    use_fast_logprobs(trainer)
+
+
+def with_ligers_head(build):
+    trainer = build("dpo")
+    trainer.args.use_liger_kernel = (
+        True  # TRL itself switches Liger's head off, unless told so late
+    )
+    use_fast_logprobs(trainer)
+
+
 def other_forward(model):
     model.forward = MethodType(type(model).forward, model)
 
@@ -519,6 +688,9 @@ def other_forward(model):
         ),
         (lambda build: head(build, lambda m: m.lm_head.to("meta")), "lm_head is on meta"),
         (lambda build: head(build, quantised), "lm_head is quantised .torch.int8."),
+        (factors_on_the_head, r"lm_head has LoRA factors .*modules_to_save=\["),
+        (quantised_copy, "lm_head is quantised .torch.int8."),
+        (with_ligers_head, "use_liger_kernel=True would put Liger's head over this one"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(cause, message, build):

@@ -19,7 +19,7 @@ from tests.model.test_attention import build, collate, examples
 from tralign_fast.model import prepare
 from tralign_fast.model.patching import causal_lm_of
 from tralign_fast.model.prepare import prepare_model
-from tralign_fast.model.scoring import disable_logprobs, enable_logprobs, sequence_logps
+from tralign_fast.model.scoring import enable_logprobs, sequence_logps
 from tralign_fast.ops.cpu import onednn
 
 
@@ -196,18 +196,19 @@ def assert_scored_once(model, seen, expected):
     ]
 
 
-def test_disable_takes_the_log_probs_of_all_callers_and_nothing_else():
+def test_log_probs_and_the_rest_are_taken_back_apart():
     model = build("llama")
     prepared = prepare_model(model)
-    enable_logprobs(model)
-    disable_logprobs(model)
-    assert "forward" not in vars(model)
-    assert "forward" not in vars(model.lm_head)
+    undo = enable_logprobs(model)
+    undo()
     assert model.config._attn_implementation == "tralign_sdpa"
-    enable_logprobs(model)
-    sequence_logps(model, collate())
+    sequence_logps(model, collate())  # prepare_model's own
+    undo = enable_logprobs(model)
     prepared.undo()
     sequence_logps(model, collate("padded"))
+    undo()
+    assert "forward" not in vars(model)
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_what_others_have_set_since_stays():

@@ -7,7 +7,6 @@ from tests.model.test_attention import build, collate
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import (
-    disable_logprobs,
     enable_logprobs,
     hidden_kl,
     sequence_logps,
@@ -38,12 +37,13 @@ def test_kto_terms_without_gradient_cost_no_backward_of_their_logits():
 def test_undo_gives_the_own_forward_back():
     model = build("llama")
     own = type(model).forward
-    enable_logprobs(model)
-    enable_logprobs(model, logits_budget_mb=1)  # a second call replaces the first
-    assert model.forward.__func__ is not own
-    disable_logprobs(model)
+    first = enable_logprobs(model)
+    second = enable_logprobs(model, logits_budget_mb=1)
+    for undo in (first, first, second):  # in any order, and once more
+        assert model.forward.__func__ is not own
+        undo()
     assert model.forward.__func__ is own
-    disable_logprobs(model)
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_vocab_filter_reaches_the_head():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +64,8 @@ class TrustRegionCallback(TrainerCallback):
       reference itself; elsewhere shard yours as the policy is, before training:
       `accelerate.utils.fsdp_utils.fsdp2_prepare_model(trainer.accelerator, ref_model)`;
     - through checkpoints: the reference is saved in them, and found again on a resume (of shards,
-      with as many processes).
+      with as many processes). Which checkpoint `train` is given is told to nobody but `train`:
+      with `trainer=` this stands before it and listens, until `detach()`.
 
     Args:
         alpha, every: α in [0, 1] and τ, as in `TrustRegion` (α = 1 is the hard update; τ under 1 is
@@ -76,7 +79,8 @@ class TrustRegionCallback(TrainerCallback):
     Raises:
         ValueError: there is no reference that could move, it is the policy itself, another callback
             moves it, or (when training starts) it is not sharded as the policy is, or a resumed
-            checkpoint holds the shards of another number of processes.
+            checkpoint holds the shards of another number of processes or (with `ref_model=`) is in
+            a folder that neither `args.output_dir` nor `args.resume_from_checkpoint` names.
     """
 
     def __init__(
@@ -102,6 +106,8 @@ class TrustRegionCallback(TrainerCallback):
         self._save = save
         self._trainer = trainer
         options = {"rounding": rounding, "seed": seed}
+        self._resumed_from: Path | None = None  # as train() was told
+        self._noting_train: Any = None
         if trainer is not None:
             self._check_trainer()
             ref_model = getattr(trainer, "ref_model", None)
@@ -118,6 +124,22 @@ class TrustRegionCallback(TrainerCallback):
                 f"{type(trainer).__name__} has no reference model to move: give the trainer a "
                 "ref_model, or TrustRegionCallback ref_model="
             )
+        if trainer is not None:
+            self._listen_to_train()
+
+    def _listen_to_train(self) -> None:
+        """Notes which checkpoint `trainer.train` is given: no event of a callback tells it."""
+        train = getattr(self._trainer, "train", None)
+        if train is None:
+            return
+
+        @functools.wraps(train)
+        def noting_train(*args: Any, **kwargs: Any) -> Any:
+            given = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+            self._resumed_from = Path(given) if isinstance(given, str | os.PathLike) else None
+            return train(*args, **kwargs)
+
+        self._noting_train = vars(self._trainer)["train"] = noting_train
 
     def _check_trainer(self) -> None:
         self._refuse_second_mover()
@@ -158,19 +180,31 @@ class TrustRegionCallback(TrainerCallback):
         self._reference.check(model)
         if state.global_step == 0:
             return
-        folders = [_folder(args, state)]
-        if isinstance(named := getattr(args, "resume_from_checkpoint", None), str):
-            folders.append(Path(named) / FOLDER)  # another run's, perhaps
-        # train()'s argument, which may name a third, is not told: the state is that of its file
-        found = (folder for folder in folders if folder.is_dir() and _is_of(folder.parent, state))
-        if (folder := next(found, None)) is not None:
+        folder = self._resumed_folder(args, state)
+        if folder.is_dir():
             self._reference.load(folder)
             return
         warn_once(
-            f"{folders[0]} holds no reference: the run goes on from the one that the trainer was "
-            "built with (to resume another run's checkpoint, name it in "
-            "args.resume_from_checkpoint)"
+            f"{folder} holds no reference: the run goes on from the one that the trainer was built "
+            "with"
         )
+
+    def _resumed_folder(self, args: Any, state: Any) -> Path:
+        """Where the checkpoint that is resumed has its reference, if it has one."""
+        if self._resumed_from is not None:
+            return self._resumed_from / FOLDER
+        folders = [_folder(args, state)]
+        if isinstance(named := getattr(args, "resume_from_checkpoint", None), str):
+            folders.append(Path(named) / FOLDER)  # another run's, perhaps
+        # train()'s argument may name a third; the state is that of its file
+        own = [folder for folder in folders if _is_of(folder.parent, state)]
+        if not own and self._save:
+            raise ValueError(
+                f"TrustRegionCallback: train() resumes step {state.global_step} from a checkpoint "
+                f"that is not {' or '.join(str(f.parent) for f in folders)}, so its reference is "
+                "not found: pass trainer=, or name it in args.resume_from_checkpoint"
+            )
+        return next((folder for folder in own if folder.is_dir()), (own or folders)[0])
 
     def _claim(self, args: Any, state: Any) -> None:
         """Makes this the one that moves the reference in the run of `state`."""
@@ -198,8 +232,10 @@ class TrustRegionCallback(TrainerCallback):
             self._reference.save(_folder(args, state))
 
     def detach(self) -> None:
-        """Gives a PEFT policy its own `disable_adapter` back."""
+        """Gives a PEFT policy its own `disable_adapter` back, and a trainer its own `train`."""
         self._reference.detach()
+        if self._trainer is not None and vars(self._trainer).get("train") is self._noting_train:
+            vars(self._trainer).pop("train", None)
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -6,19 +6,28 @@ V vocabulary, N scored positions.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.logprobs import linear_logprobs
 from tralign_fast.ops.losses import LOSSES
-from tralign_fast.ops.objective import objective_of
+from tralign_fast.ops.objective import Range, objective_of
 from tralign_fast.ops.sequence_losses import kto_loss
 
 # losses of pairs whose log-ratios are all they need
 LOSS_TYPES = tuple(name for name, spec in LOSSES.items() if spec.paired and not spec.inputs)
 # losses whose label_smoothing Liger 0.8 ignores
 _UNSMOOTHED = ("dpo", "sigmoid", "sigmoid_norm")
+# the options of DPO that not every loss_type looks at
+_RANGES = {
+    "alpha": Range(0.0, math.inf),
+    "label_smoothing": Range(0.0, 1.0),
+    "discopop_tau": Range(0.0, math.inf, open_low=True),
+}
 
 
 class _FusedLinearLoss(nn.Module):
@@ -34,6 +43,9 @@ class _FusedLinearLoss(nn.Module):
         chunk_size: int,
     ) -> None:
         super().__init__()
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise ValueError(f"ignore_index: expected an int, got {ignore_index!r}")
+        _check_flags(use_ref_model=use_ref_model, average_log_prob=average_log_prob)
         self.ignore_index = ignore_index
         self.beta = beta
         self.compiled = compiled
@@ -49,6 +61,10 @@ class _FusedLinearLoss(nn.Module):
         bias: Tensor | None,  # (V,)
     ) -> Tensor:
         """(S,) float32 summed log-probs of the scored positions."""
+        parts = {"hidden states": hidden, "weight": weight, "target": target, "bias": bias}
+        for name, part in parts.items():
+            if not isinstance(part, Tensor) and not (name == "bias" and part is None):
+                raise ValueError(f"{name}: expected a tensor, got {type(part).__name__}")
         if hidden.dim() != 3 or target.shape != hidden.shape[:2]:
             raise ValueError(
                 f"expected hidden states (S, T, H) and targets (S, T), got {tuple(hidden.shape)} "
@@ -92,7 +108,8 @@ class FusedLinearDPOLoss(_FusedLinearLoss):
         label_smoothing: ε of "robust" and "exo_pair"; discopop_tau: τ of "discopop".
 
     Raises:
-        ValueError: an unknown loss_type, an ε out of its range, or tensors that do not fit.
+        ValueError: an unknown loss_type, a number out of its range (α is ≥ 0), or tensors that do
+            not fit.
     """
 
     def __init__(
@@ -110,6 +127,11 @@ class FusedLinearDPOLoss(_FusedLinearLoss):
         discopop_tau: float = 0.05,
     ) -> None:
         super().__init__(ignore_index, beta, compiled, use_ref_model, average_log_prob, chunk_size)
+        _check_flags(compute_nll_loss=compute_nll_loss)
+        numbers = {"label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
+        for name, value in {"alpha": alpha, **numbers}.items():
+            if value not in _RANGES[name]:
+                raise ValueError(f"{name}: expected a number {_RANGES[name]}, got {value!r}")
         if loss_type in LOSSES and loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}"
@@ -119,10 +141,9 @@ class FusedLinearDPOLoss(_FusedLinearLoss):
                 f"label_smoothing={label_smoothing:g}: Liger's {loss_type} loss ignores it, and so "
                 'does this one; loss_type="robust" takes it'
             )
-        options = {"discopop_tau": discopop_tau, "label_smoothing": label_smoothing}
         taken = {o.name for o in LOSSES[loss_type].options} if loss_type in LOSSES else set()
         taken -= {"label_smoothing"} if loss_type in _UNSMOOTHED else set()
-        options = {name: value for name, value in options.items() if name in taken}
+        options = {name: value for name, value in numbers.items() if name in taken}
         self.objective = objective_of(LOSSES, loss_type, options={"beta": beta, **options})
         self.alpha = alpha
         self.compute_nll_loss = compute_nll_loss
@@ -179,7 +200,8 @@ class FusedLinearKTOLoss(_FusedLinearLoss):
             `FusedLinearDPOLoss`; here `use_ref_model` is False by default, as Liger has it.
 
     Raises:
-        ValueError: tensors that do not fit, or no preference_labels.
+        ValueError: tensors that do not fit, no preference_labels or others than bool, or a `kl`
+            that is not one finite number.
     """
 
     def __init__(
@@ -203,27 +225,20 @@ class FusedLinearKTOLoss(_FusedLinearLoss):
         ref_input: Tensor | None = None,  # (S, T, H)
         ref_weight: Tensor | None = None,  # (V, H)
         ref_bias: Tensor | None = None,  # (V,)
-        kl: Tensor | None = None,  # () or (1,)
+        kl: Tensor | float | None = None,  # () or (1,)
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, sums over the desirable and over the undesirable of: log-probs, logits, rewards).
 
         `kl` is taken as it is: the caller clamps it (`kto_loss` does so itself).
         """
-        if preference_labels is None or preference_labels.shape != target.shape[:1]:
-            raise ValueError(
-                f"expected bool preference_labels ({target.shape[0]},), got "
-                f"{None if preference_labels is None else tuple(preference_labels.shape)}"
-            )
-        if kl is not None and kl.numel() != 1:
-            raise ValueError(f"kl: expected one number, the mean over sequences, got {kl.numel()}")
-        desirable = preference_labels.bool()
+        desirable = _check_labels(preference_labels, target)
+        # in front of the ratio, where kto_loss does not clamp it
+        shift = _check_kl(kl)
         logps = self._logps(_input, lin_weight, target, bias)
         ref_logps = self._ref_logps(ref_input, ref_weight, target, ref_bias)
         if self.average_log_prob:
             lengths = (target != self.ignore_index).sum(1)
             logps, ref_logps = logps / lengths, ref_logps / lengths
-        # in front of the ratio, where kto_loss does not clamp it
-        shift = 0.0 if kl is None else kl.detach().float().reshape(())
         zero = torch.zeros((), device=logps.device)
         loss = kto_loss(logps - shift, ref_logps, desirable, zero, beta=self.beta).loss
         logits = _logit_sums(_input, lin_weight, bias)
@@ -233,6 +248,36 @@ class FusedLinearKTOLoss(_FusedLinearLoss):
             for label in (desirable, ~desirable)
         ]
         return loss, tuple(sums)
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if isinstance(value, str) or value not in (True, False, None):
+            raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def _check_labels(labels: Any, target: Any) -> Tensor:
+    """(S,) bool, as Liger wants them: numbers might be 0 and 1, or -1 and 1."""
+    wanted = f"expected bool preference_labels ({len(target)},), got"
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{wanted} {None if labels is None else type(labels).__name__}")
+    if labels.shape != target.shape[:1] or labels.dtype != torch.bool:
+        raise ValueError(f"{wanted} {labels.dtype} {tuple(labels.shape)}")
+    return labels
+
+
+def _check_kl(kl: Any) -> Tensor | float:
+    if kl is None:
+        return 0.0
+    if isinstance(kl, Tensor) and kl.dtype != torch.bool:
+        if kl.numel() != 1:
+            raise ValueError(
+                f"kl: expected one number, the mean over sequences, got {tuple(kl.shape)}"
+            )
+        return kl.detach().float().reshape(())
+    if kl not in Range(-math.inf, math.inf):
+        raise ValueError(f"kl: expected a tensor of one number, or a finite number, got {kl!r}")
+    return float(kl)
 
 
 @torch.no_grad()

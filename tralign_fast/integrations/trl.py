@@ -49,7 +49,12 @@ def use_fast_logprobs(
     instead of four), and the gradient of the weight is written once in the weight's dtype (TRL
     sums it in a second buffer of (V, H) fp32).
 
-    The entropy carries no gradient: a loss that asks for one (GRPO's `entropy_coef`) raises.
+    GRPO's and RLOO's passes are these too: policy with entropy, reference and old policy, in their
+    chunks of the batch and at their temperature. The entropy carries no gradient: a loss that asks
+    for one (GRPO's `entropy_coef`) raises.
+
+    `modules_to_save=["lm_head"]` (the active adapter's copy, the original where it is off) and
+    `torch_compile=True` are as in TRL.
 
     Args:
         trainer_or_model: one of TRL's trainers (its policy and its reference model are changed), or
@@ -57,9 +62,11 @@ def use_fast_logprobs(
         logits_budget_mb, backend: as in `linear_logprobs`.
 
     Raises:
-        ValueError: not TRL's, a head that is not linear, quantised or on meta, or in use already.
+        ValueError: not TRL's, a head that is not linear, quantised, on meta or with LoRA factors
+            (of which TRL's head knows nothing), in use already, or Liger's head on top.
         RuntimeError: a TRL whose head is not the one known. Nothing is changed then.
     """
+    _check_liger(trainer_or_model)
     found = [_find_head(model) for model in _models_of(trainer_or_model)]
     head = _Head(logits_budget_mb, backend)
     undos = [_swap_names(function, head) for function in found]
@@ -69,6 +76,18 @@ def use_fast_logprobs(
             one()
 
     return undo
+
+
+def _check_liger(target: Any) -> None:
+    """Liger's layers are welcome; its own head is put over TRL's when training starts."""
+    args = getattr(target, "args", None)
+    if not getattr(args, "use_liger_kernel", False):
+        return
+    if (getattr(args, "liger_kernel_config", None) or {}).get("fused_linear_cross_entropy", True):
+        raise ValueError(
+            "use_fast_logprobs: use_liger_kernel=True would put Liger's head over this one: set "
+            'liger_kernel_config={"fused_linear_cross_entropy": False}'
+        )
 
 
 def _models_of(target: Any) -> list[Any]:
@@ -83,7 +102,11 @@ def _models_of(target: Any) -> list[Any]:
         raise ValueError(
             f"use_fast_logprobs: expected a TRL trainer or a model, got {type(target).__name__}"
         )
-    models = [extract_model_from_parallel(model) for model in models if model is not None]
+    models = [
+        extract_model_from_parallel(model, keep_torch_compile=False)
+        for model in models
+        if model is not None
+    ]
     return [m.get_base_model() if hasattr(m, "get_base_model") else m for m in models]
 
 
@@ -103,7 +126,8 @@ def _find_head(model: Any) -> FunctionType:
     if function is None:
         raise ValueError(
             f"{name} has no fused LM head of TRL: pass a trainer of trl>={KNOWN_VERSIONS} (DPO, "
-            "KTO, GRPO, RLOO, SFT), or call trl.trainer.utils.add_fused_lm_head first"
+            "KTO, GRPO, RLOO, SFT), or call trl.trainer.utils.add_fused_lm_head first; Liger's "
+            "fused_linear_cross_entropy takes it away"
         )
     names = function.__code__.co_names
     if any(n.startswith(_OURS) for n in names):
@@ -126,8 +150,28 @@ def _find_head(model: Any) -> FunctionType:
 
 
 def _check_linear(model: Any) -> None:
-    name, head = type(model).__name__, model.get_output_embeddings()
+    """Raises unless TRL's forward finds all of the head, in floats, at `lm_head.weight`."""
+    name = type(model).__name__
+    for head in _heads_of(model.get_output_embeddings()):
+        _check_one(name, head)
+
+
+def _heads_of(head: Any) -> list[Any]:
+    """What `head.weight` may mean: PEFT's wrapper for `modules_to_save` gives that of the active
+    adapter's copy, and that of the original where the adapter is off."""
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        return [head.original_module, *copies.values()]
+    return [head]
+
+
+def _check_one(name: str, head: Any) -> None:
     weight = getattr(head, "weight", None)
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{name}: lm_head has LoRA factors or the like, which TRL's fused head leaves out: "
+            'take it out of target_modules, and train it with modules_to_save=["lm_head"]'
+        )
     if not isinstance(head, nn.Linear) or weight is None:
         raise ValueError(
             f"{name}: expected a linear output embedding (lm_head), got {type(head).__name__}"

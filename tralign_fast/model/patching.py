@@ -54,13 +54,8 @@ class Patches:
     def undo(self) -> None:
         """Takes everything back; a second time does nothing."""
         for module in list(self._modules):
-            _take_back(module, lambda key, owner: owner == self._owner)
+            _take_back(module, self._owner)
         self._modules.clear()
-
-
-def take_back(module: nn.Module, kind: str) -> None:
-    """Gives a module its forward back from all changes of that kind, whoever made them."""
-    _take_back(module, lambda key, owner: key == f"forward {kind}")
 
 
 def has_forward(module: nn.Module, kind: str) -> bool:
@@ -68,10 +63,10 @@ def has_forward(module: nn.Module, kind: str) -> bool:
     return f"forward {kind}" in module.__dict__.get(_BOOK, ())
 
 
-def _take_back(module: nn.Module, is_meant: Callable[[str, int], bool]) -> None:
+def _take_back(module: nn.Module, owner: int) -> None:
     book = module.__dict__.get(_BOOK, {})
     for key, patch in list(book.items()):
-        patch.layers = [layer for layer in patch.layers if not is_meant(key, layer[0])]
+        patch.layers = [layer for layer in patch.layers if layer[0] != owner]
         if patch.restore(book):
             del book[key]
     if not book:

@@ -25,7 +25,6 @@ from tralign_fast.model.patching import (
     decoder_of,
     head_tokens_of,
     lm_head_of,
-    take_back,
     unwrapped,
 )
 from tralign_fast.model.router import router_options
@@ -142,14 +141,6 @@ def _check_prefix_is_kept(causal_lm: Any) -> None:
             f"{type(causal_lm).__name__}: gradient checkpointing drops the keys and values that "
             "prefix tuning puts before every sequence; set gradient_checkpointing=False"
         )
-
-
-def disable_logprobs(model: Any) -> None:
-    """Gives a model its own forward back, however often log-probs were enabled; does nothing to a
-    model that has it."""
-    causal_lm = causal_lm_of(model)
-    for module in (causal_lm, lm_head_of(causal_lm)):
-        take_back(module, "log-probs")
 
 
 def _token_logps(
