@@ -149,6 +149,9 @@ class TRConfig(TrainingArguments):
         "keep_start, or for pairs keep_end, which TRL deprecates: the last max_length tokens of a "
         "prompt with its completion stay, and no row is dropped for the length of its prompt.",
     )
+    pad_token: str | None = _option(
+        None, "The tokenizer's padding token, one of its vocabulary. None: its own, else its EOS."
+    )
     on_bad_rows: str = _option(
         "drop_overlong",
         "Unusable rows: drop_overlong leaves out those that are too long, as TRL does, drop leaves "

@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from tralign_fast.training.config import TRConfig
+from tralign_fast.training.model_kinds import model_class
 
 
 def load_model(model: str | PreTrainedModel, args: TRConfig) -> PreTrainedModel:
@@ -30,7 +31,9 @@ def load_model(model: str | PreTrainedModel, args: TRConfig) -> PreTrainedModel:
     if isinstance(model, str):
         # JSON of the command line is a dict by now: TrainingArguments has parsed it
         options = cast("dict[str, Any]", args.model_init_kwargs or {})
-        loaded = _load(AutoModelForCausalLM, model, **{"dtype": torch.float32, **options})
+        loaded = load_pretrained(
+            model_class(model, args), model, **{"dtype": torch.float32, **options}
+        )
     else:
         loaded = model
     _check_trainable(loaded, model if isinstance(model, str) else None)
@@ -68,14 +71,14 @@ def load_tokenizer(
     """
     name = model if isinstance(model, str) else model.config._name_or_path
     found: PreTrainedTokenizerBase = (
-        tokenizer if tokenizer is not None else _load(AutoTokenizer, name)
+        tokenizer if tokenizer is not None else load_pretrained(AutoTokenizer, name)
     )
     if found.pad_token_id is None:
         found.pad_token = found.eos_token
     return found
 
 
-def _load(factory: Any, name: str, **options: Any) -> Any:
+def load_pretrained(factory: Any, name: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(name, **options)
     except ImportError as error:  # an attn_implementation or a quantisation without its package
@@ -84,7 +87,8 @@ def _load(factory: Any, name: str, **options: Any) -> Any:
             f"cannot load {name!r} with {asked}: {str(error).splitlines()[0]}"
         ) from error
     except (OSError, ValueError) as error:
-        what = "tokenizer" if factory is AutoTokenizer else "model"
+        kinds = {AutoTokenizer: "tokenizer", AutoProcessor: "processor"}
+        what = kinds.get(factory, "model")
         raise ValueError(
             f"cannot load {what} {name!r}: expected a hub id or a folder made by save_pretrained "
             f"({str(error).splitlines()[0]})"

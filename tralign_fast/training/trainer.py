@@ -22,6 +22,7 @@ from transformers import (
     Adafactor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TrainerCallback,
 )
 from transformers.integrations.liger import apply_liger_kernel
@@ -62,9 +63,9 @@ from tralign_fast.training.model_card import add_trust_region
 from tralign_fast.training.pretrained import (
     disable_dropout,
     load_model,
-    load_tokenizer,
     vocabulary_size,
 )
+from tralign_fast.training.processing import processing_of
 from tralign_fast.training.resumable import ResumableTrainer
 
 
@@ -77,7 +78,7 @@ class TRTrainer(ResumableTrainer):
         args: a `TRConfig`.
         train_dataset, eval_dataset: rows with TRL's columns (`prompt, chosen, rejected` or `prompt,
             completion, label`), text or conversational; `eval_dataset` may be a dict of them.
-        processing_class: the tokenizer; None: the one of `model`.
+        processing_class: the tokenizer or processor; None: the one of `model`.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Metrics are TRL's: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`,
@@ -100,7 +101,7 @@ class TRTrainer(ResumableTrainer):
         data_collator: Callable[..., PackedBatch] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -114,7 +115,7 @@ class TRTrainer(ResumableTrainer):
         settle_method(args, self.method, train_dataset, eval_dataset)
         if args.should_save:
             check_writable(args.output_dir)
-        tokenizer = load_tokenizer(processing_class, model)
+        tokenizer = processing_of(processing_class, model, args)
         policy = load_model(model, args)
         if args.disable_dropout:
             disable_dropout(policy)
