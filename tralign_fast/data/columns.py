@@ -31,6 +31,19 @@ def one_dataset(dataset: Any, name: str) -> Any:
     return dataset
 
 
+def media_refusal(column: str, holds: str | None = None) -> str:
+    """What is said of a column of images, sounds or films."""
+    has = f"the column {column} holds {holds}" if holds else f"has {column}"
+    text = f'if the text is whole without it: dataset.remove_columns("{column}")'
+    pictures = holds == "Image" or "image" in column or "pixel" in column
+    if not pictures or holds in ("Audio", "Video"):
+        return f"{has}; expected text alone, which is all that the model reads ({text})"
+    return (
+        f"{has}: the rows are vision-related, and every model, also a vision-language model, is "
+        f"trained on text alone here; TRL's DPOTrainer with use_fast_logprobs reads images ({text})"
+    )
+
+
 def column_names(rows: Any) -> set[str]:
     """The columns of a dataset, or of the first in a dict of them; none of what is no dataset.
 
@@ -57,11 +70,7 @@ def columns_of(dataset: Any, name: str) -> tuple[list[str], dict[str, Any]]:
     for column, feature in (dataset.features or {}).items():
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, media):  # a table of them cannot even be read without more packages
-            raise ValueError(
-                f"{name}: the column {column} holds {type(inner).__name__}; expected text alone, "
-                "which is all that the model reads (if the text is whole without it: "
-                f'dataset.remove_columns("{column}"))'
-            )
+            raise ValueError(f"{name}: {media_refusal(column, type(inner).__name__)}")
     first = next(iter(dataset.with_format(None)), None)
     if first is None:
         raise ValueError(f"{name}: the dataset has no rows; expected at least one")

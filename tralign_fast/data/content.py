@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tralign_fast.data.columns import media_refusal
+
 __all__ = ["BadRow", "Overlong"]
 
 Row = dict[str, Any]
@@ -38,10 +40,7 @@ def check_text_alone(row: Row) -> None:
     for column in sorted(MEDIA & row.keys()):
         value = row[column]
         if value is not None and not (isinstance(value, (list, str, dict)) and not value):
-            raise BadRow(
-                f"has {column}; expected text alone, which is all that the model reads (if the "
-                f'text is whole without them: dataset.remove_columns("{column}"))'
-            )
+            raise BadRow(media_refusal(column))
 
 
 def content_of(column: str, value: Any, may_be_empty: bool = False) -> Content:
@@ -110,6 +109,25 @@ def one_kind(contents: dict[str, Content]) -> None:
         f"{', '.join(kinds)}; expected all to be text or all messages (remove the prompt column if "
         "the others hold the whole conversation)"
     )
+
+
+def as_parts(messages: list[Row]) -> list[Row]:
+    """Messages whose contents are lists of parts, as the templates of processors want them."""
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]}
+        if isinstance(m.get("content"), str)
+        else m
+        for m in messages
+    ]
+
+
+def differences(messages: list[Row], others: list[Row]) -> list[str]:
+    """The fields in which two lists of messages differ, where None is as good as no field."""
+    if len(messages) != len(others):
+        return ["the number of messages"]
+    fields = dict.fromkeys(key for message in [*messages, *others] for key in message)
+    pairs = list(zip(messages, others, strict=True))
+    return [f for f in fields if any(one.get(f) != other.get(f) for one, other in pairs)]
 
 
 def split_prompt(chosen: Content, rejected: Content) -> tuple[Content, dict[str, Content]]:

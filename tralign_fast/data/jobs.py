@@ -18,8 +18,10 @@ from tralign_fast.data.content import (
     Content,
     Overlong,
     Row,
+    as_parts,
     check_text_alone,
     content_of,
+    differences,
     ids_of,
     label_of,
     one_kind,
@@ -30,7 +32,7 @@ from tralign_fast.data.content import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 # beside the ids: what is wrong with the row, whether that is its length alone, an example of a
 # token across the prompt's end, and whether no other row was there to borrow from
@@ -54,7 +56,7 @@ class Job:
     """What `map` runs on a batch of rows: each makes one or two records, the bad ones marked."""
 
     name: str
-    tokenizer: PreTrainedTokenizerBase
+    processing: PreTrainedTokenizerBase | ProcessorMixin
     max_length: int | None
     prompt: str | None = "prompt"  # its column; None: chosen and rejected begin with it
     truncation_mode: str = "keep_start"  # keep_end leaves the cut to the collator
@@ -64,6 +66,10 @@ class Job:
     columns: ClassVar[tuple[str, ...]]
     lends: ClassVar[bool] = False  # completions also follow prompts that may leave them more room
     stream_batch: ClassVar[int] = 1  # rows read ahead
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return tokenizer_in(self.processing)
 
     @property
     def stop(self) -> int | None:
@@ -102,7 +108,7 @@ class Job:
                 "expected an eos_token"
             )
         messages = any(isinstance(row.get(column), list) for column in ("chosen", "completion"))
-        given = self.tokenizer.chat_template or template_options(row).get("chat_template")
+        given = self.processing.chat_template or template_options(row).get("chat_template")
         if messages and not given:
             raise ValueError(
                 f"{self.name} row {index}: holds messages, and the tokenizer has no chat template; "
@@ -157,22 +163,31 @@ class Job:
         return _Tokens(alone[:start], cut, merged)
 
     def _text_ids(self, prompt: str, completions: list[str]) -> tuple[list[int], list[list[int]]]:
-        encode: Any = self.tokenizer
-        eos = encode.eos_token
+        eos: Any = self.tokenizer.eos_token
         ended = [text if text.endswith(eos) else text + eos for text in completions]
-        together = [encode(text=prompt + text)["input_ids"] for text in ended]
-        return encode(text=prompt)["input_ids"], together
+        encode: Any = self.processing
+        alone, *together = (
+            self._row(encode(text=text)) for text in (prompt, *(prompt + text for text in ended))
+        )
+        return alone, together
+
+    def _row(self, encoded: Any) -> list[int]:
+        """The ids of one text or conversation, of which a processor makes a batch of one."""
+        ids = encoded["input_ids"]
+        return ids if self.tokenizer is self.processing else ids[0]
 
     def _message_ids(
         self, prompt: list[Row], completions: list[list[Row]], row: Row
     ) -> tuple[list[int], list[list[int]]]:
         options = {"tools": tools_of(row), **template_options(row)}
         conversations = [prompt + completion for completion in completions]
-        render: Any = functools.partial(self.tokenizer.apply_chat_template, **options)
+        if self.tokenizer is not self.processing:
+            prompt, *conversations = map(as_parts, (prompt, *conversations))
+        render: Any = functools.partial(self.processing.apply_chat_template, **options)
         tokens = {"tokenize": True, "return_dict": True}
         try:
-            alone = render(prompt, **{**tokens, "add_generation_prompt": True})["input_ids"]
-            together = [render(messages, **tokens)["input_ids"] for messages in conversations]
+            alone = self._row(render(prompt, **{**tokens, "add_generation_prompt": True}))
+            together = [self._row(render(messages, **tokens)) for messages in conversations]
             texts = [
                 (parts, render(messages, tokenize=False))
                 for messages in conversations
@@ -188,6 +203,8 @@ class Job:
                 "a content is a list of parts, which the chat template prints as Python does; "
                 "expected text"
             )
+        if len(together) == 2 and together[0] == together[1]:
+            raise _dropped_by_template(*completions)
         return alone, together
 
     def _check_lengths(
@@ -306,10 +323,31 @@ class UnpairJob(CompletionJob):
             except BadRow as problem:
                 blank = self.blank(str(problem), label)
                 made.append({**blank, "overlong": isinstance(problem, Overlong)})
+        ids, other = (record["completion_ids"] for record in made)
+        whole = self.max_length is None or len(ids) < self.max_length
+        if ids and ids == other and whole and not isinstance(prompt, str):
+            raise _dropped_by_template(pair["chosen"], pair["rejected"])
         return made
 
     def blanks(self, problem: str) -> list[Row]:
         return [self.blank(problem, True), self.blank(problem, False)]
+
+
+def tokenizer_in(processing: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the one inside a processor."""
+    from transformers import ProcessorMixin
+
+    if isinstance(processing, ProcessorMixin):
+        return processing.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    return processing
+
+
+def _dropped_by_template(chosen: list[Row], rejected: list[Row]) -> BadRow:
+    fields = ", ".join(differences(chosen, rejected))
+    return BadRow(
+        f"chosen and rejected differ in {fields} alone, and the chat template does not print the "
+        "difference; expected a chat template that does, or completions that differ in more"
+    )
 
 
 def check_prompt_length(prompt: int, max_length: int | None) -> None:

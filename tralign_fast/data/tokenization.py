@@ -32,7 +32,7 @@ from tralign_fast.data.jobs import (
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 __all__ = ["ON_BAD_ROWS", "add_lengths", "tokenize_pairs", "tokenize_unpaired"]
 
@@ -46,7 +46,7 @@ _SHOWN = 5  # bad rows described in one message
 
 def tokenize_pairs(
     dataset: Rows,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     max_length: int | None,
     name: str = "train",
@@ -61,7 +61,8 @@ def tokenize_pairs(
             with, unless one column such as `question` is clearly it), text or lists of messages;
             optionally `tools` and `chat_template_kwargs`. One that has `prompt_ids`, `chosen_ids`
             and `rejected_ids` is checked and cut as if these had just been made.
-        tokenizer: needs an EOS token for text, a chat template for messages.
+        tokenizer: needs an EOS token for text, a chat template for messages; or a processor with
+            one, which gets contents as lists of parts, as TRL passes them.
         max_length: tokens of a prompt and one completion together; None: no limit.
         name: what messages call the dataset.
         on_bad_rows: "drop_overlong" leaves out, with one warning, rows that are bad for their
@@ -95,7 +96,7 @@ def tokenize_pairs(
 
 def tokenize_unpaired(
     dataset: Rows,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     max_length: int | None,
     name: str = "train",

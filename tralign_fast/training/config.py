@@ -24,6 +24,7 @@ from tralign_fast.training.option_types import (
     SHARE,
     UNDER_ONE,
     Checked,
+    NotEmpty,
     OneOf,
     StepsOrShare,
     bounds_of,
@@ -193,6 +194,9 @@ class TRConfig(TrainingArguments):
         "keep_start",
         "keep_start, or for pairs keep_end, which TRL deprecates: the last max_length tokens of a "
         "prompt with its completion stay, and no row is dropped for the length of its prompt.",
+    )
+    pad_token: Annotated[str | None, NotEmpty()] = _option(
+        None, "The tokenizer's padding token, one of its vocabulary. None: its own, else its EOS."
     )
     on_bad_rows: Annotated[str, OneOf(*ON_BAD_ROWS)] = _option(
         "drop_overlong",

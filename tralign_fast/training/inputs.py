@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from tralign_fast.data.jobs import tokenizer_in
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.data.tokenization import add_lengths, tokenize_pairs, tokenize_unpaired
 from tralign_fast.training.config import TRConfig
 
 
 def collator_of(
-    args: TRConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
+    args: TRConfig, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, vocab_size: int | None
 ) -> PreferenceCollator:
     return PreferenceCollator(
         paired=args.objective.paired,
@@ -22,14 +23,14 @@ def collator_of(
         truncation_mode=args.truncation_mode,
         token_budget=args.token_budget,
         pad_to_multiple_of=args.pad_to_multiple_of,  # pyright: ignore[reportArgumentType]
-        pad_token_id=tokenizer.pad_token_id or 0,  # pyright: ignore[reportArgumentType]
+        pad_token_id=tokenizer_in(tokenizer).pad_token_id or 0,  # pyright: ignore[reportArgumentType]
         vocab_size=vocab_size,
     )
 
 
 def tokenized(
     dataset: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     args: TRConfig,
     name: str,
     training: bool = False,

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +19,7 @@ from transformers import (
 
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.training.config import TRConfig
+from tralign_fast.training.model_kinds import model_class, where_options
 
 
 def load_model(
@@ -34,7 +35,8 @@ def load_model(
             loaded already is to be quantised.
     """
     if isinstance(model, str):
-        return _load(AutoModelForCausalLM, model, **_loading_options(args, quantization_config))
+        options = _loading_options(args, quantization_config)
+        return load_pretrained(model_class(model, args), model, **options)
     if quantization_config is not None:
         raise ValueError(
             "quantization_config: the model is loaded already; pass its name, or load it with "
@@ -62,7 +64,7 @@ def load_reference(
         return ref_model
     like_policy = {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
     options = {**like_policy, **_loading_options(args, quantization_config, dtype=policy.dtype)}
-    return _load(AutoModelForCausalLM, ref_model, **options)
+    return load_pretrained(model_class(ref_model, args), ref_model, **options)
 
 
 def _loading_options(
@@ -152,16 +154,13 @@ def load_tokenizer(
     name = model if isinstance(model, str) else model.config._name_or_path
     found: Any = tokenizer
     if found is None:
-        asked = cast("dict[str, Any]", args.model_init_kwargs or {})
-        revision = {"revision": asked["revision"]} if "revision" in asked else {}
-        options = {"trust_remote_code": args.trust_remote_code, **revision}
-        found = _load(AutoTokenizer, name, **options)
+        found = load_pretrained(AutoTokenizer, name, **where_options(args))
     if found.pad_token_id is None:
         found.pad_token = found.eos_token
     return found
 
 
-def _load(factory: Any, name: str, **options: Any) -> Any:
+def load_pretrained(factory: Any, name: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(name, **options)
     except ImportError as error:  # an attn_implementation or a quantisation without its package
@@ -172,7 +171,8 @@ def _load(factory: Any, name: str, **options: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a dozen types: safetensors, tokenizers, the hub, json, …
-        what = "tokenizer" if factory is AutoTokenizer else "model"
+        kinds = {AutoTokenizer: "tokenizer", AutoProcessor: "processor"}
+        what = kinds.get(factory, "model")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot load {what} {name!r}: expected a hub id or a folder made by save_pretrained "

@@ -22,6 +22,7 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TrainerCallback,
     TrainingArguments,
 )
@@ -60,10 +61,10 @@ from tralign_fast.training.pretrained import (
     disable_dropout,
     load_model,
     load_reference,
-    load_tokenizer,
     vocabulary_size,
     with_adapter,
 )
+from tralign_fast.training.processing import processing_of
 from tralign_fast.training.resumable import ResumableTrainer
 
 
@@ -77,7 +78,7 @@ class TRTrainer(ResumableTrainer):
             are taken over as one.
         train_dataset, eval_dataset: rows with TRL's columns (`prompt, chosen, rejected` or `prompt,
             completion, label`), text or conversational; `eval_dataset` may be a dict of them.
-        processing_class: the tokenizer; None: the one of `model`.
+        processing_class: the tokenizer or processor; None: the one of `model`.
         compute_metrics: gets an `EvalPrediction` of evaluation rows: `predictions` are float32
             rewards, (rows, 2) of chosen and rejected or (rows,) of unpaired completions, and
             `label_ids` the column of the chosen one, or the label. (TRL's trainers compute logits
@@ -108,7 +109,7 @@ class TRTrainer(ResumableTrainer):
         data_collator: Callable[..., PackedBatch] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -126,7 +127,7 @@ class TRTrainer(ResumableTrainer):
         settle_method(args, self.method, train_dataset, eval_dataset)
         if args.should_save:
             check_writable(args.output_dir)
-        tokenizer = load_tokenizer(processing_class, model, args)
+        tokenizer = processing_of(processing_class, model, args)
         base = load_model(model, args, quantization_config)
         first = load_reference(ref_model, base, args, quantization_config)
         policy = with_adapter(base, peft_config, args)
