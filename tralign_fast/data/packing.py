@@ -148,6 +148,8 @@ class PackedBatch:
     nll_tokens: float | None = None
     token_weights: Tensor | None = None  # (N,) float32, LD-DPO's; None: 1
     fingerprint: int = 0  # of the contents, by which scores are found again
+    # of the examples' own sequences, each with its prompt: no padding, no mismatched completion
+    sequence_tokens: int = 0
 
     @property
     def parts(self) -> tuple[PackedBatch, ...]:
@@ -353,6 +355,7 @@ class PreferenceCollator:
         ]
         lengths = tuple(map(len, scored))
         weights = None if self.ld_alpha is None else _ld_weights(lengths, self.ld_alpha)
+        own = completions if labels is None else [c[:1] for c in completions]
         contents = (tokens.input_ids, scored, rows, labels)
         # what decides the sums of a reference: kept scores are known by it
         contents = repr(contents if weights is None else (*contents, weights)).encode()
@@ -372,6 +375,9 @@ class PreferenceCollator:
             grad_tokens=sum(lengths) if labels is None else sum(lengths[: len(prompts)]),
             share=share,
             fingerprint=int.from_bytes(hashlib.blake2b(contents, digest_size=7).digest(), "big"),
+            sequence_tokens=sum(
+                len(p) + len(c) for p, row in zip(prompts, own, strict=True) for c in row
+            ),
         )
 
     def _check_vocabulary(
