@@ -29,6 +29,11 @@ from .launch import Launch, backend, device_of
 # thread. Backward: nothing is reduced; 16 columns a thread leave room for tanh. On an H200 at
 # N = 4,096, V = 128,256 they move 3.3 and 4.2 TB/s (3.0 and 4.0 with twice the warps), a copy 4.2.
 FORWARD_LAUNCH = {"cuda": Launch(block=4096, num_warps=4), "hip": Launch(block=4096, num_warps=8)}
+# Four more numbers a column: a quarter of the columns a thread (half spills on sm_100).
+STATISTICS_LAUNCH = {
+    "cuda": Launch(block=2048, num_warps=8),
+    "hip": Launch(block=4096, num_warps=8),
+}
 BACKWARD_LAUNCH = {"cuda": Launch(block=2048, num_warps=4), "hip": Launch(block=2048, num_warps=4)}
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -91,7 +96,44 @@ def store_logsumexp(logsumexp_ptr, row, pivot, rest, mask=None):
     tl.store(logsumexp_ptr + 2 * row + 1, low, mask=mask)
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit
+def _fold_statistics(
+    statistics_ptr,  # (5, N) fp32, running: see `logprob_forward_`
+    stride,
+    before,  # share of the mass of the columns so far
+    new,  # share of those of the tile
+    entropy,  # of the tile
+    squares,  # sum of squared probabilities of the tile
+    peak,  # largest score of the tile
+    is_top1,  # whether that is the target's
+    total,  # sum of scores of the tile
+):
+    # of a mixture of two distributions that share no column: each part's own entropy, and that of
+    # the choice between them
+    old = before * (tl.load(statistics_ptr) - tl.log(tl.where(before == 0.0, 1.0, before)))
+    tl.store(statistics_ptr, old + new * (entropy - tl.log(tl.where(new == 0.0, 1.0, new))))
+    statistics_ptr += stride
+    old = before * before * tl.load(statistics_ptr)
+    tl.store(statistics_ptr, old + new * new * squares)
+    old_peak = tl.load(statistics_ptr + stride)
+    tl.store(statistics_ptr + stride, tl.maximum(old_peak, peak))
+    statistics_ptr += 2 * stride
+    top1 = tl.where(is_top1, 1.0, 0.0)
+    tl.store(statistics_ptr, tl.where(peak > old_peak, top1, tl.load(statistics_ptr)))
+    statistics_ptr += stride
+    tl.store(statistics_ptr, tl.load(statistics_ptr) + total)
+
+
+@triton.jit
+def _target_of(logits_ptr, targets_ptr, row, start, W, inner, outer, SOFTCAP: tl.constexpr):
+    """(column in the tile, whether it lies there, score)"""
+    column = tl.load(targets_ptr + row) - start
+    inside = (column >= 0) & (column < W)
+    x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return column, inside, score(x, inner, outer, SOFTCAP)
+
+
+@triton.jit(do_not_specialize=["start", "statistics_stride"])
 def _logprob_forward_kernel(
     logits_ptr,  # (N, W)
     targets_ptr,  # (N,) int64
@@ -102,7 +144,10 @@ def _logprob_forward_kernel(
     row_stride,
     inner,
     outer,
+    statistics_ptr,  # (5, N) fp32, running
+    statistics_stride,
     SOFTCAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -111,6 +156,14 @@ def _logprob_forward_kernel(
     # the threads once a row instead of once a block
     peak = -float("inf")
     mass = tl.zeros((BLOCK,), tl.float32)
+    if STATISTICS:
+        target, has_target, target_score = _target_of(
+            logits_ptr, targets_ptr, row, start, W, inner, outer, SOFTCAP
+        )
+        energy = tl.zeros((BLOCK,), tl.float32)  # Σ exp(z - pivot) · (z - pivot)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        beaten = tl.zeros((BLOCK,), tl.int32)  # by columns that an argmax takes before the target
     for first in range(0, W, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < W
@@ -120,19 +173,47 @@ def _logprob_forward_kernel(
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         # a row of -inf so far: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        mass = mass * tl.exp(peak - pivot) + tl.exp(z - pivot)
+        scale, power = tl.exp(peak - pivot), tl.exp(z - pivot)
+        if STATISTICS:
+            shift = tl.where(peak == -float("inf"), 0.0, peak - pivot)
+            # a masked column has no power, and an infinite distance
+            distance = tl.where(z == -float("inf"), 0.0, z - pivot)
+            energy = (energy + mass * shift) * scale + power * distance
+            squares = squares * (scale * scale) + power * power
+            total += tl.where(inside, z, 0.0)
+            is_before = (z == target_score) & (column < target)
+            beaten |= ((z > target_score) | is_before).to(tl.int32)
+        mass = mass * scale + power
         peak = new_peak
 
     high, low = tl.load(logsumexp_ptr + 2 * row), tl.load(logsumexp_ptr + 2 * row + 1)
     top = tl.maximum(peak, high)
     pivot = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(mass, axis=0) * tl.exp(peak - pivot) + tl.exp(high - pivot + low)
-    store_logsumexp(logsumexp_ptr, row, pivot, tl.log(total))
-
-    column = tl.load(targets_ptr + row) - start
-    inside = (column >= 0) & (column < W)
-    x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target_logit_ptr + row, score(x, inner, outer, SOFTCAP), mask=inside)
+    tile_mass = tl.sum(mass, axis=0)
+    new_mass, old_mass = tile_mass * tl.exp(peak - pivot), tl.exp(high - pivot + low)
+    all_mass = new_mass + old_mass
+    store_logsumexp(logsumexp_ptr, row, pivot, tl.log(all_mass))
+    if (
+        not STATISTICS
+    ):  # else it is known before the loop, where it would take registers for nothing
+        _, has_target, target_score = _target_of(
+            logits_ptr, targets_ptr, row, start, W, inner, outer, SOFTCAP
+        )
+    tl.store(target_logit_ptr + row, target_score, mask=has_target)
+    if STATISTICS:
+        divisor = tl.where(all_mass == 0.0, 1.0, all_mass)
+        tile_mass = tl.where(tile_mass == 0.0, 1.0, tile_mass)
+        _fold_statistics(
+            statistics_ptr + row,
+            statistics_stride.to(tl.int64),
+            old_mass / divisor,
+            new_mass / divisor,
+            tl.log(tile_mass) - tl.sum(energy, axis=0) / tile_mass,
+            tl.sum(squares, axis=0) / (tile_mass * tile_mass),
+            peak,
+            has_target & (tl.max(beaten, axis=0) == 0),
+            tl.sum(total, axis=0),
+        )
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -172,6 +253,7 @@ def logprob_forward_(
     start: int,
     logsumexp: Tensor,  # (N, 2) float32, read and written
     target_logit: Tensor,  # (N,) float32, written where the target lies in the tile
+    statistics: Tensor | None = None,  # (5, N) float32, read and written
     **transform: float | None,  # of `fold`
 ) -> None:
     """Folds the tile into the running `logsumexp`; notes the targets that lie in it.
@@ -186,15 +268,27 @@ def logprob_forward_(
     caller fills `logsumexp` with (-inf, 0) and `target_logit` with NaN before the first, so that a
     target outside the vocabulary gives NaN. A logit of -inf is a masked column; NaN or +inf make
     the row's log-prob NaN. (A softcap makes ±inf finite.) Traffic: the logits are read once.
+
+    The rows of `statistics`, of the columns so far: the entropy of their softmax, Σ p², the largest
+    score, 1 where that is the target's (the first column of several that are equal), Σ z. The
+    caller fills them with zeros, the third with -inf.
     """
     N, _ = _check_tile(logits, targets, logsumexp, target_logit)
     assert logsumexp.is_contiguous(), logsumexp.stride()
     assert target_logit.is_contiguous(), target_logit.stride()
     # One program per row: the sum needs no second pass nor atomics, and the thousands of rows of a
     # training step fill a GPU (132 SMs on an H100).
+    launches = FORWARD_LAUNCH if statistics is None else STATISTICS_LAUNCH
+    if statistics is not None:
+        assert statistics.shape == (5, N), (statistics.shape, N)
+        assert statistics.dtype == torch.float32, statistics.dtype
+        assert statistics.stride(1) == 1 or N == 1, statistics.stride()
     _launch(
-        _logprob_forward_kernel, N, FORWARD_LAUNCH[backend()],
+        _logprob_forward_kernel, N, launches[backend()],
         (logits, targets, logsumexp, target_logit), start, transform,
+        statistics_ptr=logsumexp if statistics is None else statistics,  # any pointer, not read
+        statistics_stride=0 if statistics is None else statistics.stride(0),
+        STATISTICS=statistics is not None,
     )  # fmt: skip
 
 
@@ -237,8 +331,9 @@ def _launch(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # logits, targets, logsumexp, a vector
     start: int,
     transform: dict[str, float | None],
+    **more: Any,
 ) -> None:
-    """Either kernel: they take the same arguments."""
+    """Either kernel: they take the same arguments, and the forward some more."""
     logits, targets, logsumexp, vector = tensors
     inner, outer, softcap = fold(**transform)  # pyright: ignore[reportArgumentType]
     if logits.numel() == 0:
@@ -254,6 +349,7 @@ def _launch(
             logits.stride(0),
             inner,
             outer,
+            **more,
             SOFTCAP=softcap,
             BLOCK=launch.block,
             num_warps=launch.num_warps,
@@ -298,53 +394,62 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
     Aligned: W and the row stride are multiples of 16, as with nearly every vocabulary and tile; the
     other (GPT-2's 50,257) loads column by column.
     """
-    N, W = 2048, {True: 128_256, False: 50_257}  # the vocabularies of Llama 3 and GPT-2
-    configurations = []
-    for fn, fourth, launches in (
-        (_logprob_forward_kernel, "target_logit_ptr", FORWARD_LAUNCH),
-        (_logprob_backward_kernel, "grad_ptr", BACKWARD_LAUNCH),
-    ):
-        for dtype in DTYPES.values():
-            for softcap in (False, True):
-                for aligned in (True, False):
-                    name = f"{fn.__name__.strip('_').removesuffix('_kernel')} {dtype}"
-                    name += " softcap" * softcap + " unaligned" * (not aligned)
-                    backward, size = fn is _logprob_backward_kernel, 4 if dtype == "fp32" else 2
-                    constexprs = {"SOFTCAP": softcap, "BLOCK": launches[backend].block}
-                    signature = {
-                        "logits_ptr": f"*{dtype}",
-                        "targets_ptr": "*i64",
-                        "logsumexp_ptr": "*fp32",
-                        fourth: "*fp32",
-                        "start": "i32",
-                        "W": "i32",
-                        "row_stride": "i32",
-                        "inner": "fp32",
-                        "outer": "fp32",
-                        **dict.fromkeys(constexprs, "constexpr"),
-                    }
-                    divisible = (0, 1, 2, 3, 5, 6) if aligned else (0, 1, 2, 3)
-                    configurations.append(
-                        {
-                            "name": name,
-                            "fn": fn,
-                            "signature": signature,
-                            "constexprs": constexprs,
-                            "attrs": {(i,): [["tt.divisibility", 16]] for i in divisible},
-                            "options": {"num_warps": launches[backend].num_warps},
-                            "shape": f"N={N} W={W[aligned]}",
-                            **traffic(backward, N, W[aligned], size, launches[backend].block),
-                        }
-                    )
-    return configurations
+    kinds = (
+        (_logprob_forward_kernel, FORWARD_LAUNCH, False),
+        (_logprob_forward_kernel, STATISTICS_LAUNCH, True),
+        (_logprob_backward_kernel, BACKWARD_LAUNCH, False),
+    )
+    return [
+        _configuration(fn, launches[backend], statistics, dtype, softcap, aligned)
+        for fn, launches, statistics in kinds
+        for dtype in DTYPES.values()
+        for softcap in (False, True)
+        for aligned in (True, False)
+    ]
 
 
-def traffic(backward: bool, N: int, W: int, size: int, block: int) -> dict[str, int]:
+def _configuration(
+    fn: Any, launch: Launch, statistics: bool, dtype: str, softcap: bool, aligned: bool
+) -> dict[str, Any]:
+    N, W = 2048, 128_256 if aligned else 50_257  # the vocabularies of Llama 3 and GPT-2
+    backward = fn is _logprob_backward_kernel
+    name = f"{fn.__name__.strip('_').removesuffix('_kernel')} {dtype}"
+    name += " statistics" * statistics + " softcap" * softcap + " unaligned" * (not aligned)
+    constexprs: dict[str, Any] = {"SOFTCAP": softcap}
+    signature = {
+        "logits_ptr": f"*{dtype}",
+        "targets_ptr": "*i64",
+        "logsumexp_ptr": "*fp32",
+        "grad_ptr" if backward else "target_logit_ptr": "*fp32",
+        **dict.fromkeys(("start", "W", "row_stride"), "i32"),
+        **dict.fromkeys(("inner", "outer"), "fp32"),
+    }
+    divisible = (0, 1, 2, 3, 5, 6) if aligned else (0, 1, 2, 3)
+    if not backward:
+        constexprs["STATISTICS"] = statistics
+        signature |= {"statistics_ptr": "*fp32", "statistics_stride": "i32"}
+        divisible = (*divisible, 9)
+    constexprs["BLOCK"] = launch.block
+    return {
+        "name": name,
+        "fn": fn,
+        "signature": {**signature, **dict.fromkeys(constexprs, "constexpr")},
+        "constexprs": constexprs,
+        "attrs": {(i,): [["tt.divisibility", 16]] for i in divisible},
+        "options": {"num_warps": launch.num_warps},
+        "shape": f"N={N} W={W}",
+        **traffic(backward, N, W, 4 if dtype == "fp32" else 2, launch.block, statistics),
+    }
+
+
+def traffic(
+    backward: bool, N: int, W: int, size: int, block: int, statistics: bool = False
+) -> dict[str, int]:
     """Bytes that a kernel asks for (caches serve some), and that any kernel must."""
     if backward:  # four numbers a row, again for every block of columns
         tile, vectors = 2 * N * W * size, N * (8 + 8 + 4)
         return {"moved": tile + triton.cdiv(W, block) * vectors, "minimum": tile + vectors}
-    tile, vectors = N * W * size, N * (8 + 8 + 8 + 4)
+    tile, vectors = N * W * size, N * (8 + 8 + 8 + 4 + statistics * 5 * (4 + 4))
     return {"moved": tile + N * size + vectors, "minimum": tile + vectors}  # the target: twice
 
 

@@ -44,8 +44,8 @@ def test_every_kernel_is_listed() -> None:
     """Each kernel that a launcher starts is in the list, in as many ways as it is launched."""
     for target in TARGETS:
         listed = [c["fn"].__name__ for c in configurations(target)]
-        # dtypes × softcap × alignment
-        assert listed.count("_logprob_forward_kernel") == 3 * 2 * 2
+        # dtypes × softcap × alignment, the forward with and without statistics
+        assert listed.count("_logprob_forward_kernel") == 3 * 2 * 2 * 2
         assert listed.count("_logprob_backward_kernel") == 3 * 2 * 2
         # ref × θ dtypes × alignment, the halves in two roundings
         assert listed.count("_ema_kernel") == 3 * 3 * 2 + 2 * 3 * 2

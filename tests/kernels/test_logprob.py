@@ -353,3 +353,39 @@ def test_tanh(device) -> None:
     _tanh_kernel[(1,)](x, y, slope, BLOCK=x.numel())
     assert y[0].isnan()
     assert slope[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, *OPTIONS])
+def test_statistics(dtype, options, device):
+    """In tiles, one of which is masked as a whole, against fp64 over all columns."""
+    logits, targets, _ = make(6, V, dtype, device)
+    logits[:, : WIDTHS[0]] = -INF if "softcap" not in options else 0.0
+    targets = targets.clamp(min=WIDTHS[0])
+    targets[::2] = logits.argmax(1)[::2]
+    plain, tiles = (no_column(6, device), torch.full((6,), NAN, device=device)), []
+    logsumexp, target_logit = no_column(6, device), torch.full((6,), NAN, device=device)
+    statistics = torch.zeros(5, 6, device=device)
+    statistics[2] = -INF
+    start = 0
+    for width in WIDTHS:
+        tile = logits[:, start : start + width]
+        logprob_forward_(tile, targets, start, *plain, **options)
+        logprob_forward_(
+            tile, targets, start, logsumexp, target_logit, statistics=statistics, **options
+        )
+        tiles.append(tile.double())
+        start += width
+    torch.testing.assert_close(logsumexp.sum(1), plain[0].sum(1), rtol=1e-6, atol=1e-6)
+    assert target_logit.equal(plain[1])
+    z = torch.cat(tiles, 1) * options.get("logit_scale", 1.0)
+    if cap := options.get("softcap"):
+        z = cap * torch.tanh(z / cap)
+    z = z * options.get("inverse_temperature", 1.0)
+    p = z.softmax(1)
+    entropy, squares, peak, top1, total = statistics.double()
+    torch.testing.assert_close(entropy, torch.special.entr(p).sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squares, p.square().sum(1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(peak, z.amax(1), rtol=1e-5, atol=1e-5)
+    assert top1.bool().equal(z.argmax(1) == targets)
+    torch.testing.assert_close(total, z.sum(1), rtol=1e-5, atol=1e-2)

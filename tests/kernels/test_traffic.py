@@ -56,6 +56,9 @@ def test_logprob(asked):
     logprob_forward_(logits, targets, 0, *vectors)
     assert sum(asked) == logprob.traffic(False, N, W, 2, 4096)["moved"]
     asked.clear()
+    logprob_forward_(logits, targets, 0, *vectors, statistics=torch.zeros(5, N))
+    assert sum(asked) == logprob.traffic(False, N, W, 2, 2048, statistics=True)["moved"]
+    asked.clear()
     logprob_backward_(logits, targets, 0, *vectors)
     assert (
         sum(asked) == logprob.traffic(True, N, W, 2, logprob.BACKWARD_LAUNCH["cuda"].block)["moved"]

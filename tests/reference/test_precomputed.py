@@ -81,7 +81,8 @@ def test_losses_are_those_of_a_second_model(
     extra = {
         "max_steps": 8, "per_device_train_batch_size": 3, "train_sampling_strategy": order,
         "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2,
-        "eval_strategy": "steps", "eval_steps": 4, "dataloader_drop_last": order == "random", "held_out": held_out, **extra,
+        "eval_strategy": "steps", "eval_steps": 4, "held_out": held_out,
+        "dataloader_drop_last": order == "random", **extra,
     }  # fmt: skip
     keys = ("loss", "eval_loss", "eval_rewards/chosen")
     runs = []

@@ -74,6 +74,8 @@ class PackedBatch:
     fingerprint: int = 0  # of the contents, by which scores are found again
     # (S,) of each sequence by itself: prompt, completion and the weights of its tokens
     keys: tuple[int, ...] = ()
+    # of the examples' own sequences, each with its prompt: no padding, no mismatched completion
+    sequence_tokens: int = 0
 
     @property
     def parts(self) -> tuple[PackedBatch, ...]:
@@ -316,6 +318,11 @@ class PreferenceCollator:
             share=share,
             fingerprint=int.from_bytes(hashlib.blake2b(contents, digest_size=7).digest(), "big"),
             keys=_keys([(prompts[b][k], completions[b][k]) for b, k in order], lengths, weights),
+            sequence_tokens=sum(
+                len(prompts[b][k]) + len(completions[b][k])
+                for b, k in order
+                if labels is None or k == 0
+            ),
         )
 
     def _check_vocabulary(

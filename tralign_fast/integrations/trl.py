@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tralign_fast.integrations.callback import TrustRegionCallback
-from tralign_fast.ops.logprobs import linear_logprobs
-from tralign_fast.ops.statistics import STATISTICS, token_statistics
+from tralign_fast.ops.logprobs import linear_logprobs_and_statistics
+from tralign_fast.ops.statistics import STATISTICS
 from tralign_fast.ops.transform import LogitTransform
 
 __all__ = ["TrustRegionCallback", "use_fast_logprobs"]
@@ -256,14 +256,10 @@ class _Head:
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
         transform = LogitTransform(logit_scale, softcap, temperature)
-        options = {**transform.options(), **self.options}
-        logps = linear_logprobs(hidden, weight, targets, bias=bias, **options)
-        wanted = [name for name in _OUTPUTS if name in outputs]
-        extras: dict[str, Tensor] = {}
-        if wanted:
-            extras = token_statistics(
-                hidden, weight, targets, wanted, bias=bias, transform=transform
-            )
+        logps, extras = linear_logprobs_and_statistics(
+            hidden, weight, targets, [name for name in _OUTPUTS if name in outputs],
+            bias=bias, transform=transform, **self.options,
+        )  # fmt: skip
         if "entropy" in extras and logps.requires_grad:
             extras["entropy"] = _NoGradient.apply(extras["entropy"], logps)
         return _PerToken(logps, *(extras.get(name) for name in _OUTPUTS))

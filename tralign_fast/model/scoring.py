@@ -7,7 +7,7 @@ autocast) wraps the LM head's work too. Without the keyword `score_index` the fo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,7 @@ from tralign_fast.model.patching import (
 )
 from tralign_fast.model.router import router_options
 from tralign_fast.ops.ema import is_quantised
-from tralign_fast.ops.logprobs import linear_logprobs
-from tralign_fast.ops.statistics import token_statistics
+from tralign_fast.ops.logprobs import linear_logprobs_and_statistics
 from tralign_fast.ops.transform import LogitTransform
 
 
@@ -40,6 +39,7 @@ class ScoreOutput(ModelOutput):
 
     scores: Tensor | None = None  # (N,) float32 log-probs, or what the given `score` returned
     balance: Tensor | None = None  # the answer to the given `balance`
+    statistics: dict[str, Tensor] | None = None  # (N,) each, of the tokens that have a gradient
 
 
 def enable_logprobs(
@@ -78,7 +78,7 @@ def enable_logprobs(
             '["lm_head"], modules_to_not_convert=["lm_head"])'
         )
     options = {
-        **LogitTransform.of_config(causal_lm.config).options(),
+        "transform": LogitTransform.of_config(causal_lm.config),
         "logits_budget_mb": logits_budget_mb,
         "vocab_filter": vocab_filter,
         "backend": backend,
@@ -86,7 +86,7 @@ def enable_logprobs(
 
     def forward(
         own_forward, self, *args,
-        score_index=None, score_targets=None, grad_tokens=None, with_squares=False, score=None,
+        score_index=None, score_targets=None, grad_tokens=None, statistics=(), score=None,
         row_tokens=None, balance=None,
         **kwargs,
     ):  # fmt: skip
@@ -110,14 +110,16 @@ def enable_logprobs(
             added = hidden.shape[1] - row_tokens
             score_index = score_index + added * (1 + score_index // row_tokens)
         hidden = hidden.reshape(-1, hidden.shape[-1])[score_index]
-        score = score or functools.partial(
-            _token_logps_and_squares if with_squares else _token_logps,
-            targets=score_targets, grad_tokens=grad_tokens, options=options,
-        )  # fmt: skip
         tokens = head_tokens_of(self)
-        return ScoreOutput(
-            lm_head_of(self)(hidden, score=score, weight=weight, tokens=tokens), balance
-        )
+        if score is not None:
+            scores = lm_head_of(self)(hidden, score=score, weight=weight, tokens=tokens)
+            return ScoreOutput(scores, balance)
+        score = functools.partial(
+            _token_logps, targets=score_targets, grad_tokens=grad_tokens, statistics=statistics,
+            options=options,
+        )  # fmt: skip
+        logps, found = lm_head_of(self)(hidden, score=score, weight=weight, tokens=tokens)
+        return ScoreOutput(logps, balance, found)
 
     def head_forward(own_forward, self, hidden, score=None, weight=None, tokens=None):
         if score is None:
@@ -150,51 +152,41 @@ def _token_logps(
     *,
     targets: Any,  # (N,) Tensor
     grad_tokens: int | None,
+    statistics: Collection[str],
     options: dict[str, Any],
-) -> Tensor:
-    """(N,) log-probs of the targets; a gradient for the first `grad_tokens` (None: all)."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(N,) log-probs of the targets; a gradient, and statistics, for the first `grad_tokens`
+    (None: all)."""
     grad = len(targets) if grad_tokens is None else grad_tokens
-    logps = linear_logprobs(hidden[:grad], weight, targets[:grad], bias=bias, **options)
-    if grad == len(targets):
-        return logps
-    with torch.no_grad():  # KTO's KL term: no gradient, so no backward of its logits either
-        rest = linear_logprobs(hidden[grad:], weight, targets[grad:], bias=bias, **options)
-    return torch.cat([logps, rest])
-
-
-def _token_logps_and_squares(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    targets: Any,  # (N,) Tensor
-    grad_tokens: int | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """(2, N): the log-probs of `_token_logps`, and log Σ_v p(v)²."""
-    logps = _token_logps(
-        hidden, weight, bias, targets=targets, grad_tokens=grad_tokens, options=options
+    logps, found = linear_logprobs_and_statistics(
+        hidden[:grad], weight, targets[:grad], statistics, bias=bias, **options
     )
-    transform = LogitTransform(options["logit_scale"], options["softcap"], options["temperature"])
-    name = "log_sum_sq_probs"
-    found = token_statistics(hidden, weight, targets, [name], bias=bias, transform=transform)
-    return torch.stack([logps, found[name]])
+    if grad == len(targets):
+        return logps, found
+    with torch.no_grad():  # KTO's KL term: no gradient, so no backward of its logits either
+        rest, _ = linear_logprobs_and_statistics(
+            hidden[grad:], weight, targets[grad:], (), bias=bias, **options
+        )
+    return torch.cat([logps, rest]), found
 
 
 def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """(N,) float32 log-probabilities of the batch's scored tokens, under a model that went through
     `enable_logprobs` (and, for packed batches, `enable_prefix_attention`), wrapped or not.
     """
-    output = model(**_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens)
-    return _scores(model, output, batch)
+    return token_logps_and_statistics(model, batch, ())[0]
 
 
-def token_logps_and_squares(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """`token_logps`, and (N,) float32 `log Σ_v p(v)²` of the same distributions, no gradient."""
-    scored = {"score_targets": batch.targets, "grad_tokens": batch.grad_tokens}
-    output = model(**_inputs(batch), **scored, with_squares=True)
-    logps, squares = _scores(model, output, batch)
-    return logps, squares.detach()
+def token_logps_and_statistics(
+    model: nn.Module, batch: PackedBatch, wanted: Collection[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`token_logps`, and what is wanted of `ops.statistics.STATISTICS`, (grad_tokens,) each: of
+    the same distributions, without gradient."""
+    output = model(
+        **_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens,
+        statistics=tuple(wanted),
+    )  # fmt: skip
+    return _scores(model, output, batch), output.statistics
 
 
 def _scores(model: nn.Module, output: Any, batch: PackedBatch) -> Tensor:

@@ -10,6 +10,8 @@ inputs takes one kernel for product and reduction instead (`tralign_kernels.line
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,12 @@ from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets
 from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
 from tralign_fast.ops.cpu.pages import give_back
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
+from tralign_fast.ops.statistics import STATISTICS, RunningStatistics
 from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
 from tralign_fast.ops.transform import LogitTransform
 from tralign_fast.ops.vocab_filter import VocabFilter
+
+_PLAIN = LogitTransform()
 
 
 @torch.library.custom_op("tralign_fast::linear_logprobs", mutates_args=())
@@ -36,39 +41,49 @@ def _linear_logprobs_op(
     tile: int,
     keep: int,  # columns whose logits are kept, the first ones: whole tiles
     vocab_filter: float,  # for the backward
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs (N,) fp32, logsumexp (N, 2) fp32, kept logits: tile after tile, flat)."""
+    statistics: str = "",  # names of `STATISTICS`, with blanks between
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probs (N,) fp32, logsumexp (N, 2) fp32, kept logits: tile after tile, flat, statistics
+    (number of names, N) fp32)."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     check_targets(targets, vocab)
     logsumexp = new_logsumexp(rows, hidden.device)
     target_logit = torch.full((rows,), float("nan"), device=hidden.device)
     x = hidden.to(compute_dtype)
     kept = x.new_empty(rows * keep)
+    wanted = statistics.split()
     if rows == 0:
-        return target_logit, logsumexp, kept
+        return target_logit, logsumexp, kept, logsumexp.new_empty(len(wanted), 0)
     scores = LogitTransform.of(transform)
     tile_forward_, _ = tile_ops(backend, scores)
-    fused = _is_fused(backend, compute_dtype)
+    fused = _is_fused(backend, compute_dtype, statistics)
+    running = RunningStatistics(wanted, x, scores, backend) if wanted else None
     scratch = x.new_empty(0 if fused else rows * min(tile, vocab - keep))
     with autocast_off(hidden.device):
         for start, stop in tiles.cut(0, keep if fused else vocab, tile):
             out = tiles.view(kept, scratch, rows, start, stop, keep)
             part = None if bias is None else bias[start:stop]
             logits = tiles.project(x, weight[start:stop], part, out, start < keep)
-            tile_forward_(logits, targets, start, logsumexp, target_logit)
+            tile_forward_(logits, targets, start, logsumexp, target_logit, statistics=running)
             del logits  # before the next tile is made
+            if running is not None:
+                running.see_weight(weight[start:stop], part)
         if fused:
             _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, keep, tile, scores)
-    return log_probs(target_logit, logsumexp), logsumexp, kept
+        found = logsumexp.new_empty(0, rows) if running is None else running.results(x)
+    return log_probs(target_logit, logsumexp), logsumexp, kept, found
 
 
-def _is_fused(backend: str, dtype: torch.dtype) -> bool:
+def _is_fused(backend: str, dtype: torch.dtype, statistics: str = "") -> bool:
     """Whether product and reduction are one kernel where nobody reads the logits again.
+
+    Not with statistics, for which that kernel has no registers left: where logits are made again
+    anyway, writing and reading them once takes a tenth of their product.
 
     Not in fp32: logits that the backward computes again by another product would differ from those
     of the logsumexp in their last digits, which are the digits of a probability near one.
     """
-    return backend == "triton" and dtype != torch.float32
+    return backend == "triton" and dtype != torch.float32 and not statistics
 
 
 def _fused_forward_(
@@ -96,14 +111,16 @@ def _fused_forward_(
 
 
 @_linear_logprobs_op.register_fake
-def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, keep, vocab_filter):
+def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, keep, vocab_filter,
+      statistics=""):  # fmt: skip
     rows = hidden.shape[0]
     kept = hidden.new_empty(rows * keep, dtype=compute_dtype)
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
-    fused = _is_fused(backend, compute_dtype)
+    fused = _is_fused(backend, compute_dtype, statistics)
     kept.new_empty(0 if fused else rows * min(tile, weight.shape[0] - keep))
     logsumexp = hidden.new_empty((rows, 2), dtype=torch.float32)
-    return hidden.new_empty(rows, dtype=torch.float32), logsumexp, kept
+    found = logsumexp.new_empty(len(statistics.split()), rows)
+    return hidden.new_empty(rows, dtype=torch.float32), logsumexp, kept, found
 
 
 @torch.library.custom_op("tralign_fast::linear_logprobs_backward", mutates_args=("kept",))
@@ -195,10 +212,10 @@ def _(grad, hidden, weight, targets, bias, logsumexp, kept, transform, backend, 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, *options = inputs
     ctx.options = options
-    _, logsumexp, kept = output
+    _, logsumexp, kept, found = output
     # without this, autograd would make (N, V) zeros as the gradient of the kept logits
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(logsumexp, kept)
+    ctx.mark_non_differentiable(logsumexp, kept, found)
     ctx.consumption = Consumption(kept)
     ctx.save_for_backward(hidden, weight, targets, bias, logsumexp, kept)
 
@@ -210,7 +227,7 @@ def _backward(ctx, grad, *_):
         "in place); call it again, or pass logits_budget_mb=0 to recompute them"
     )
     hidden, weight, targets, bias, logsumexp, kept = saved_tensors(ctx, message)
-    transform, backend, _, tile, _, vocab_filter = ctx.options
+    transform, backend, _, tile, _, vocab_filter, _ = ctx.options
     nothing = (None,) * len(ctx.options)
     if grad is None:
         return (None, None, None, None, *nothing)
@@ -292,6 +309,63 @@ def linear_logprobs(
             with create_graph=True.
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
+    return _run(
+        hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter
+    )[0]  # fmt: skip
+
+
+def linear_logprobs_and_statistics(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64
+    wanted: Collection[str],
+    *,
+    bias: Tensor | None = None,  # (V,)
+    transform: LogitTransform = _PLAIN,
+    backend: str = "auto",
+    logits_budget_mb: float = 1024,
+    vocab_filter: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`linear_logprobs`, and what is wanted of `STATISTICS` of the same distributions, (N,) each.
+
+    With z the scores of the softmax (`transform` of the logits) and p = softmax(z):
+
+        entropy            -Σ p·log p, nats
+        log_sum_sq_probs   log Σ p²
+        mean_logits        the mean of z over the vocabulary
+        is_top1            bool, z.argmax() == target: the first of several largest scores
+
+    fp32, without gradient, from the tiles of logits that the log-probs are made of: no further
+    product. In half precision `mean_logits` is of logits before they are rounded, on the PyTorch
+    backend without a softcap, where it is a product with the mean row of the weight.
+
+    Raises:
+        ValueError: a name that is none of `STATISTICS`; else as `linear_logprobs`.
+    """
+    if unknown := [name for name in wanted if name not in STATISTICS]:
+        raise ValueError(f"statistics are {', '.join(STATISTICS)}, got {', '.join(unknown)}")
+    logps, table = _run(
+        hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter,
+        " ".join(wanted),
+    )  # fmt: skip
+    found = dict(zip(wanted, table.unbind(0), strict=True))
+    if "is_top1" in found:
+        found["is_top1"] = found["is_top1"] > 0
+    return logps, found
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    backend: str,
+    logits_budget_mb: float,
+    vocab_filter: float | None,
+    statistics: str = "",
+) -> tuple[Tensor, Tensor]:
+    """(log-probs (N,), statistics (number of names, N)), of arguments that may be wrong."""
     check_arguments(hidden, weight, targets, bias, vocab_filter)
     device, compute_dtype = hidden.device, logits_dtype(hidden, weight)
     wants_grad = torch.is_grad_enabled() and any(
@@ -301,13 +375,13 @@ def linear_logprobs(
     tile, keep = tiles.plan(
         hidden.shape[0], weight.shape[0], compute_dtype, device, int(logits_budget_mb * 2**20),
         wants_grad=wants_grad, wants_all_or_none=bool(vocab_filter),
-        is_fused=_is_fused(backend, compute_dtype),
+        is_fused=_is_fused(backend, compute_dtype, statistics),
     )  # fmt: skip
-    logps, _, _ = _linear_logprobs_op(
+    logps, _, _, found = _linear_logprobs_op(
         hidden, weight, targets, bias, transform.numbers(), backend, compute_dtype, tile, keep,
-        float(vocab_filter or 0.0),
+        float(vocab_filter or 0.0), statistics,
     )  # fmt: skip
-    return logps
+    return logps, found
 
 
 def linear_logprobs_naive(

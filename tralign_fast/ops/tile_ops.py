@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tralign_fast.ops.backend import device_kind, kernel
 from tralign_fast.ops.cpu.row_blocks import row_blocks, row_buffers
+from tralign_fast.ops.statistics import RunningStatistics, merged_shares
 from tralign_fast.ops.transform import LogitTransform
 
 # Between these logsumexps (those of language models lie between 5 and 40) exp(z) stands for itself,
@@ -35,13 +37,22 @@ def tile_ops(
     if backend == "triton":
         options = transform.kernel_options()
         return (
-            functools.partial(kernel("logprob_forward_"), **options),
+            functools.partial(_triton_forward_, kernel("logprob_forward_"), options),
             functools.partial(kernel("logprob_backward_"), **options),
         )
     return (
         functools.partial(tile_forward_, transform=transform),
         functools.partial(tile_backward_, transform=transform),
     )
+
+
+def _triton_forward_(
+    launch: Callable[..., None],
+    options: dict[str, Any],
+    *arguments: Any,
+    statistics: RunningStatistics | None = None,
+) -> None:
+    launch(*arguments, statistics=None if statistics is None else statistics.table, **options)
 
 
 def new_logsumexp(rows: int, device: torch.device) -> Tensor:
@@ -64,12 +75,15 @@ def tile_forward_(
     target_logit: Tensor,  # (N,) float32
     *,
     transform: LogitTransform,
+    statistics: RunningStatistics | None = None,
 ) -> None:
-    """Folds the tile at columns [start, start + W) into `logsumexp`; notes the targets in it."""
+    """Folds the tile at columns [start, start + W) into `logsumexp` (and into the statistics);
+    notes the targets in it."""
     width = logits.shape[1]
     local = targets - start
     inside = (local >= 0) & (local < width)
-    picked = logits.gather(1, local.clamp(0, width - 1)[:, None])[:, 0].float()
+    local = local.clamp(0, width - 1)
+    picked = logits.gather(1, local[:, None])[:, 0].float()
     picked = transform.apply_(picked)
     target_logit.copy_(torch.where(inside, picked, target_logit))
 
@@ -80,8 +94,13 @@ def tile_forward_(
 
     high, low = torch.zeros(2, len(logits), device=logits.device)
     for rows, buffer in row_buffers(logits):
-        _logsumexp_(scores, logits[rows], buffer, high[rows], low[rows])
+        note = None if statistics is None else (statistics, rows)
+        _logsumexp_(scores, logits[rows], buffer, high[rows], low[rows], note)
+    before = logsumexp.clone() if statistics is not None else logsumexp
     _fold_(logsumexp, high, low)
+    if statistics is not None:
+        shares = merged_shares(before, high, low, logsumexp)
+        statistics.fold(logits, local, inside, picked, shares)
 
 
 def tile_backward_(
@@ -154,14 +173,39 @@ def _logsumexp_(
     buffer: Tensor,  # (rows, W) float32
     high: Tensor,  # (rows,) float32, written
     low: Tensor,  # (rows,) float32 zeros, written
+    note: tuple[RunningStatistics, slice] | None,  # where to note statistics, of which rows
 ) -> None:
     """high + low ← the logsumexp of `scores(logits, buffer)`, which may lie in the buffer."""
-    if device_kind(logits.device) == "cpu":
-        torch.sum(torch.exp(scores(logits, buffer), out=buffer), 1, out=high).log_()
-        if _is_moderate(high):
-            return
+    if device_kind(logits.device) == "cpu" and _moderate_logsumexp_(
+        scores(logits, buffer), buffer, high, note
+    ):
+        return
     z = scores(logits, buffer)
-    _softmax_(z if z is buffer else buffer.copy_(z), high, low)
+    z = z if z is buffer else buffer.copy_(z)
+    if note is None:
+        _softmax_(z, high, low)
+        return
+    statistics, rows = note
+    statistics.add_scores(rows, z)
+    _softmax_(z, high, low)
+    statistics.add_probs(rows, z)
+
+
+def _moderate_logsumexp_(
+    z: Tensor,  # (rows, W) float32
+    buffer: Tensor,  # (rows, W) float32, written
+    high: Tensor,  # (rows,) float32, written
+    note: tuple[RunningStatistics, slice] | None,
+) -> bool:
+    """high ← the logsumexp of scores, statistics noted; False if `_softmax_` has to make them."""
+    if note is None:
+        torch.sum(torch.exp(z, out=buffer), 1, out=high).log_()
+        return _is_moderate(high)
+    statistics, rows = note
+    powers = torch.exp(z, out=statistics.spare(buffer) if z is buffer else buffer)
+    mass = powers.sum(1)
+    torch.log(mass, out=high)
+    return _is_moderate(high) and statistics.add_powers(rows, z, powers, mass)
 
 
 def _fold_(logsumexp: Tensor, high: Tensor, low: Tensor) -> None:  # (N, 2), (N,), (N,)

@@ -35,8 +35,7 @@ from tralign_fast.model.router import asked, router_coefficient
 from tralign_fast.model.scoring import (
     hidden_kl,
     sequence_logps,
-    token_logps,
-    token_logps_and_squares,
+    token_logps_and_statistics,
 )
 from tralign_fast.ops.preference import PackedLoss, preference_loss
 from tralign_fast.ops.segments import pair_weights
@@ -53,7 +52,7 @@ from tralign_fast.training.inputs import collator_of, tokenized
 from tralign_fast.training.load_balance import add_balance, with_slopes
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.method import settle_method
-from tralign_fast.training.metrics import PreferenceMetrics
+from tralign_fast.training.metrics import PreferenceMetrics, statistics_of, token_totals
 from tralign_fast.training.model_card import add_trust_region
 from tralign_fast.training.models import RunModels, activation_offloading
 from tralign_fast.training.pretrained import (
@@ -87,11 +86,15 @@ class TRTrainer(ResumableTrainer):
         quantization_config: of transformers, for a model given by its name.
         peft_config: of PEFT; the model is trained through a new adapter.
 
-    `ref_model` is the model that the reference keeps, or None. Metrics are TRL's: `rewards/chosen`,
-    `rewards/rejected`, `rewards/accuracies`, `rewards/margins`, `logps/chosen`, `logps/rejected`,
-    `kl` (KTO), `aux_loss` (mixtures of experts), `num_tokens`; and `tr/syncs`, and in evaluation
-    `kl/initial` with
-    `log_kl_initial=True`.
+    `ref_model` is the model that the reference keeps, or None. Metrics are TRL's, in training and,
+    with `eval_` before them, in evaluation: `rewards/chosen`, `rewards/rejected`,
+    `rewards/accuracies` (pairs), `rewards/margins`, `logps/chosen`, `logps/rejected`, `kl` (KTO),
+    `aux_loss` (mixtures of experts); over the completions' tokens `entropy` (nats), `logits/chosen`
+    and `logits/rejected` (the mean over the vocabulary of what the softmax takes) and
+    `mean_token_accuracy` (pairs: how often a chosen token is the likeliest); `num_tokens`, trained
+    on so far, prompts counted with each completion, without padding. Each is a mean over the
+    batches since the last log of a batch's mean on all processes. Besides, `tr/syncs`, and in
+    evaluation `kl/initial` with `log_kl_initial=True`.
 
     Raises:
         ValueError: unusable rows, options or models; the message names them and what was expected.
@@ -303,7 +306,11 @@ class TRTrainer(ResumableTrainer):
         """
         ref_logps = self.reference.logps(inputs)
         batch = asked(inputs) if self.aux_loss_enabled else inputs
-        logps, weights = self._policy_logps(model, batch)
+        wanted = statistics_of(batch, self.args.use_weighting)
+        logps, found = token_logps_and_statistics(model, batch, wanted)
+        weights = None
+        if self.args.use_weighting:
+            weights = pair_weights(logps, found["log_sum_sq_probs"], batch.offsets)
         result = preference_loss(
             logps, ref_logps, batch.offsets, loss=self._objective,
             is_desirable=batch.is_desirable, kl=self._kl(batch, logps, ref_logps),
@@ -312,9 +319,9 @@ class TRTrainer(ResumableTrainer):
         )  # fmt: skip
         if batch.share > 0:
             mode = "train" if self.model.training else "eval"
-            self._means[mode].record(result.totals, batch.share)
+            self._means[mode].record(result.totals, token_totals(found, batch), batch.share)
             if mode == "train":  # in the state, so that a resumed run goes on counting
-                self.state.num_input_tokens_seen += batch.num_tokens
+                self.state.num_input_tokens_seen += batch.sequence_tokens
         step = self.state.global_step + 1
         loss = add_balance(self, result.loss, batch)
         loss = self._finite.guarded(loss, result.logps, ref_logps, batch.rows, step)
@@ -322,13 +329,6 @@ class TRTrainer(ResumableTrainer):
         if self.is_deepspeed_enabled:  # its backward steps
             self._finite.check()
         return (loss, _outputs(result, batch)) if return_outputs else loss
-
-    def _policy_logps(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """(N,) log-probs of the scored tokens, and (B,) WPO's weights of the pairs if wanted."""
-        if not self.args.use_weighting:
-            return token_logps(model, batch), None
-        logps, log_sum_sq = token_logps_and_squares(model, batch)
-        return logps, pair_weights(logps, log_sum_sq, batch.offsets)
 
     def _kl(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> Tensor | None:
         """() KTO's KL term of all processes; None: there is none, or the loss makes it itself."""
@@ -397,20 +397,24 @@ class TRTrainer(ResumableTrainer):
             if self._finite.skipped:
                 logs["tr/skipped_steps"] = self._finite.skipped
             logs.update(self._means["train"].pop(self.accelerator))
-            tokens = torch.tensor(float(self.state.num_input_tokens_seen), device=self.args.device)
-            total = self.accelerator.reduce(tokens, reduction="sum")
-            logs["num_tokens"] = float(total)  # pyright: ignore[reportArgumentType]
+            logs["num_tokens"] = self._tokens_seen()
             schedule = self.reference.schedule
             logs["tr/syncs"] = 0 if schedule.is_frozen else self.state.global_step // schedule.every
         elif "train_loss" in logs:  # the end: what no log has had, as TRL says it there
             logs.update(self._means["train"].pop(self.accelerator))
         super().log(logs, start_time)
 
+    def _tokens_seen(self) -> float:
+        """Tokens trained on, of all processes."""
+        tokens = torch.tensor(float(self.state.num_input_tokens_seen), device=self.args.device)
+        return float(self.accelerator.reduce(tokens, reduction="sum"))  # pyright: ignore[reportArgumentType]
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._check_not_released()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._finite.check()
         averages = self._means["eval"].pop(self.accelerator)
+        averages["num_tokens"] = self._tokens_seen()
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in averages.items()}
         output.metrics.update(prefixed)  # pyright: ignore[reportOptionalMemberAccess]
         return output
