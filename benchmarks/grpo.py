@@ -76,15 +76,16 @@ def make_trainer(options: argparse.Namespace, device: str, folder: str) -> Any:
         per_device_train_batch_size=options.rows, use_cpu=device == "cpu", bf16=False,
         gradient_checkpointing=False, dataloader_pin_memory=False,
     )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    model.to(DTYPES[options.dtype]).train()
     trainer = GRPOTrainer(
-        LlamaForCausalLM(config).to(DTYPES[options.dtype]),
+        model,
         lambda completions, **_: [0.0] * len(completions),
         args=args,
         train_dataset=Dataset.from_list([{"prompt": "word"}] * options.rows),
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1  # `train` would say so
-    trainer.model.train()
     trainer.beta = BETA  # set late: with a beta TRL reads a second model, from a folder
     return trainer
 
