@@ -52,8 +52,8 @@ class TrustRegionCallback(TrainerCallback):
 
     does what TRL's `sync_ref_model=True` does, in one fused pass over the weights, and
 
-    - in bf16 without bias: rounded to nearest, as TRL has it, a bf16 reference makes about a tenth
-      of its way at α = 0.01 (`ema_update_`);
+    - in bf16 without bias: rounded to nearest, as TRL has it, a bf16 reference makes a third of its
+      way or less at α = 0.01 (`benchmarks.ema`);
     - for PEFT policies, which TRL refuses. Their reference is the base with the adapter switched
       off; from here on `disable_adapter` of this model means the moved reference instead
       (`AdapterReference`: exact, LoRA factors only; α = 1 follows any kind of adapter). With a
