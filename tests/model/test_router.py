@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -40,10 +42,12 @@ def test_weights_of_a_mask_give_transformers_loss(masked, top_k):
     ours, theirs = layers(), layers()
     weights = mask.flatten().float().repeat(3)
     loss = balance_loss(torch.cat(ours), weights, top_k)
-    expected = load_balancing_loss_func(tuple(theirs), 8, top_k, mask if masked else None)
+    logits: Any = tuple(theirs)
+    expected = load_balancing_loss_func(logits, 8, top_k, mask if masked else None)
     assert isinstance(expected, torch.Tensor)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    loss.backward(), expected.backward()
+    for total in (loss, expected):
+        total.backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
 
@@ -60,8 +64,8 @@ def test_parts_with_the_slopes_of_the_whole_add_up():
     (logits,) = layers(1)
     weights = torch.rand(40, generator=torch.Generator().manual_seed(1))
     cuts = [slice(0, 7), slice(7, 40)]
-    counts = sum(expert_counts(logits.softmax(-1)[c], weights[c], 2) for c in cuts)
-    slopes = slopes_of(counts)
+    counts = [expert_counts(logits.softmax(-1)[c], weights[c], 2) for c in cuts]
+    slopes = slopes_of(counts[0] + counts[1])
     parts = sum(balance_loss(logits[c], weights[c], 2, slopes=slopes) for c in cuts)
     torch.testing.assert_close(parts, balance_loss(logits, weights, 2))
 
