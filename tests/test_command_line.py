@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
+import tempfile
 
 import pytest
 
 from tralign_fast import cli
-
-ROOT = Path(__file__).parents[1]
 
 
 def last(text):
@@ -182,6 +179,16 @@ def unknown_keyword(folder):
     file.write_text(file.read_text() + "model_init_kwargs: {dtyp: float32}\n")
 
 
+def unknown_schedule(folder):
+    file = folder / "recipe.yaml"
+    file.write_text(file.read_text() + "lr_scheduler_kwargs: {num_cycle: 1}\n")
+
+
+def unknown_accelerator(folder):
+    file = folder / "recipe.yaml"
+    file.write_text(file.read_text() + "accelerator_config: {split: true}\n")
+
+
 def best_of_what(folder):
     file = folder / "recipe.yaml"
     file.write_text(
@@ -197,6 +204,7 @@ def best_of_what(folder):
         (break_config, "cannot load tokenizer"), (other_architecture, "cannot load model"),
         (break_tokenizer, "cannot load tokenizer"), (unknown_keyword, "cannot load model"),
         (other_columns, "question"), (best_of_what, "metric_for_best_model"),
+        (unknown_schedule, "num_cycle"), (unknown_accelerator, "'split'"),
     ],
 )  # fmt: skip
 def test_what_loading_finds(damage, message, recipe, tmp_path, refused):
@@ -272,16 +280,27 @@ def test_resume_from_checkpoint_goes_on(named, recipe, tmp_path, monkeypatch):
     assert done == ([1, 2] if named == "folder" else [2])
 
 
+def as_process(rank, folder):
+    """stderr and exit code of one of two processes, as torchrun starts them."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.environ |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
+        tempfile.tempdir = str(folder)
+        sys.stderr = os.fdopen(writing, "w")
+        code = cli.main(["nothing"])
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(writing)
+    return child, os.fdopen(reading)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_processes_say_it_once(tmp_path):
-    """Two processes as torchrun starts them: both end with 2, and one line is on stderr."""
-    code = "import sys; from tralign_fast.cli import main; sys.exit(main(sys.argv[1:]))"
-    runs = []
-    for rank in ("1", "0"):
-        env = {**os.environ, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "TMPDIR": str(tmp_path)}
-        given = {"cwd": ROOT, "env": env, "text": True, "stderr": subprocess.PIPE}
-        runs.append(subprocess.Popen([sys.executable, "-c", code, "nothing"], **given))
-    texts = [run.communicate(timeout=60)[1] for run in runs]
-    assert [run.returncode for run in runs] == [2, 2]
+    """The one that comes first waits for the one that speaks; both end with 2."""
+    started = [as_process(rank, tmp_path) for rank in ("1", "0")]
+    texts = [pipe.read() for _, pipe in started]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, _ in started]
+    assert codes == [2, 2]
     assert texts[0] == ""
     assert "got 'nothing'" in last(texts[1])
 

@@ -65,6 +65,9 @@ def _message_of(error: Exception) -> str | None:
         return text
     if isinstance(error, ValueError):
         return text if _is_raised(error) else None
+    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+        # a table such as lr_scheduler_kwargs, given to whom it is for
+        return None if "tralign_fast" in _place_of(error)[0] else text
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text.splitlines()[0]} (tralign-fast plan says what fits)"
     # errors of transformers' own checks
@@ -76,13 +79,16 @@ def _message_of(error: Exception) -> str | None:
 
 
 def _is_raised(error: Exception) -> bool:
+    line = linecache.getline(*_place_of(error))
+    return line.lstrip().startswith("raise") or not line  # which a zipped package has not
+
+
+def _place_of(error: Exception) -> tuple[str, int]:
+    """File and line where an error comes from."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
-        return True
-    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
-    return line.lstrip().startswith("raise")
+    return (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace else ("", 0)
 
 
 def _say_once(line: str) -> None:
@@ -107,6 +113,9 @@ def _say_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
     if rank == "0" and not alone:
         with contextlib.suppress(OSError):
+            for old in mark.parent.glob("tralign-fast-*-*"):
+                if old.stat().st_mtime < _STARTED - 3600:
+                    old.unlink()
             mark.touch()
 
 

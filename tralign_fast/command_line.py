@@ -58,7 +58,7 @@ class _OnlyConfig(argparse.ArgumentParser):
 class _Parser(HfArgumentParser):
     """An option for every field of the dataclasses and for every option of the losses."""
 
-    def __init__(self, classes: Sequence[type], command: str) -> None:
+    def __init__(self, classes: Sequence[Any], command: str) -> None:
         super().__init__(list(classes), prog=f"tralign-fast {command}", allow_abbrev=False)
         self.hints = {name: hint for c in classes for name, hint in _hints(c).items()}
         for action in self._actions:  # what stands in a range is in the help, too

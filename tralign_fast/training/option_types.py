@@ -245,9 +245,19 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if union else (hint,)
 
 
+def _fit_number(value: Any, base: type) -> tuple[bool, Any]:
+    """numpy's numbers become Python's."""
+    if not abs(value) <= sys.float_info.max:  # NaN, too, and whole numbers beyond
+        return False, value
+    if base is int:
+        return value == int(value), int(value)
+    return True, value if isinstance(value, (int, float)) else float(value)
+
+
 def _fit(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Whether a value is of one of the types, and the value in it."""
     for kind in kinds:
-        base = typing.get_origin(kind) or kind
+        base: Any = typing.get_origin(kind) or kind
         if base is Any:
             return True, value
         if value is None or base is type(None):
@@ -263,18 +273,16 @@ def _fit(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, Any]:
         elif base is bool or isinstance(value, bool):
             if base is bool and isinstance(value, bool):
                 return True, value
-        elif base is float and isinstance(value, numbers.Real):
-            finite = abs(value) <= sys.float_info.max  # no NaN, and no int beyond it
-            return finite, value if isinstance(value, (int, float)) or not finite else float(value)
-        elif base is int and isinstance(value, numbers.Real):
-            if abs(value) <= sys.float_info.max and value == int(value):
-                return True, int(value)
+        elif base in (int, float):
+            if isinstance(value, numbers.Real):
+                return _fit_number(value, base)
         elif _is_enum(base):
-            if isinstance(value, base) or value in [member.value for member in base]:
+            members: Any = base
+            if isinstance(value, base) or value in [member.value for member in members]:
                 return True, value
             if isinstance(value, str):  # also declared as a word, of which few are right
                 return False, value
-        elif isinstance(base, type) and base not in (list, float, int) and isinstance(value, base):
+        elif isinstance(base, type) and isinstance(value, base):
             return True, value
     return False, value
 
