@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -194,6 +195,12 @@ class TRConfig(TrainingArguments):
         _check_choice("ema_rounding", self.ema_rounding, ["nearest", "stochastic"])
         _check_choice("truncation_mode", self.truncation_mode, ["keep_start", "keep_end"])
         _check_choice("on_bad_rows", self.on_bad_rows, ON_BAD_ROWS)
+        if self.truncation_mode == "keep_end":
+            warnings.warn(
+                "truncation_mode='keep_end' is deprecated in TRL, whose 2.0 will not have it",
+                FutureWarning,
+                stacklevel=3,
+            )
         if not 0.0 <= self.ref_model_mixup_alpha <= 1.0:
             raise ValueError(
                 f"ref_model_mixup_alpha must lie in [0, 1], got {self.ref_model_mixup_alpha}"
