@@ -97,7 +97,7 @@ def test_what_is_not_read_beside_a_prompt_is_said(small_tokenizer):
 def test_images_beside_text_are_refused(column, small_tokenizer):
     row = {"prompt": "the sky is", column: ["a.png"]}
     for tokenize, rest in ((pairs, TWO), (unpaired, TWO), (unpaired, KTO)):
-        with pytest.raises(ValueError, match=f"^train row 0: has {column}; expected text alone"):
+        with pytest.raises(ValueError, match=f"^train row 0: has {column}[:;] "):
             tokenize([{**row, **rest}], small_tokenizer)
     for nothing in (None, []):
         assert pairs([{"prompt": "the sky is", column: nothing, **TWO}], small_tokenizer)
@@ -108,7 +108,7 @@ def test_a_column_of_images_is_refused_unread(feature, small_tokenizer):
     text = {name: Value("string") for name in ("prompt", "chosen", "rejected")}
     rows = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"], "photo": [None]}
     dataset = Dataset.from_dict(rows, Features({**text, "photo": feature}))
-    with pytest.raises(ValueError, match="train: the column photo holds Image; expected text"):
+    with pytest.raises(ValueError, match=r"train: the column photo holds Image: .*vision-related"):
         tokenize_pairs(dataset, small_tokenizer, max_length=None)
 
 

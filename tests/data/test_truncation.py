@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from tests.training.test_trl_parity import history, options, pair_rows, run_both
 from tralign_fast import TRConfig, TRTrainer
-from tralign_fast.data import tokenize_pairs
+from tralign_fast.data import tokenize_pairs, tokenize_unpaired
 from tralign_fast.data.packing import PreferenceCollator
 
 LAYOUTS = ("shared", "packed", "padded")
@@ -113,6 +113,18 @@ def test_keep_end_drops_no_prompt_for_its_length(tiny_llama, small_tokenizer, tm
 
 def test_kto_refuses_keep_end_also_when_the_rows_say_kto(tiny_llama, small_tokenizer, tmp_path):
     rows = Dataset.from_list([{"prompt": "the", "completion": " cat", "label": True}])
-    args = TRConfig(**options(tmp_path, truncation_mode="keep_end"))
+    with pytest.warns(FutureWarning, match="keep_end' is deprecated in TRL"):
+        args = TRConfig(**options(tmp_path, truncation_mode="keep_end"))
     with pytest.raises(ValueError, match="truncation_mode: kto cuts completions at their end"):
         TRTrainer(tiny_llama, args=args, train_dataset=rows, processing_class=small_tokenizer)
+
+
+def test_one_label_may_be_left_by_what_is_too_long(small_tokenizer):
+    rows = Dataset.from_list([
+        {"prompt": "the", "completion": " cat", "label": True},
+        {"prompt": "the cat runs under the river " * 8, "completion": " x", "label": False},
+    ])  # fmt: skip
+    with pytest.warns(UserWarning, match="every label is True among the rows that are left"):
+        assert tokenize_unpaired(rows, small_tokenizer, max_length=12)["row"] == [0]
+    with pytest.raises(ValueError, match="every label is True; expected both"):
+        tokenize_unpaired(rows.select([0]), small_tokenizer, max_length=12)

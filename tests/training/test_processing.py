@@ -185,3 +185,40 @@ def test_an_unknown_pad_token_is_refused(tiny_llama, small_tokenizer, tmp_path):
     assert "\n" not in str(error.value)
     assert tokenizer.pad_token == "<pad>"
     assert len(tokenizer) == len(small_tokenizer)
+
+
+def test_trls_trainer_reads_images_with_fast_logprobs(small_tokenizer, tmp_path):
+    """What the refusal names."""
+    import PIL.Image
+    from transformers import CLIPImageProcessor, LlavaProcessor
+    from trl import DPOConfig, DPOTrainer
+
+    from tralign_fast.integrations.trl import use_fast_logprobs
+
+    tokenizer = copy.deepcopy(small_tokenizer)
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    size = {"height": 16, "width": 16}
+    template = TEMPLATE.replace("{{ part['text'] }}", "{{ part['text'] or '<image>' }}")
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=size, crop_size=size), tokenizer=tokenizer,
+        chat_template=template, patch_size=8, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    model = llava(tokenizer)
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    rows = list(pair_rows(8, conversational=True))
+    images = [PIL.Image.new("RGB", (16, 16), (30 * i, 255 - 30 * i, 9)) for i in range(8)]
+    given = Dataset.from_list([{**r, "images": [i]} for r, i in zip(rows, images, strict=True)])
+    given = given.cast_column("images", List(Image()))
+    losses = []
+    for fast in (False, True):
+        args = DPOConfig(**options(tmp_path / str(fast), max_length=None, max_steps=2))
+        trainer = DPOTrainer(
+            copy.deepcopy(model), copy.deepcopy(model), args, train_dataset=given,
+            processing_class=processor,
+        )  # fmt: skip
+        if fast:
+            use_fast_logprobs(trainer)
+        losses.append(history(trainer))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(set(losses[0])) == 2

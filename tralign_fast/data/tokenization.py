@@ -250,10 +250,11 @@ def _settle(marked: Dataset, policy: _Policy) -> Dataset:
     if not policy.one_label and "label" in marked.column_names:
         labels = set(marked["label"])
         if len(labels) == 1:
-            raise ValueError(
-                f"{name}: every label is {labels.pop()}; expected both desirable and undesirable "
-                "rows"
-            )
+            message = f"{name}: every label is {labels.pop()}"
+            expected = "expected both desirable and undesirable rows"
+            if not bad:
+                raise ValueError(f"{message}; {expected}")
+            warnings.warn(f"{message} among the rows that are left; {expected}", stacklevel=4)
     return _lend(marked, [i for i, a in enumerate(alone) if a]) if len(marked) > 1 else marked
 
 

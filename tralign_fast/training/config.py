@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -253,6 +254,12 @@ class TRConfig(TrainingArguments):
         self._check_tables()
         self._check_losses()
         check_best_model(self)
+        if self.truncation_mode == "keep_end":
+            warnings.warn(
+                "truncation_mode='keep_end' is deprecated in TRL, whose 2.0 will not have it",
+                FutureWarning,
+                stacklevel=3,
+            )
         self.precompute_ref_log_probs |= self.reference == "precomputed"
         if self.sync_ref_model is None:  # TRL's precomputed reference stands still
             self.sync_ref_model = not self.precompute_ref_log_probs
