@@ -170,7 +170,7 @@ class TRTrainer(ResumableTrainer):
             shared = "shared" if self.args.prefix_sharing else "packed"
             collator.layout = shared if packs else "padded"
         if start is not None and (kind.needs_second_model or kind.runs_start):
-            start = self._prepare_frozen(start)
+            start = self._prepare_frozen(start, kept=kind.needs_second_model)
         if self._initial is not None:
             self._prepare(self._initial)
         return build_reference(place, policy, start, self.args)
@@ -186,12 +186,12 @@ class TRTrainer(ResumableTrainer):
             prepared.compile_layers(**self._compile_options)
         return prepared.packs
 
-    def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
+    def _prepare_frozen(self, model: PreTrainedModel, kept: bool) -> nn.Module:
         """A second model that runs beside the policy, and as the policy does."""
         self._prepare(model)
         if self.args.use_liger_kernel:  # Trainer gives them to the policy when training starts
             apply_liger_kernel(model, self.args.liger_kernel_config)
-        return distribute_frozen(self.accelerator, model)
+        return distribute_frozen(self.accelerator, model, kept)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.args.gradient_release or releases(self.optimizer):  # of an earlier training
