@@ -6,10 +6,12 @@ import copy
 import gc
 import warnings
 import weakref
+from typing import Any
 
 import datasets
 import pytest
 import torch
+from datasets import config
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_tiny_llama
@@ -29,7 +31,7 @@ LD = {"ld_alpha": 0.3}
 def cache(tmp_path, monkeypatch):
     """The folder of the cache, empty."""
     folder = tmp_path / "datasets"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(folder))
     return folder / FOLDER
 
 
@@ -52,11 +54,11 @@ def rows_of(method, count=32):
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_losses_are_trls_with_precomputed_log_probs(method, tiny_llama, small_tokenizer, tmp_path):
-    config, trainer = trl_classes(method)
+    config_class, trainer = trl_classes(method)
     name = {"dpo": "sigmoid"}.get(method, method)
     extra = {"loss_type": name, "sync_ref_model": False, "precompute_ref_log_probs": True}
     theirs = trainer(
-        copy.deepcopy(tiny_llama), args=config(**options(tmp_path / "trl", **extra)),
+        copy.deepcopy(tiny_llama), args=config_class(**options(tmp_path / "trl", **extra)),
         train_dataset=rows_of(method), processing_class=small_tokenizer,
     )  # fmt: skip
     expected = history(theirs)
@@ -300,11 +302,11 @@ def test_kto_in_a_random_order_has_the_epochs_that_it_began_with(
 
 def test_an_adapter_can_score_rows_that_come_later(small_tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
+    lora = peft.LoraConfig(
         target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False
     )
     torch.manual_seed(3)
-    policy = peft.get_peft_model(make_tiny_llama(small_tokenizer), config)
+    policy = peft.get_peft_model(make_tiny_llama(small_tokenizer), lora)
     new = pair_rows(40).select(range(34, 40))
     found = []
     for place in (FROZEN, PRE):
@@ -361,10 +363,12 @@ def test_a_moving_reference_has_its_windows(tiny_llama, small_tokenizer, tmp_pat
 
 def test_what_the_option_stands_for(tmp_path):
     assert TRConfig(str(tmp_path)).sync_ref_model is True
-    for given in ({"precompute_ref_log_probs": True}, {"reference": "precomputed"}):
-        config = TRConfig(str(tmp_path), **given)
-        assert config.sync_ref_model is False
-        assert config.precompute_ref_log_probs is True
+    cases: list[dict[str, Any]]
+    cases = [{"precompute_ref_log_probs": True}, {"reference": "precomputed"}]
+    for given in cases:
+        args = TRConfig(str(tmp_path), **given)
+        assert args.sync_ref_model is False
+        assert args.precompute_ref_log_probs is True
     frozen, moving = TrustRegion(0.0, 0), TrustRegion(0.6, 4)
     asked = {"own_start": False, "lora": False, "precompute": True}
     assert choose_reference("auto", frozen, **asked)[0] == "precomputed"

@@ -105,6 +105,11 @@ class ReferencePolicy(ABC):
     def sync(self) -> None:
         """Moves the reference towards the policy as it is now: `π_ref ← α·π_θ + (1-α)·π_ref`."""
 
+    def as_model(self) -> Any:
+        """A model that has the reference's weights, to be looked at; None where there are no whole
+        ones."""
+        return None
+
     def must_score(self, step: int) -> bool:
         """Whether a window has to be scored (`WindowedReference`) before the step after `step`."""
         return False

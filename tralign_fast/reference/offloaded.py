@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from tralign_fast.model.patching import unwrapped
 from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference.base import (
     ReferenceOptions,
@@ -61,6 +65,7 @@ class OffloadedReference(WindowedReference):
             )
         self._host: dict[str, Tensor] = {name: _host_copy(p) for name, p in source.items()}
         self._inside = False
+        self._view: Any = None  # of `as_model`
 
     @classmethod
     def build(
@@ -76,6 +81,20 @@ class OffloadedReference(WindowedReference):
     def mixed_parameters(self) -> dict[str, Tensor]:
         """What moves tensor by tensor, by name."""
         return mixed_parameters(self.policy, self.schedule, self.name)
+
+    def as_model(self) -> Any:
+        """A model on the host whose parameters are the reference's own tensors; none where a PEFT
+        adapter is trained, or weights are sharded."""
+        policy: Any = unwrapped(self.policy)
+        sharded = any(hasattr(p, "to_local") for p in policy.parameters())
+        if sharded or not isinstance(policy, PreTrainedModel):
+            return None
+        if self._view is None:
+            with torch.device("meta"):
+                self._view = type(policy)(copy.deepcopy(policy.config)).eval()
+        tensors = {**named_parameters(policy), **self._host}
+        _fill(self._view, tensors, dict(policy.named_buffers()))
+        return self._view
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
@@ -151,3 +170,20 @@ def _host_copy(parameter: Tensor) -> Tensor:
     copy = torch.empty_like(parameter, device="cpu", memory_format=torch.contiguous_format)
     copy = copy.pin_memory() if parameter.is_cuda else copy
     return copy.copy_(parameter.detach())
+
+
+def _fill(model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+    """Gives a model these tensors, those that it ties in all their places."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    made: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = names[id(parameter)]
+            if name not in made:
+                made[name] = nn.Parameter(parameters[name].detach(), requires_grad=False)
+            module._parameters[key] = made[name]
+        for key in module._buffers:
+            found = buffers.get(f"{path}.{key}".removeprefix("."))
+            module._buffers[key] = found if found is None else found.cpu()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
+from tralign_fast.model.patching import unwrapped
 from tralign_fast.model.scoring import sequence_logps
 from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference.base import (
@@ -77,6 +79,9 @@ class ResidentReference(ReferencePolicy):
         return cls(policy, args.trust_region, start, **rounding)
 
     @torch.no_grad()
+    def as_model(self) -> Any:
+        return unwrapped(self.model)
+
     def logps(self, batch: PackedBatch) -> Tensor:
         if self._merges and not self.schedule.is_frozen and is_sharded(self.policy):
             raise ValueError(

@@ -19,6 +19,7 @@ import datasets
 import numpy
 import torch
 import xxhash
+from datasets import config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Scores:
         return scores
 
     def _checksum(self, of: str) -> str:
-        return xxhash.xxh3_128_hexdigest(b"".join([of.encode(), self.keys, self.values]))
+        return xxhash.xxh3_128_hexdigest(of.encode() + self.keys.tobytes() + self.values.tobytes())
 
 
 class ScoreCache:
@@ -86,7 +87,8 @@ class ScoreCache:
 
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint = fingerprint
-        self.path = Path(datasets.config.HF_DATASETS_CACHE) / FOLDER / f"{fingerprint}.safetensors"
+        folder = Path(config.HF_DATASETS_CACHE) / FOLDER
+        self.path = folder / f"{fingerprint}.safetensors"
 
     def read(self) -> Scores:
         """What the file holds, the same in every process; nothing where there is none."""
@@ -137,11 +139,11 @@ def score_cache_of(model: nn.Module, **options: Any) -> ScoreCache | None:
         None: the weights have no numbers (a memory trace), or caching of datasets is disabled.
     """
     model = unwrapped(model)
-    config: Any = getattr(model, "config", None)
+    own: Any = getattr(model, "config", None)
     described = {
         "format": _FORMAT,
         "model": type(model).__name__,
-        "config": _numbers(config.to_dict()) if config is not None else None,
+        "config": _numbers(own.to_dict()) if own is not None else None,
         "adapters": {n: _numbers(c.to_dict()) for n, c in _adapters(model).items()},
         "active": getattr(model, "active_adapters", None) if _adapters(model) else None,
         **options,
@@ -155,7 +157,7 @@ def score_cache_of(model: nn.Module, **options: Any) -> ScoreCache | None:
             for part in _plain_tensors(tensor):
                 if process_index() == 0:
                     state.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-                    state.update(part.reshape(-1).view(torch.uint8).cpu().numpy())
+                    state.update(part.reshape(-1).view(torch.uint8).cpu().numpy().data)
     return ScoreCache(from_main(state.hexdigest()))
 
 

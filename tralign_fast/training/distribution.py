@@ -106,13 +106,18 @@ def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> 
     return options if wanted else None
 
 
-def distribute_frozen(accelerator: Accelerator, model: PreTrainedModel) -> nn.Module:
-    """A model that only runs forwards, sharded or replicated as the policy is."""
+def distribute_frozen(accelerator: Accelerator, model: PreTrainedModel, kept: bool) -> nn.Module:
+    """A model that only runs forwards, sharded or replicated as the policy is.
+
+    Args:
+        kept: it runs as long as the policy does.
+    """
     if _fsdp_plugin(accelerator) is not None:
         return fsdp2_prepare_model(accelerator, model)
     if (zero3 := _zero3_plugin(accelerator)) is None:
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
-        accelerator._models.remove(prepared)  # which would keep it as long as the trainer lives
+        if not kept:  # accelerate's list lives as long as the trainer
+            accelerator._models.remove(prepared)
         return prepared
     import deepspeed  # pyright: ignore[reportMissingImports]
 

@@ -37,7 +37,6 @@ class RunModels:
 
     Attributes:
         reference: the reference, of that place.
-        second: the model that it runs beside the policy; None where it has no model of its own.
         initial: a copy of the policy as it was, for `log_kl_initial`; else None.
         prepared: closing it gives the models back as they were. It holds none of them alive.
     """
@@ -67,10 +66,9 @@ class RunModels:
         if isinstance(collator, PreferenceCollator):
             shared = "shared" if args.prefix_sharing else "packed"
             collator.layout = shared if packs else "padded"
-        self.second = start if kind.needs_second_model else None
         wrapped: nn.Module | None = start
         if start is not None and (kind.needs_second_model or kind.runs_start):
-            wrapped = self._prepare_frozen(start)
+            wrapped = self._prepare_frozen(start, kept=kind.needs_second_model)
         if self.initial is not None:
             self._prepare(self.initial)
         self.reference = build_reference(place, policy, wrapped, args)
@@ -86,12 +84,12 @@ class RunModels:
             prepared.compile_layers(**self._compile_options)
         return prepared.packs
 
-    def _prepare_frozen(self, model: PreTrainedModel) -> nn.Module:
+    def _prepare_frozen(self, model: PreTrainedModel, kept: bool) -> nn.Module:
         """A second model that runs beside the policy, and as the policy does."""
         self._prepare(model)
         if self._args.use_liger_kernel:  # Trainer gives them to the policy when training starts
             apply_liger_kernel(model, self._args.liger_kernel_config)
-        return distribute_frozen(self._accelerator, model)
+        return distribute_frozen(self._accelerator, model, kept)
 
 
 def activation_offloading(model: nn.Module, args: TRConfig) -> AbstractContextManager[Any]:

@@ -188,8 +188,8 @@ class TRTrainer(ResumableTrainer):
 
     @property
     def ref_model(self) -> PreTrainedModel | None:
-        """The model that the reference keeps; None where it has no model of its own."""
-        return self._models.second
+        """The model whose weights the reference has; None where it keeps no whole model."""
+        return self.reference.as_model()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.args.gradient_release or releases(self.optimizer):  # of an earlier training
