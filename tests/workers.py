@@ -15,6 +15,8 @@ LONG = (
     "tests/training/test_distributed.py",
     "tests/training/test_checkpoints.py",
     "tests/reference/test_adapter.py",
+    "tests/reference/test_peft_kinds.py",
+    "tests/reference/test_quantised.py",
     "tests/training/test_trl_losses.py",
     "tests/kernels/test_aot.py",
     "tests/model/test_compile.py",

@@ -50,6 +50,17 @@ def test_values_and_gradients_are_those_of_fp64(shape, bias, batched):
         assert (ours - wanted).abs().max() <= 2**-22 * scale + 2**-22
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_result_can_be_added_to_in_place(batched):
+    """As PEFT's AdaLoRA, C3A and aLoRA do with a base layer's."""
+    x = torch.randn(7, 5)[None if batched else ...].requires_grad_()
+    weight = torch.randn(3, 5, requires_grad=True)
+    y = onednn.linear(x, weight)
+    y += 1
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand_as(x))
+
+
 @pytest.mark.parametrize("width", [64, 576, 1024])
 def test_rounding_is_at_most_twice_that_of_mkl(width):
     generator = torch.Generator().manual_seed(0)

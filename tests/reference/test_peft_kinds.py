@@ -361,7 +361,7 @@ def test_a_run_has_the_losses_of_merged_weights(kind, small_tokenizer, tmp_path)
     model = model_of(kind, small_tokenizer, tied=True)
     policy = adapted(model, config, kind)
     alpha = 0.5 if exact else 1.0
-    extra = {
+    extra: dict[str, Any] = {
         "max_steps": 5, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha,
         "learning_rate": 3e-2 if exact else 0.3, "reference": "auto",
     }  # fmt: skip

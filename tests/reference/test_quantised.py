@@ -153,8 +153,8 @@ def test_the_moving_reference_is_the_mean_of_the_deltas(alpha, base, request):
     frozen = {n: p.clone() for n, p in policy.named_parameters() if not p.requires_grad}
     for step in range(6):
         seen.append(truth.logps(batch))
-        close = {"rtol": 1e-5, "atol": TOLERANCE.get(kind, 2e-5)}
-        torch.testing.assert_close(reference.logps(batch), seen[-1], **close)
+        atol = TOLERANCE.get(kind, 2e-5)
+        torch.testing.assert_close(reference.logps(batch), seen[-1], rtol=1e-5, atol=atol)
         shake(policy, step)
         truth.sync()
         reference.sync()
@@ -213,7 +213,8 @@ def test_losses_equal_trls_at_every_step(base, request, small_tokenizer, tmp_pat
             parameter.data = parameter.data.bfloat16()
     shared = {"sync_ref_model": False, "learning_rate": 5e-3}
     runs = []
-    for kind, config in ((DPOTrainer, DPOConfig), (TRTrainer, TRConfig)):
+    both: list[Any] = [(DPOTrainer, DPOConfig), (TRTrainer, TRConfig)]
+    for kind, config in both:
         trainer = kind(
             copy.deepcopy(policy),
             args=config(**options(tmp_path / kind.__name__, **shared)),
