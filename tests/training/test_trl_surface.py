@@ -29,7 +29,7 @@ OTHER_DEFAULTS = {
     "label_smoothing": "None is TRL's 0, and 1e-3 for exo_pair, which TRL refuses without",
     "train_sampling_strategy": "None is what TRL's trainer of the loss does",
     "loss_type": "dpo is TRL's sigmoid",
-    "pad_to_multiple_of": "TRL resolves auto",
+    "remove_unused_columns": "batches are made of columns that no forward names",
 }
 
 
@@ -159,9 +159,11 @@ def test_a_reference_by_its_name(folder, tiny_llama, tmp_path):
         TRTrainer(folder, "no-such/model", TRConfig(str(tmp_path)), train_dataset=pair_rows(4))
 
 
-def test_the_reference_model_is_an_attribute(folder, tmp_path):
-    args = TRConfig(**options(tmp_path / "run", ref_model_sync_steps=1))
+@pytest.mark.parametrize(("every", "place"), [(1, "resident"), (2, "offloaded")])
+def test_the_reference_model_is_an_attribute(every, place, folder, tmp_path):
+    args = TRConfig(**options(tmp_path / "run", ref_model_sync_steps=every))
     trainer = TRTrainer(folder, None, args, train_dataset=pair_rows())
+    assert trainer.reference.name == place
     assert trainer.ref_model is not None
     assert trainer.ref_model is not trainer.model
     before = {name: p.clone() for name, p in trainer.ref_model.named_parameters()}
@@ -169,6 +171,8 @@ def test_the_reference_model_is_an_attribute(folder, tmp_path):
     for name, value in before.items():
         moved = trainer.ref_model.get_parameter(name)
         assert not torch.equal(value, moved), name
+    tokens = torch.tensor([[3, 4, 5]])
+    assert trainer.ref_model(tokens).logits.isfinite().all()
     args = TRConfig(**options(tmp_path / "snapshot", ref_model_mixup_alpha=1.0))
     assert TRTrainer(folder, None, args, train_dataset=pair_rows(4)).ref_model is None
 
