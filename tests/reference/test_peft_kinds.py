@@ -368,12 +368,8 @@ def test_a_run_has_the_losses_of_merged_weights(kind, small_tokenizer, tmp_path)
     trainer = make(policy, small_tokenizer, tmp_path / "a", **extra)
     assert trainer.reference.name == ("adapter" if exact else "snapshot")
     losses = history(trainer)
-    plain = make(
-        policy,
-        small_tokenizer,
-        tmp_path / "b",
-        **{**extra, "reference": "resident"} | ({"ref_model_mixup_alpha": 1.0}),
-    )
+    extra |= {"reference": "resident", "ref_model_mixup_alpha": 1.0}
+    plain = make(policy, small_tokenizer, tmp_path / "b", **extra)
     truth = Truth(plain.model, alpha)
     plain.reference.logps, plain.reference.sync = truth.logps, truth.sync
     assert losses == pytest.approx(history(plain), rel=2e-5)
