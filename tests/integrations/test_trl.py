@@ -480,13 +480,13 @@ def _count(monkeypatch):
     from tralign_fast.integrations import trl as integration
 
     used: dict[bool, int] = {}
-    real = integration.linear_logprobs
+    real = integration.linear_logprobs_and_statistics
 
     def counted(*args, **kwargs):
         used[torch.is_grad_enabled()] = used.get(torch.is_grad_enabled(), 0) + 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(integration, "linear_logprobs", counted)
+    monkeypatch.setattr(integration, "linear_logprobs_and_statistics", counted)
     return used
 
 
