@@ -59,24 +59,7 @@ def enable_logprobs(
         ValueError: the model has no linear output embedding.
     """
     causal_lm = causal_lm_of(model)
-    head = lm_head_of(causal_lm)
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"{type(causal_lm).__name__}: lm_head carries a PEFT adapter, but its log-probs are "
-            "computed from one weight; leave lm_head out of target_modules, or train it whole with "
-            'modules_to_save=["lm_head"]'
-        )
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{type(causal_lm).__name__}: expected a linear output embedding (lm_head), got "
-            f"{type(head).__name__}"
-        )
-    if is_quantised(head.weight) and not head.weight.is_meta:
-        raise ValueError(
-            f"{type(causal_lm).__name__}: lm_head is quantised, but log-probs are computed from "
-            "its weight; leave it out of the quantisation (llm_int8_skip_modules="
-            '["lm_head"], modules_to_not_convert=["lm_head"])'
-        )
+    head = _head_to_score_with(causal_lm)
     options = {
         "transform": LogitTransform.of_config(causal_lm.config),
         "logits_budget_mb": logits_budget_mb,
@@ -133,6 +116,29 @@ def enable_logprobs(
     patches.forward(causal_lm, "log-probs", forward)
     patches.forward(head, "log-probs", head_forward)
     return patches.undo
+
+
+def _head_to_score_with(causal_lm: Any) -> nn.Linear:
+    """The LM head. Raises ValueError where log-probs cannot be computed from its weight."""
+    head = lm_head_of(causal_lm)
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{type(causal_lm).__name__}: lm_head carries a PEFT adapter, but its log-probs are "
+            "computed from one weight; leave lm_head out of target_modules, or train it whole with "
+            'modules_to_save=["lm_head"]'
+        )
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(causal_lm).__name__}: expected a linear output embedding (lm_head), got "
+            f"{type(head).__name__}"
+        )
+    if is_quantised(head.weight) and not head.weight.is_meta:
+        raise ValueError(
+            f"{type(causal_lm).__name__}: lm_head is quantised, but log-probs are computed from "
+            "its weight; leave it out of the quantisation (llm_int8_skip_modules="
+            '["lm_head"], modules_to_not_convert=["lm_head"])'
+        )
+    return head
 
 
 def _check_prefix_is_kept(causal_lm: Any) -> None:

@@ -22,6 +22,29 @@ from tralign_fast.training.config import TRConfig
 from tralign_fast.training.model_kinds import model_class, where_options
 
 
+def given_models(
+    model: str | PreTrainedModel,
+    ref_model: str | PreTrainedModel | None,
+    args: TRConfig,
+    quantization_config: Any = None,
+    peft_config: Any = None,
+) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The policy and the first reference of a run, from what a trainer is given; dropout off.
+
+    Raises:
+        ValueError: as the functions below, or nothing of the policy can be trained.
+    """
+    base = load_model(model, args, quantization_config)
+    first = load_reference(ref_model, base, args, quantization_config)
+    policy = with_adapter(base, peft_config, args)
+    check_trainable(policy, model if isinstance(model, str) else None)
+    if args.disable_dropout:
+        disable_dropout(policy)
+        if first is not None:
+            disable_dropout(first)
+    return policy, first
+
+
 def load_model(
     model: str | PreTrainedModel, args: TRConfig, quantization_config: Any = None
 ) -> PreTrainedModel:

@@ -55,14 +55,7 @@ from tralign_fast.training.method import settle_method
 from tralign_fast.training.metrics import PreferenceMetrics, statistics_of, token_totals
 from tralign_fast.training.model_card import add_trust_region
 from tralign_fast.training.models import RunModels, activation_offloading
-from tralign_fast.training.pretrained import (
-    check_trainable,
-    disable_dropout,
-    load_model,
-    load_reference,
-    vocabulary_size,
-    with_adapter,
-)
+from tralign_fast.training.pretrained import given_models, vocabulary_size
 from tralign_fast.training.processing import processing_of
 from tralign_fast.training.resumable import ResumableTrainer
 
@@ -131,16 +124,9 @@ class TRTrainer(ResumableTrainer):
         if args.should_save:
             check_writable(args.output_dir)
         tokenizer = processing_of(processing_class, model, args)
-        base = load_model(model, args, quantization_config)
-        first = load_reference(ref_model, base, args, quantization_config)
-        policy = with_adapter(base, peft_config, args)
-        check_trainable(policy, model if isinstance(model, str) else None)
+        policy, first = given_models(model, ref_model, args, quantization_config, peft_config)
         found = router_coefficient(policy, args.router_aux_loss_coef)
         self.router_aux_loss_coef, self.aux_loss_enabled = found
-        if args.disable_dropout:
-            disable_dropout(policy)
-            if first is not None:
-                disable_dropout(first)
         place, why = choose_reference(
             args.reference,
             args.trust_region,
