@@ -56,6 +56,8 @@ CASES = {
     "snapshot, DPO": Case("dpo", {"reference": "snapshot", **HARD}),
     "snapshot, KTO": Case("kto", {"reference": "snapshot", **HARD}),
     "frozen snapshot, DPO": Case("dpo", {"reference": "snapshot", "sync_ref_model": False}),
+    "precomputed, DPO": Case("dpo", {"reference": "precomputed"}),
+    "precomputed, KTO": Case("kto", {"reference": "precomputed"}),
     "offloaded, DPO": Case("dpo", {"reference": "offloaded", **SOFT}),
     "offloaded, KTO": Case("kto", {"reference": "offloaded", **SOFT}),
     "adapter, DPO, LoRA": Case("dpo", {"reference": "adapter", **SOFT}, lora=True),
