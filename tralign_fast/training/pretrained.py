@@ -20,6 +20,7 @@ from transformers import (
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.model_kinds import model_class, where_options
+from tralign_fast.training.option_types import shown
 
 
 def given_models(
@@ -187,7 +188,11 @@ def load_pretrained(factory: Any, name: str, **options: Any) -> Any:
     try:
         return factory.from_pretrained(name, **options)
     except ImportError as error:  # an attn_implementation or a quantisation without its package
-        asked = ", ".join(f"{key}={value!r}" for key, value in options.items() if key != "dtype")
+        asked = ", ".join(
+            f"{key}={shown(value)}"
+            for key, value in options.items()
+            if key != "dtype" and value not in (None, False)
+        )
         raise ValueError(
             f"cannot load {name!r} with {asked}: {str(error).splitlines()[0]}"
         ) from error
