@@ -14,6 +14,7 @@ import tralign_fast.ops.logprobs as module
 from tests.conftest import DEVICE
 from tralign_fast import linear_logprobs, logprobs_from_logits
 from tralign_fast.ops import from_logits, tiles
+from tralign_fast.ops.backend import pick_backend, pretend_gpu, warn_once
 from tralign_fast.ops.logprobs import linear_logprobs_naive
 
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -616,3 +617,18 @@ def test_no_bias_over_training(dtype, budget):
         residuals = torch.stack(residuals)
         assert residuals.abs().max() <= 4 * EPS[dtype]
         assert residuals.mean().abs() <= 4 * residuals.std() / steps**0.5 + shift
+
+
+def test_fp64_is_pytorchs():
+    """The kernels compute in fp32."""
+    warn_once.cache_clear()
+    with pretend_gpu(), pytest.warns(UserWarning, match="fp64 has no Triton kernels"):
+        assert pick_backend("auto", torch.device("cpu"), torch.float64) == "torch"
+    hidden, weight = torch.randn(2, 8, dtype=torch.float64), torch.randn(9, 8, dtype=torch.float64)
+    targets = torch.arange(2)
+    for call in (
+        lambda: linear_logprobs(hidden, weight, targets, backend="triton"),
+        lambda: logprobs_from_logits(hidden @ weight.t(), targets, backend="triton"),
+    ):
+        with pytest.raises(ValueError, match=r'backend="triton" takes .*, got fp64'):
+            call()

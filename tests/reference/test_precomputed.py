@@ -99,6 +99,22 @@ def test_losses_are_those_of_a_second_model(
     assert runs[1] == pytest.approx(runs[0], rel=1e-6, abs=1e-7)
 
 
+def test_no_model_is_shown_for_a_reference_that_is_not_kept(tiny_llama, small_tokenizer, tmp_path):
+    extra = {"max_steps": 2, **PRE}
+    trainer = make(tiny_llama, small_tokenizer, tmp_path / "own", rows=rows_of("dpo", 8), **extra)
+    assert trainer.ref_model is None
+    trainer.train()
+    assert trainer.ref_model is None
+    first = copy.deepcopy(tiny_llama)
+    trainer = TRTrainer(
+        tiny_llama, first, TRConfig(**options(tmp_path / "other", **extra)),
+        train_dataset=rows_of("dpo", 8), processing_class=small_tokenizer,
+    )  # fmt: skip
+    assert trainer.ref_model is first
+    trainer.train()
+    assert trainer.ref_model is None
+
+
 def test_every_row_is_scored_once_and_found_again(
     tiny_llama, small_tokenizer, tmp_path, forwards, cache
 ):

@@ -410,6 +410,18 @@ def test_a_longer_run_goes_on_to_the_losses_of_one_that_was_as_long(
             shutil.move(tmp_path / "other", tmp_path / "checkpoint-6")
 
 
+@pytest.mark.parametrize(
+    "layout", [{"pad_to_multiple_of": 8}, {"prefix_sharing": False}, {"packing": False}]
+)
+def test_a_window_goes_on_in_another_layout(layout, tiny_llama, small_tokenizer, tmp_path):
+    """What was scored is known again: no number changes but by rounding."""
+    extra = {**SAVING, **PLACES["frozen"]}
+    expected = history(make(tiny_llama, small_tokenizer, tmp_path, **extra))
+    again = make(tiny_llama, small_tokenizer, tmp_path, **extra, **layout)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses_of(again) == pytest.approx(expected, rel=0, abs=1e-5)
+
+
 @pytest.mark.parametrize("extra", [{}, {"save_strategy": "no"}], ids=["saving", "not"])
 def test_a_second_train_goes_on_from_the_model_and_the_reference(extra, small_tokenizer, tmp_path):
     runs = {}

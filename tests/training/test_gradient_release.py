@@ -191,6 +191,37 @@ def test_bf16_weights_move_as_far_as_fp32_weights_do():
     assert moved["ours"] == pytest.approx(moved["exact"], rel=0.05)
 
 
+def test_fp16s_largest_number_stays_finite():
+    """Rounded up, which is bad luck, it would be infinite; what lies beyond it, is."""
+    largest = torch.finfo(torch.float16).max
+    weight = nn.Parameter(torch.full((64, 64), largest, dtype=torch.float16))
+    options = {"relative_step": False, "scale_parameter": False}
+    for lr, expected in ((4.0, largest), (64.0, math.inf)):
+        weight.grad = -torch.ones_like(weight)
+        BlockAdafactor([weight], lr=lr, **options).step()
+        assert (weight == expected).all()
+
+
+def test_no_norm_is_logged_of_gradients_that_are_used_up(tiny_llama, small_tokenizer, tmp_path):
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, max_steps=2, **RELEASE)
+    assert len(history(trainer)) == 2
+    assert history(trainer, "grad_norm") == []
+
+
+def test_gradients_after_a_bad_one_are_left_out():
+    """Those before it were used, which the documentation says."""
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    before = [p.detach().clone() for p in layers.parameters()]
+    release = GradientRelease(torch.optim.SGD(layers.parameters(), lr=0.1))
+    layers[1].weight.register_hook(lambda grad: grad * math.inf)
+    layers(torch.ones(1, 2)).sum().backward()
+    assert float(release.found_inf) == 1
+    release.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, layers.parameters(), strict=True)]
+    assert moved[:3] == [False, False, False]
+    assert moved[4:] == [True, True]
+
+
 def test_a_second_backward_is_refused():
     layer = nn.Linear(3, 3)
     release = GradientRelease(torch.optim.AdamW(layer.parameters()))

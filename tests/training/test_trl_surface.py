@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import pickle
 import re
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ OTHER_DEFAULTS = {
     "train_sampling_strategy": "None is what TRL's trainer of the loss does",
     "loss_type": "dpo is TRL's sigmoid",
     "remove_unused_columns": "batches are made of columns that no forward names",
+    "dataloader_pin_memory": "False on a CPU, where torch warns of True",
 }
 
 
@@ -54,6 +57,31 @@ def test_every_field_of_trl(name, tmp_path):
     other = kind(str(tmp_path), use_cpu=True, bf16=False)
     for field in sorted(theirs & ours - OTHER_DEFAULTS.keys() - {"run_name", "logging_dir"}):
         assert getattr(mine, field) == getattr(other, field), field
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"pad_token": "<pad>"}, {"loss_type": "kto"}, {"precompute_ref_log_probs": True}]
+)
+def test_options_survive_what_python_does_with_them(given, tmp_path):
+    args = TRConfig(str(tmp_path), use_cpu=True, **given)
+    copies = {
+        "pickle": pickle.loads(pickle.dumps(args)),
+        "replace": dataclasses.replace(args),
+        "to_dict": TRConfig(**args.to_dict()),
+        "json": TRConfig(**json.loads(args.to_json_string())),
+    }
+    # transformers masks secrets, and keeps accelerate's configuration as an object
+    names = {f.name for f in dataclasses.fields(args) if f.init} - {"hub_token"}
+    for how, copied in copies.items():
+        for name in names - {"accelerator_config"}:
+            assert getattr(copied, name) == getattr(args, name), (how, name)
+
+
+def test_a_plain_run_does_not_warn(folder, tmp_path):
+    args = TRConfig(str(tmp_path / "run"), max_steps=2, ref_model_sync_steps=1, report_to="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        TRTrainer(folder, args=args, train_dataset=pair_rows(4)).train()
 
 
 def test_arguments_of_other_classes(folder, tmp_path):

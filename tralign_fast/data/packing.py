@@ -15,7 +15,6 @@ Letters: T tokens, N scored tokens, S sequences, B examples (pairs, or KTO rows)
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +70,8 @@ class PackedBatch:
     # (E,) of a mixture of experts: those of the whole batch where this is a part of one
     router_slopes: Tensor | None = None
     balance: Any = None  # the `model.router.Balance` that the model is asked for
-    fingerprint: int = 0  # of the contents, by which scores are found again
+    # of the sequences in their order, however they are laid out: scores are found again by it
+    fingerprint: int = 0
     # (S,) of each sequence by itself: prompt, completion and the weights of its tokens
     keys: tuple[int, ...] = ()
     # of the examples' own sequences, each with its prompt: no padding, no mismatched completion
@@ -298,9 +298,7 @@ class PreferenceCollator:
         ]
         lengths = tuple(map(len, scored))
         weights = None if self.ld_alpha is None else _ld_weights(lengths, self.ld_alpha)
-        contents = (tokens.input_ids, scored, rows, labels)
-        # what decides the sums of a reference: kept scores are known by it
-        contents = repr(contents if weights is None else (*contents, weights)).encode()
+        keys = _keys([(prompts[b][k], completions[b][k]) for b, k in order], lengths, weights)
         return PackedBatch(
             input_ids=torch.tensor(tokens.input_ids),
             position_ids=torch.tensor(tokens.position_ids),
@@ -316,8 +314,8 @@ class PreferenceCollator:
             is_desirable=None if labels is None else torch.tensor(labels),
             grad_tokens=sum(lengths) if labels is None else sum(lengths[: len(prompts)]),
             share=share,
-            fingerprint=int.from_bytes(hashlib.blake2b(contents, digest_size=7).digest(), "big"),
-            keys=_keys([(prompts[b][k], completions[b][k]) for b, k in order], lengths, weights),
+            fingerprint=xxhash.xxh3_64_intdigest(array("q", keys).tobytes()),
+            keys=keys,
             sequence_tokens=sum(
                 len(prompts[b][k]) + len(completions[b][k])
                 for b, k in order

@@ -67,14 +67,20 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def pick_backend(backend: str, device: torch.device) -> str:
+def pick_backend(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """ "torch" or "triton" for tensors on `device`.
 
+    Args:
+        dtype: of the arithmetic; fp64 is PyTorch's, for the kernels compute in fp32.
+
     Raises:
-        ValueError: an unknown backend, or "triton" where Triton is not installed.
+        ValueError: an unknown backend, or "triton" where Triton is not installed or for fp64.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    exact = dtype == torch.float64
+    if exact and backend == "triton":
+        raise ValueError('backend="triton" takes fp32, bf16 and fp16, got fp64; use "torch"')
     kind = device_kind(device)
     if not (HAS_TRITON or _pretending):
         if backend == "triton":
@@ -82,7 +88,9 @@ def pick_backend(backend: str, device: torch.device) -> str:
         warn_once("Triton is not installed: tralign-fast runs its PyTorch backend")
         return "torch"
     if backend == "auto":
-        return "triton" if kind == "cuda" else "torch"
+        if exact and kind == "cuda":
+            warn_once("fp64 has no Triton kernels: it runs in PyTorch")
+        return "triton" if kind == "cuda" and not exact else "torch"
     if backend == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError('backend="triton" runs on a GPU (or, for tests, with TRITON_INTERPRET=1)')
     return backend

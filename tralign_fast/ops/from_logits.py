@@ -132,7 +132,7 @@ def logprobs_from_logits(
     if logits.dtype not in FLOATS:
         raise ValueError(f"logprobs_from_logits: expected {FLOAT_NAMES}, got {logits.dtype}")
     transform = LogitTransform(temperature=temperature)
-    backend = pick_backend(backend, logits.device)
+    backend = pick_backend(backend, logits.device, logits.dtype)
     flat = logits.reshape(-1, logits.shape[-1])
     if backend == "triton" and flat.shape[1] > 1 and flat.stride(1) != 1:
         flat = flat.contiguous()

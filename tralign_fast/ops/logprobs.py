@@ -371,7 +371,7 @@ def _run(
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
-    backend = pick_backend(backend, device)
+    backend = pick_backend(backend, device, compute_dtype)
     tile, keep = tiles.plan(
         hidden.shape[0], weight.shape[0], compute_dtype, device, int(logits_budget_mb * 2**20),
         wants_grad=wants_grad, wants_all_or_none=bool(vocab_filter),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,11 @@ class PrecomputedReference(OffloadedReference):
     @property
     def scorer(self) -> nn.Module:
         return super().scorer if self._start is None else self._start
+
+    def as_model(self) -> Any:
+        """The reference's own model until the rows are scored; a policy that is trained whole is
+        none as soon as it moves."""
+        return self._start
 
     def can_score_now(self) -> bool:
         return self.needs_window or bool(self._host)

@@ -281,9 +281,15 @@ class TRConfig(TrainingArguments):
         super().__post_init__()
         if wants_bf16 is None:
             self.bf16 = not self.fp16 and self.device.type != "cpu"
+        if self.device.type == "cpu":  # torch would warn that there is nothing to pin memory for
+            self.dataloader_pin_memory = False
         if self.gradient_release:
             check_releasable(self)
         check_conflicts(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        # TrainingArguments masks what is called a token; this one is no secret
+        return {**super().to_dict(), "pad_token": self.pad_token}
 
     @property
     def trust_region(self) -> TrustRegion:

@@ -40,6 +40,7 @@ class FiniteSteps(TrainerCallback):
         self._scores: list[tuple[int, tuple[int, ...], Tensor, Tensor]] = []
         self._flags: list[tuple[int, Tensor]] = []  # (step, () float32: 1 where it was left out)
         self._in_a_row = 0
+        self._stays = "weights"
 
     def guarded(
         self,
@@ -70,6 +71,7 @@ class FiniteSteps(TrainerCallback):
         if getattr(optimizer, "scaler", None) is not None or not isinstance(own, Optimizer):
             return
         if isinstance(own, GradientRelease):  # its steps have happened, or not
+            self._stays = "from that gradient on towards the embedding, weights"
             self._flags.append((state.global_step + 1, own.found_inf))
             return
         assert model is not None
@@ -112,7 +114,7 @@ class FiniteSteps(TrainerCallback):
             if not good and self.skipped == 1:
                 warn_once(
                     f"step {step}: the gradient was NaN or infinite. Such steps are left out: "
-                    "weights, optimizer and reference stay as they were (counted in "
+                    f"{self._stays}, optimizer and reference stay as they were (counted in "
                     "tr/skipped_steps)"
                 )
             if self._in_a_row == PATIENCE:

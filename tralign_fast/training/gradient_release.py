@@ -39,6 +39,10 @@ class GradientRelease(Optimizer):
     also go on in a run without gradient release, and the other way round. A tied weight is updated
     once, by the sum of its gradients: autograd completes that before it calls the hook.
 
+    From the first gradient that is NaN or infinite on, no parameter of a backward is updated. Those
+    before it, nearer to the loss, have been, each by a finite gradient: they cannot be taken back
+    without a copy. A loss that is not finite spoils the first gradient already.
+
     Args:
         optimizer: AdamW, Adam, SGD or Adafactor of torch, `BlockAdafactor`, transformers' Adafactor
             or bitsandbytes' 8-bit AdamW, over all trained parameters.
@@ -257,6 +261,10 @@ class BlockAdafactor(Adafactor):
                 moved.mul_(keep)
             step = _scaled(g, factors, index).mul_(size)
             moved.sub_(step if skip is None else step.masked_fill_(skip, 0.0))
+            if weight.dtype == torch.float16:  # bad luck would make its largest number infinite
+                largest = torch.finfo(weight.dtype).max
+                inside = moved.to(weight.dtype).isfinite()  # by rounding to nearest
+                moved = torch.where(inside, moved.clamp(-largest, largest), moved)
             if weight.dtype in (torch.bfloat16, torch.float16):
                 noise = torch.empty_like(moved, dtype=torch.int32).random_(1 << 16)
                 round_stochastically_(moved, weight.dtype, noise)

@@ -24,6 +24,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
+from tralign_fast.training.converted import read_unmatched
 from tralign_fast.training.manifest import write_manifest
 from tralign_fast.training.optimizer_state import follow_schedule, load_exactly
 from tralign_fast.training.resume import check_options, model_facts, recorded_options
@@ -46,6 +47,7 @@ class ResumableTrainer(Trainer):
     _pushed: str | None = None
     _writes = False
     _facts: dict[str, Any] | None = None
+    _read_from = ""  # the checkpoint that weights are read from
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Trains, or goes on from a checkpoint.
@@ -190,7 +192,17 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
+        self._read_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._read_from = self.state.best_model_checkpoint or ""
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        assert self.model is not None
+        if not read_unmatched(self.model, self._read_from, load_result.missing_keys):
+            super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -374,6 +374,8 @@ class TRTrainer(ResumableTrainer):
         return loss, torch.cat(rewards), torch.cat(labels)
 
     def _get_grad_norm(self, model, grad_norm=None):
+        if self.args.gradient_release:  # all gradients are used up: a norm of 0 would be logged
+            return None
         self._finite.grad_norm = norm = super()._get_grad_norm(model, grad_norm)
         return norm
 
