@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers as one node of autograd: PEFT's own numbers, and PEFT's own forward elsewhere."""
+"""PEFT's LoRA layers as one node of autograd: PEFT's numbers, and its own forward elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.model.test_attention import build, collate
 from tests.training.test_trainer import make
@@ -209,3 +208,237 @@ def test_x_and_the_small_product_are_all_that_is_saved():
     kept = [t for t in saved if t.data_ptr() not in held]
     assert [(tuple(t.shape), t.dtype) for t in kept] == [((2, 5, 24), BF16), ((10, 3), FP32)]
     assert kept[0].data_ptr() == x.data_ptr()
+
+
+# --- where PEFT's own forward runs ----------------------------------------------------------------
+
+
+def _second(model):
+    model.proj.update_layer("second", 2, lora_alpha=2, config=LoraConfig(r=2))
+    model.proj.set_adapter(["default", "second"])
+
+
+def _merge(model):
+    model.proj.merge()
+
+
+def _hook(part):
+    return lambda model: getattr(model.proj, part)["default"].register_forward_hook(
+        lambda module, args, out: out * 2
+    )
+
+
+def _hook_on_base(model):
+    model.proj.base_layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def _replace_forward(model):
+    down = model.proj.lora_A["default"]
+    own = down.forward
+    down.forward = lambda x: own(x) * 2
+
+
+def _subclass(model):
+    """A weight with dispatch of its own, as quantised ones have it."""
+
+    class Doubled(torch.Tensor): ...
+
+    weight = model.proj.base_layer.weight
+    model.proj.base_layer.weight = nn.Parameter(weight.data.as_subclass(Doubled))
+
+
+def _four_bit(model):
+    bnb = pytest.importorskip("bitsandbytes")
+    old = model.proj.base_layer
+    new = bnb.nn.Linear4bit(24, 40, bias=True, quant_type="nf4", compute_dtype=FP32)
+    new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+    model.proj.base_layer = new.to("cpu")
+
+
+OWN = {  # options of the adapter, what is done to the model
+    "dropout": ({"lora_dropout": 0.5}, lambda m: m.eval()),
+    "DoRA": ({"use_dora": True}, None),
+    "lora_bias": ({"lora_bias": True}, None),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, None),
+    "two adapters": ({}, _second),
+    "disabled": ({}, lambda m: m.proj.enable_adapters(False)),
+    "none active": ({}, lambda m: m.proj.set_adapter([])),
+    "merged": ({}, _merge),
+    "hook on A": ({}, _hook("lora_A")),
+    "hook on B": ({}, _hook("lora_B")),
+    "hook on the base": ({}, _hook_on_base),
+    "another forward": ({}, _replace_forward),
+    "tensor subclass": ({}, _subclass),
+    "4-bit": ({}, _four_bit),
+    "no cast": ({}, lambda m: setattr(m.proj, "cast_input_dtype_enabled", False)),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_what_is_no_plain_adapter_is_left_to_peft(kind, calls):
+    options, change = OWN[kind]
+    factors = torch.float64 if kind == "no cast" else FP32
+    model = layer_of(factors=factors, **options)
+    if change is not None:
+        change(model)
+    x, grad = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 40)
+    if kind == "no cast":  # an error of PEFT's
+        with fused(model), pytest.raises(RuntimeError, match="dtype"):
+            model(x)
+        assert not calls
+        return
+    truth = outcome(model, x, grad)
+    with fused(model):
+        ours = outcome(model, x, grad)
+    assert not calls
+    assert ours.keys() == truth.keys()
+    assert all(torch.equal(ours[name], truth[name]) for name in truth)
+
+
+def test_an_adapter_for_each_row_is_left_to_peft(calls):
+    model = layer_of()
+    x = torch.randn(2, 24)
+    with fused(model):
+        mixed = model(x, adapter_names=["default", "__base__"])
+        assert not calls
+        torch.testing.assert_close(mixed[0], model(x)[0])
+        torch.testing.assert_close(mixed[1], model.proj.base_layer(x)[1])
+    assert len(calls) == 1
+
+
+def test_other_layers_are_not_touched(calls):
+    model: Any = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 1), "embedding": nn.Embedding(8, 4)})
+    get_peft_model(model, LoraConfig(r=2, target_modules=["conv", "embedding"]))
+    with fused(model):
+        assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_the_undo_gives_peft_back(calls):
+    model = layer_of()
+    first, second = fuse_lora(model), fuse_lora(model)
+    x = torch.randn(2, 24)
+    model(x)
+    first()
+    model(x)
+    assert len(calls) == 2
+    second()
+    model(x)
+    assert len(calls) == 2
+    assert "forward" not in model.proj.__dict__
+
+
+def test_compiled_it_is_left_to_peft_without_a_break(calls):
+    torch._dynamo.reset()
+    model = layer_of()
+    x, grad = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 40)
+    truth = outcome(model, x, grad)
+    with fused(model):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        out = compiled(x)
+        out.backward(grad)
+    assert not calls
+    torch.testing.assert_close(out.detach(), truth["out"])
+    torch.testing.assert_close(x.grad, truth["x"])
+    torch._dynamo.reset()
+
+
+# --- in a model -----------------------------------------------------------------------------------
+
+
+def policy_of(name="llama", **options) -> Any:
+    torch.manual_seed(1)
+    options = {"r": 3, "lora_alpha": 4, "init_lora_weights": False, **options}
+    return get_peft_model(build(name), LoraConfig(target_modules="all-linear", **options))
+
+
+def gradients(model, batch):
+    model.zero_grad(set_to_none=True)
+    logps = sequence_logps(model, batch)
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    return {
+        "logps": logps.detach(),
+        **{name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["kept", "new", "reentrant"])
+def test_a_model_has_the_gradients_that_it_has_without(checkpointing, calls):
+    model, batch = policy_of(), collate("shared")
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    model.train()
+    with prepare_model(model, fused_lora=False):
+        truth = gradients(model, batch)
+    assert not calls
+    with prepare_model(model):
+        calls.clear()
+        ours = gradients(model, batch)
+    layers = 3 * 7
+    assert len(calls) == (layers if checkpointing is None else 2 * layers)
+    assert ours.keys() == truth.keys()
+    assert len(truth) == 1 + 2 * layers
+    for name, expected in truth.items():  # rounding of three layers
+        assert (ours[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize("reference", ["snapshot", "adapter", "resident"])
+def test_a_run_has_the_losses_that_it_has_without(
+    reference, tiny_llama, small_tokenizer, tmp_path, calls, monkeypatch
+):
+    policy = get_peft_model(
+        copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    )
+    extra: Any = {
+        "reference": reference, "max_steps": 6, "ref_model_mixup_alpha": 1.0,
+        "ref_model_sync_steps": 3, "learning_rate": 5e-2,
+    }  # fmt: skip
+    if reference == "snapshot":
+        extra |= {"gradient_release": True, "max_grad_norm": 0.0, "gradient_checkpointing": False}
+    ours = history(make(policy, small_tokenizer, tmp_path / "ours", **extra))
+    assert calls
+    calls.clear()
+    monkeypatch.setattr(prepare, "fuse_lora", lambda model: lambda: None)
+    truth = history(make(policy, small_tokenizer, tmp_path / "theirs", **extra))
+    assert not calls
+    assert ours == pytest.approx(truth, rel=1e-5)
+    # right after the reference has moved it is the policy, to the last bit
+    assert len(set(ours)) == len(set(truth)) == 5
+    assert max(truth) - min(truth) > 0.004
+
+
+class CountKernels(TorchDispatchMode):
+    """How many operators run that are not views or bare allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and func.overloadpacket.__name__ not in _FREE
+        return func(*args, **(kwargs or {}))
+
+
+_FREE = ("_unsafe_view", "new_empty", "empty", "empty_like")
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16, autocast"])
+def test_a_decoder_layer_runs_fewer_operators(autocast):
+    def count(prepared):
+        model = policy_of().to(BF16 if autocast else FP32)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+        undo = fuse_lora(model) if prepared else None
+        decoder = model.get_base_model().model
+        x = torch.randn(1, 9, 32, dtype=model.dtype, requires_grad=True)
+        positions = decoder.rotary_emb(x, torch.arange(9)[None])
+        with CountKernels() as counter, torch.autocast("cpu", dtype=BF16, enabled=autocast):
+            out = decoder.layers[0](x, position_embeddings=positions)
+        with counter:
+            out.backward(torch.ones_like(out))
+        if undo is not None:
+            undo()
+        return counter.count
+
+    # of each of seven layers two products, the scaling and the sums, of either direction
+    saved = 7 * (8 if autocast else 4)
+    assert count(True) <= count(False) - saved

@@ -49,7 +49,8 @@ def lora_linear(
     down, up, scale = factors.down, factors.up, factors.scale
     trained = (x, weight, bias, down, up)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
-        assert down is not None and factors.coefficients is None
+        assert down is not None
+        assert factors.coefficients is None
         return _LoraLinear.apply(x, weight, bias, down, up, scale, dtypes)
     return _forward(x, weight, bias, factors, dtypes)[0]
 
@@ -101,7 +102,8 @@ class _LoraLinear(torch.autograd.Function):
             _add_product_(grad_x, grad_h, down, 1.0)
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
         if of_down:
-            assert grad_h is not None and rows is not None
+            assert grad_h is not None
+            assert rows is not None
             grad_down = (grad_h.t() @ rows.to(factors)).to(down_dtype)
         if of_weight:
             assert rows is not None
