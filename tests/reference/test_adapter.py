@@ -18,9 +18,11 @@ from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer, TrustRegion
 from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.model import fused_lora
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import sequence_logps
 from tralign_fast.ops.ema import ema_update_
+from tralign_fast.ops.lora import lora_linear
 from tralign_fast.reference import places as reference_places
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import ReferencePolicy
@@ -223,6 +225,42 @@ def test_hard_updates_copy_the_bits_of_the_factors(tiny_llama):
                 ("lora_B", delta.state()["up"]),
             ):
                 assert torch.equal(tensor, held[f"{layer}.{part}.{adapter}.weight"])
+
+
+@pytest.mark.parametrize("alpha", [0.6, 0.01], ids=["factors", "one matrix"])
+def test_past_adapters_are_one_product_of_a_fused_layer(alpha, tiny_llama, monkeypatch):
+    """The concatenated factors go into the layer's one node, in one piece."""
+    seen = []
+
+    def record(x, weight, bias, factors):
+        seen.append(factors)
+        return lora_linear(x, weight, bias, factors)
+
+    policy = lora(tiny_llama, target_modules=["q_proj", "down_proj"]).eval()
+    reference = AdapterReference(policy, TrustRegion(alpha, 2))
+    for step in range(20 if alpha < 0.1 else 3):
+        shake(policy, step)
+        reference.sync()
+    with prepare_model(policy, fused_lora=False):
+        expected = reference.logps(batch_of())
+        moved = sequence_logps(policy, batch_of()).detach()
+    prepare_model(policy)
+    monkeypatch.setattr(fused_lora, "lora_linear", record)
+    found = reference.logps(batch_of())
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    assert not torch.allclose(found, moved, rtol=1e-3)
+    assert len(seen) == 2 * 2  # layers with an adapter, each once
+    for factors in seen:
+        if alpha < 0.1:
+            assert factors.down is factors.coefficients is None
+        else:
+            assert factors.down.shape[0] == factors.up.shape[1] == 4 * 2  # three moves and a start
+            assert factors.coefficients[::2].tolist() == pytest.approx(reference._weights)
+    seen.clear()
+    trained = sequence_logps(policy, batch_of())
+    with torch.no_grad():
+        assert torch.equal(sequence_logps(policy, batch_of()), trained)
+    assert all(factors.coefficients is None for factors in seen)
 
 
 @pytest.mark.parametrize("tolerance", [1e-6, 1e-2])

@@ -63,6 +63,16 @@ def has_forward(module: nn.Module, kind: str) -> bool:
     return f"forward {kind}" in module.__dict__.get(_BOOK, ())
 
 
+def runs_only(module: nn.Module, *kinds: str) -> bool:
+    """Whether a call of the module runs its class's forward and these changes of it, no others."""
+    forward = module.__dict__.get("forward")
+    book = module.__dict__.get(_BOOK, {})
+    patches = [book.get(f"forward {kind}") for kind in kinds]
+    return forward is None or any(
+        patch is not None and patch.before is None and forward == patch.bound for patch in patches
+    )
+
+
 def _take_back(module: nn.Module, owner: int) -> None:
     book = module.__dict__.get(_BOOK, {})
     for key, patch in list(book.items()):

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.model.attention import enable_prefix_attention
 from tralign_fast.model.cpu import speed_up_linears
+from tralign_fast.model.fused_lora import fuse_lora
 from tralign_fast.model.last_mlp import LAST_MLP, leave_prompts_out_of_last_mlp
 from tralign_fast.model.masks import watch_masks
 from tralign_fast.model.patching import Patches, causal_lm_of, has_forward
@@ -60,6 +61,7 @@ def prepare_model(
     logits_budget_mb: float = 1024,
     vocab_filter: float | None = None,
     backend: str = "auto",
+    fused_lora: bool = True,
     probe: bool = True,
 ) -> PreparedModel:
     """Makes `sequence_logps` work on `model`, and finds out whether it can run packed rows.
@@ -68,7 +70,7 @@ def prepare_model(
     the hidden states of a packed row those of separate sequences. An attention that cannot do
     packed rows (a recurrent layer, sinks, position biases, a mask of its own, …) is left alone with
     one warning, and the caller uses padded batches. Without `probe` nothing is tried, and `packing`
-    is the answer.
+    is the answer. With `fused_lora` PEFT's plain LoRA layers run as one node of autograd each.
 
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`, its 4-bit weights were
@@ -81,6 +83,8 @@ def prepare_model(
         undo.callback(enable_logprobs(model, logits_budget_mb=logits_budget_mb, **options))
         undo.callback(record_router_logits(model))
         undo.callback(speed_up_linears(model))
+        if fused_lora:
+            undo.callback(fuse_lora(model))
         probe = probe and next(model.parameters()).device.type != "meta"
         with _evaluating(model):
             if probe:

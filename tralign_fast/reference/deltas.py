@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tralign_fast.model.fused_lora import STAND_IN
+from tralign_fast.ops.lora import LoraFactors
+
 
 class LayerDelta:
     """`Σ_k w_k·B_k A_k` of a linear layer: as factors, or as one matrix where that is smaller.
@@ -77,7 +80,19 @@ class LayerDelta:
         return _replaced({**swapped, **self._further()})
 
     def _further(self) -> dict[tuple[Any, str], Callable[..., Any]]:
-        return {}
+        return {(self.layer, STAND_IN): self._factors}
+
+    def _factors(self, adapter: str) -> LoraFactors | None:
+        """The same for a layer that is one node of autograd; None: another adapter is meant."""
+        if adapter != self.adapter:
+            return None
+        own, device = self._modules()[0].weight, self.layer.base_layer.weight.device
+        down, up, coefficients = (
+            None if tensor is None else tensor.to(device, non_blocking=True)
+            for tensor in (self._down, self._up, self._coefficients)
+        )
+        assert up is not None
+        return LoraFactors(down, up, self.layer.scaling[adapter], own.dtype, coefficients)
 
     def _project_down(self, x: Tensor) -> Tensor:
         if self._down is None:
