@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Adafactor
 
 from tralign_fast.ops.ema import round_stochastically_
+from tralign_fast.training.optimizer_kernels import KernelSteps, adafactor_state, kernel_steps
 from tralign_fast.training.optimizer_state import restore_dtypes
 
 # Names of `TrainingArguments.optim` whose update of a parameter looks at that parameter alone.
@@ -42,6 +43,11 @@ class GradientRelease(Optimizer):
     From the first gradient that is NaN or infinite on, no parameter of a backward is updated. Those
     before it, nearer to the loss, have been, each by a finite gradient: they cannot be taken back
     without a copy. A loss that is not finite spoils the first gradient already.
+
+    On a GPU AdamW and `BlockAdafactor` step in kernels of this library, a few launches a parameter,
+    which round bf16 and fp16 weights (and AdamW's states of such weights) stochastically. Others
+    step as they do without release; those that cannot be told of a bad gradient on the device
+    (8-bit AdamW, SGD without fused kernels) wait for it once a parameter.
 
     Args:
         optimizer: AdamW, Adam, SGD or Adafactor of torch, `BlockAdafactor`, transformers' Adafactor
@@ -73,6 +79,8 @@ class GradientRelease(Optimizer):
         # () float32 on the device: 1 once a gradient of this backward was NaN or infinite
         self.found_inf = torch.zeros((), device=parameters[0].device if parameters else "cpu")
         self._flags: dict[Tensor, Tensor] = {}  # the same after each parameter
+        self._kernels: KernelSteps | None = None
+        self._chosen = False  # at the first gradient, for the model may still move
         release = weakref.WeakMethod(self._release)
 
         def hook(parameter: Tensor) -> None:
@@ -93,6 +101,12 @@ class GradientRelease(Optimizer):
             )
         assert parameter.grad is not None
         self._stepped.add(parameter)
+        if not self._chosen:
+            self._kernels, self._chosen = kernel_steps(self.optimizer), True
+        if self._kernels is not None:
+            self._kernels.step(parameter, parameter.grad, self.found_inf)
+            parameter.grad = None
+            return
         # its largest element, or NaN: a sum of squares might overflow
         largest = torch.linalg.vector_norm(parameter.grad, float("inf"))
         bad = torch.isfinite(largest).logical_not()
@@ -111,7 +125,9 @@ class GradientRelease(Optimizer):
         assert closure is None
         self._stepped.clear()
         flags, self._flags = self._flags, {}
-        if isinstance(self.optimizer, BlockAdafactor) and not bool(self.found_inf == 0):
+        if self._kernels is not None:
+            self._kernels.next_step()
+        elif isinstance(self.optimizer, BlockAdafactor) and not bool(self.found_inf == 0):
             for parameter, flag in flags.items():
                 if bool(flag):
                     self.optimizer.take_back(parameter)
@@ -123,6 +139,7 @@ class GradientRelease(Optimizer):
     def remove(self) -> Optimizer:
         """Takes the hooks off, as its end does; returns the wrapped optimizer."""
         _remove(self._handles)
+        self._settle()
         return self.optimizer
 
     @property
@@ -138,11 +155,18 @@ class GradientRelease(Optimizer):
         return self.optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
+        self._settle()
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._settle()
         self.optimizer.load_state_dict(state_dict)
         restore_dtypes(self.optimizer, state_dict)
+        self._chosen = False  # the options may be others
+
+    def _settle(self) -> None:
+        if self._kernels is not None:
+            self._kernels.settle()
 
 
 def releases(optimizer: Any) -> bool:
@@ -169,7 +193,7 @@ def _remove(handles: list[RemovableHandle]) -> None:
 class BlockAdafactor(Adafactor):
     """`transformers.Adafactor` without a temporary of the size of a weight.
 
-    The same update from the same states (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 4),
+    On a CPU, and as the reference of the kernels. The same update from the same states (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 4),
     fp32 inside (fp64 for fp64 weights), block of rows after block of rows, in three passes over the
     gradient:
 
@@ -222,14 +246,7 @@ class BlockAdafactor(Adafactor):
         factored = weight.dim() >= 2
         exact = _exact(weight)
         if not state:
-            like = {"dtype": exact, "device": weight.device}
-            state.update(step=0, RMS=0)
-            if factored:
-                state["exp_avg_sq_row"] = torch.zeros(weight.shape[:-1], **like)
-                columns = (*weight.shape[:-2], weight.shape[-1])
-                state["exp_avg_sq_col"] = torch.zeros(columns, **like)
-            else:
-                state["exp_avg_sq"] = torch.zeros(weight.shape, **like)
+            state.update(adafactor_state(weight))
         skip = None if self.found_inf is None else self.found_inf > 0
         before = {n: v.clone() for n, v in state.items() if isinstance(v, Tensor)}
         state["step"] += 1
@@ -261,12 +278,10 @@ class BlockAdafactor(Adafactor):
                 moved.mul_(keep)
             step = _scaled(g, factors, index).mul_(size)
             moved.sub_(step if skip is None else step.masked_fill_(skip, 0.0))
-            if weight.dtype == torch.float16:  # bad luck would make its largest number infinite
-                largest = torch.finfo(weight.dtype).max
-                inside = moved.to(weight.dtype).isfinite()  # by rounding to nearest
-                moved = torch.where(inside, moved.clamp(-largest, largest), moved)
             if weight.dtype in (torch.bfloat16, torch.float16):
                 noise = torch.empty_like(moved, dtype=torch.int32).random_(1 << 16)
+                # at the largest finite number bad luck would be infinity
+                noise.masked_fill_(moved.abs() >= torch.finfo(weight.dtype).max, 0)
                 round_stochastically_(moved, weight.dtype, noise)
             if weight.dtype != exact:  # else `moved` is the weight itself
                 w[index].copy_(moved)
