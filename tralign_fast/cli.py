@@ -1,4 +1,4 @@
-"""`tralign-fast demo | train | plan`: one line and exit code 2 for whatever cannot be run."""
+"""`tralign-fast demo | train | plan | migrate`: one line and exit code 2 for whatever cannot be run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ _COMMANDS = {
     "demo": "align a small chat model on this machine's CPU, in minutes",
     "train": "align a model of yours: --config recipe.yaml [--option value]",
     "plan": "does a training fit a GPU? --model llama-3.1-8b --gpu-memory 24GiB",
+    "migrate": "a script of TRL, a YAML of axolotl or LLaMA-Factory, as one of this library",
 }
-_HELP = "tralign-fast demo | train | plan [--help]: preference alignment with a moving reference\n"
+_HELP = (
+    "tralign-fast demo | train | plan | migrate [--help]: preference alignment with a moving "
+    "reference\n"
+)
 _STARTED = time.time()
 
 
@@ -51,7 +55,7 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command, _COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else " (tralign-fast --help)"
         raise ValueError(f"expected a command, {' or '.join(_COMMANDS)}, got {command!r}{hint}")
-    return {"demo": _demo, "train": _train, "plan": _plan}[command](rest)
+    return {"demo": _demo, "train": _train, "plan": _plan, "migrate": _migrate}[command](rest)
 
 
 def _message_of(error: Exception) -> str | None:
@@ -179,6 +183,12 @@ def _plan(arguments: list[str]) -> int:
     from tralign_fast.memory.plan import PlanOptions, run_plan
 
     return run_plan(_parse("plan", [PlanOptions], arguments)[0])
+
+
+def _migrate(arguments: list[str]) -> int:
+    from tralign_fast.migrate.command import run_migrate
+
+    return run_migrate(arguments)
 
 
 def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:
