@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tralign_fast.ops.from_logits import logprobs_from_logits
     from tralign_fast.ops.logprobs import linear_logprobs
     from tralign_fast.training.aliases import (
-        FrozenDPOConfig,
-        FrozenKTOConfig,
         TRDPOConfig,
         TRDPOTrainer,
+        TRFrozenDPOConfig,
+        TRFrozenKTOConfig,
         TRKTOConfig,
         TRKTOTrainer,
     )
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "FrozenDPOConfig",
-    "FrozenKTOConfig",
     "LOSSES",
     "PreferenceLoss",
     "TRConfig",
     "TRDPOConfig",
     "TRDPOTrainer",
+    "TRFrozenDPOConfig",
+    "TRFrozenKTOConfig",
     "TRKTOConfig",
     "TRKTOTrainer",
     "TRTrainer",
@@ -51,8 +51,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "FrozenDPOConfig": "tralign_fast.training.aliases",
-    "FrozenKTOConfig": "tralign_fast.training.aliases",
+    "TRFrozenDPOConfig": "tralign_fast.training.aliases",
+    "TRFrozenKTOConfig": "tralign_fast.training.aliases",
     "TRConfig": "tralign_fast.training.config",
     "TRDPOConfig": "tralign_fast.training.aliases",
     "TRDPOTrainer": "tralign_fast.training.aliases",

@@ -1,4 +1,4 @@
-"""`tralign-fast demo | train | plan | migrate`: one line and exit code 2 for whatever cannot be run."""
+"""`tralign-fast demo | train | plan | migrate`: one line and exit code 2 for what cannot be run."""
 
 from __future__ import annotations
 

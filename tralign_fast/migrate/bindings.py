@@ -14,7 +14,7 @@ OURS = {
     "KTOTrainer": "TRKTOTrainer",
     "KTOConfig": "TRKTOConfig",
 }
-FROZEN = {"DPOConfig": "FrozenDPOConfig", "KTOConfig": "FrozenKTOConfig"}
+FROZEN = {"DPOConfig": "TRFrozenDPOConfig", "KTOConfig": "TRFrozenKTOConfig"}
 
 
 @dataclass

@@ -21,11 +21,11 @@ from tralign_fast.training.option_types import nearest
 
 # of a machine and its packages, and not of what is computed
 _ELSEWHERE = {"bf16", "fp16", "torch_compile", "use_liger_kernel", "resume_from_checkpoint"}
-_TRAINER_KEYWORDS = frozenset(
-    "model ref_model args data_collator train_dataset eval_dataset processing_class "
-    "compute_metrics callbacks optimizers quantization_config peft_config "
-    "preprocess_logits_for_metrics".split()
-)
+_TRAINER_KEYWORDS = {
+    "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset",
+    "processing_class", "compute_metrics", "callbacks", "optimizers", "quantization_config",
+    "peft_config", "preprocess_logits_for_metrics",
+}  # fmt: skip
 _VISION = {"AutoModelForImageTextToText", "AutoModelForVision2Seq"}
 
 
@@ -53,8 +53,8 @@ def findings(source: Source, found: dict[str, Binding], done: Migration) -> None
         "on them"
     )
     done.same.append(
-        "losses, order of the rows, auxiliary loss of experts, num_tokens and the other metrics, as "
-        "TRL 1.16 has them"
+        "losses, order of the rows, auxiliary loss of experts, num_tokens and the other metrics, "
+        "as TRL 1.16 has them"
     )
 
 
@@ -178,12 +178,12 @@ def _own_classes(source: Source, trainers: list[Binding], done: Migration) -> No
         if not uses & {*node.bases}:
             continue
         for method in node.body:
-            if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                if (say := METHODS.get(method.name)) is not None:
-                    done.loses(
-                        f"line {method.lineno}: {node.name}.{method.name} overrides what is not "
-                        f"there, or gets a PackedBatch: {say}"
-                    )
+            name = getattr(method, "name", "")
+            if name in METHODS:
+                done.loses(
+                    f"line {method.lineno}: {node.name}.{name} overrides what is not there, or "
+                    f"gets a PackedBatch: {METHODS[name]}"
+                )
 
 
 def _own_uses(source: Source, trainers: list[Binding], done: Migration) -> None:
@@ -223,9 +223,9 @@ def _elsewhere(source: Source, found: dict[str, Binding], done: Migration) -> No
                 "fused head and its moving reference without"
             )
     for node in source.walk(ast.Constant):
-        if node.value in {binding.theirs for binding in found.values()}:
-            if not isinstance(source.parents.get(node), (ast.List, ast.Tuple)):
-                done.loses(f"line {node.lineno}: the word {node.value!r} stays as it is")
+        listed = isinstance(source.parents.get(node), (ast.List, ast.Tuple))  # as of __all__
+        if node.value in {binding.theirs for binding in found.values()} and not listed:
+            done.loses(f"line {node.lineno}: the word {node.value!r} stays as it is")
     header = source.text.split("# ///")
     if len(header) > 2 and '"trl' in header[1]:
         line = header[0].count("\n") + 1

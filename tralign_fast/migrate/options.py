@@ -1,4 +1,4 @@
-"""Options of TRL's classes, of this and earlier versions, that have no counterpart of their name."""
+"""Options and methods of TRL's classes, of any version, without a counterpart of their name."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ _CONFIG: dict[str, Old] = {
     "logging_dir": Old("TENSORBOARD_LOGGING_DIR in the environment by now", drop="always"),
 }  # fmt: skip
 _TO_CONFIG = (
-    "beta label_smoothing loss_type max_length truncation_mode disable_dropout f_divergence_type "
-    "precompute_ref_log_probs model_init_kwargs dataset_num_proc desirable_weight "
-    "undesirable_weight sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
-).split()
+    "beta", "label_smoothing", "loss_type", "max_length", "truncation_mode", "disable_dropout",
+    "f_divergence_type", "precompute_ref_log_probs", "model_init_kwargs", "dataset_num_proc",
+    "desirable_weight", "undesirable_weight", "sync_ref_model", "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+)  # fmt: skip
 OLD_OF_TRAINERS: dict[str, Old] = {
     "tokenizer": Old("processing_class by now", name="processing_class"),
     **{name: Old("it is an option of the config") for name in _TO_CONFIG},

@@ -19,7 +19,10 @@ from tralign_fast.migrate.source import (
     into_table,
 )
 
-_OTHERS = "BCO CPO GKD GRPO ORPO OnlineDPO PPO PRM RLOO Reward SFT XPO NashMD".split()
+_OTHERS = (
+    "BCO", "CPO", "GKD", "GRPO", "NashMD", "ORPO", "OnlineDPO", "PPO", "PRM", "RLOO", "Reward",
+    "SFT", "XPO",
+)  # fmt: skip
 
 
 def migrate_script(text: str, name: str, moving: bool) -> Migration | None:

@@ -27,7 +27,7 @@ class TRKTOConfig(TRConfig):
 
 
 @dataclass
-class FrozenDPOConfig(TRDPOConfig):
+class TRFrozenDPOConfig(TRDPOConfig):
     """`TRDPOConfig` with TRL's default of the reference, for parsers of command lines: it stands
     still unless `sync_ref_model=True`."""
 
@@ -35,7 +35,7 @@ class FrozenDPOConfig(TRDPOConfig):
 
 
 @dataclass
-class FrozenKTOConfig(TRKTOConfig):
+class TRFrozenKTOConfig(TRKTOConfig):
     """`TRKTOConfig` with TRL's default of the reference, for parsers of command lines: it stands
     still unless `sync_ref_model=True`."""
 
