@@ -138,6 +138,16 @@ class TrainOptions:
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     eval_dataset: str | None = field(default=None, metadata={"help": "As dataset; None: none."})
     eval_split: str = field(default="test", metadata={"help": "Split of the eval dataset."})
+    peft_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train an adapter: a table of PEFT's LoraConfig, on a command line JSON."
+        },
+    )
+    quantization_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Load the model in few bits: a table of BitsAndBytesConfig."},
+    )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last checkpoint in output_dir."}
     )
@@ -148,6 +158,7 @@ def _train(arguments: list[str]) -> int:
     from tralign_fast.data import load_rows
     from tralign_fast.training.checkpoints import check_output_dir, check_writable
     from tralign_fast.training.option_conflicts import check_evaluation, check_trackers
+    from tralign_fast.training.tables import bits_config, lora_config
 
     options, config = _parse("train", [TrainOptions, TRConfig], arguments)
     # before hours of loading
@@ -155,11 +166,16 @@ def _train(arguments: list[str]) -> int:
     check_trackers(config.report_to)
     check_evaluation(config, options.eval_dataset)
     check_writable(config.output_dir)
+    adapter = lora_config(options.peft_config)
+    bits = bits_config(options.quantization_config)
     if not checkpoint and not config.overwrite_output_dir:
         check_output_dir(config.output_dir)
     rows = load_rows(options.dataset, options.dataset_split)
     held_out = load_rows(options.eval_dataset, options.eval_split) if options.eval_dataset else None
-    trainer = TRTrainer(options.model, args=config, train_dataset=rows, eval_dataset=held_out)
+    trainer = TRTrainer(
+        options.model, args=config, train_dataset=rows, eval_dataset=held_out,
+        peft_config=adapter, quantization_config=bits,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.create_model_card()

@@ -92,7 +92,7 @@ def _config_call(call: ast.Call, theirs: str, done: Migration) -> None:
                 values[name] = ast.literal_eval(keyword.value)
             except (ValueError, TypeError, SyntaxError, RecursionError):
                 continue
-    _as_ours(values, theirs, call.lineno, done)
+    as_ours(values, theirs, f"line {call.lineno}: ", done)
     if values.get("train_sampling_strategy") == "group_by_length":
         done.changes(
             f"line {call.lineno}: train_sampling_strategy: rows of like length come in an order of "
@@ -105,7 +105,7 @@ def _config_call(call: ast.Call, theirs: str, done: Migration) -> None:
         )
 
 
-def _as_ours(values: dict[str, Any], theirs: str, line: int, done: Migration) -> None:
+def as_ours(values: dict[str, Any], theirs: str, place: str, done: Migration) -> None:
     """What `TRConfig` itself says of the options that are written out."""
     from tralign_fast.ops.backend import warn_once
     from tralign_fast.training.aliases import TRDPOConfig, TRKTOConfig
@@ -119,15 +119,15 @@ def _as_ours(values: dict[str, Any], theirs: str, line: int, done: Migration) ->
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            (TRKTOConfig if theirs == "KTOConfig" else TRDPOConfig)(**given)
+            {"KTOConfig": TRKTOConfig, "DPOConfig": TRDPOConfig}.get(theirs, TRConfig)(**given)
         except ValueError as error:
-            done.loses(f"line {line}: refused: {' '.join(str(error).split())}")
+            done.loses(f"{place}refused: {' '.join(str(error).split())}")
         except (TypeError, ImportError):
             pass  # of an option of transformers, which a run would tell, too
     warn_once.cache_clear()
     for warning in said:
         if "tralign_fast" in warning.filename and "has no effect" not in str(warning.message):
-            done.changes(f"line {line}: {warning.message}")
+            done.changes(f"{place}{warning.message}")
 
 
 def _trainer_call(call: ast.Call, done: Migration) -> None:
