@@ -31,9 +31,11 @@ class Recipe:
     path: Path
     done: Migration
     options: Options = field(default_factory=dict)  # of the recipe, as far as they are known
+    line: int | None = None  # of the option that is looked at
 
     def line_lost(self, name: str, why: str) -> None:
-        self.done.loses(f"{name}: {why}")
+        place = f"line {self.line}: " if self.line else ""
+        self.done.loses(f"{place}{name}: {why}")
 
 
 Rule = str | None | Callable[[Recipe, Any], Options | None]
@@ -70,7 +72,11 @@ def migrate_yaml(text: str, path: Path, moving: bool) -> Migration | None:
             f"(model_name_or_path, stage) or a recipe (model, dataset), got {shown([*given])}"
         )
     recipe = Recipe(given, path, Migration(text))
-    blocks = [_block(recipe, dialect, key.value, given.get(key.value)) for key, _ in node.value]
+    blocks: list[Block] = []
+    for key, _ in node.value:
+        recipe.line = key.start_mark.line + 1
+        blocks.append(_block(recipe, dialect, key.value, given.get(key.value)))
+    recipe.line = None
     for ((name, options),) in blocks:
         for ours, value in options:
             recipe.options.setdefault(ours, given[name] if value is KEEP else value)
