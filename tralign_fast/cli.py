@@ -10,9 +10,10 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tralign_fast.training.train_options import TrainOptions
 
 _COMMANDS = {
     "demo": "align a small chat model on this machine's CPU, in minutes",
@@ -129,36 +130,12 @@ def _demo(arguments: list[str]) -> int:
     return run_demo(_parse("demo", [DemoOptions], arguments)[0])
 
 
-@dataclass
-class TrainOptions:
-    """What to train on what."""
-
-    model: str = field(metadata={"help": "Hub id or folder of the policy."})
-    dataset: str = field(metadata={"help": "File (jsonl, parquet, csv), folder or hub id."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "As dataset; None: none."})
-    eval_split: str = field(default="test", metadata={"help": "Split of the eval dataset."})
-    peft_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Train an adapter: a table of PEFT's LoraConfig, on a command line JSON."
-        },
-    )
-    quantization_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Load the model in few bits: a table of BitsAndBytesConfig."},
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in output_dir."}
-    )
-
-
 def _train(arguments: list[str]) -> int:
     from tralign_fast import TRConfig, TRTrainer
     from tralign_fast.data import load_rows
     from tralign_fast.training.checkpoints import check_output_dir, check_writable
     from tralign_fast.training.option_conflicts import check_evaluation, check_trackers
-    from tralign_fast.training.tables import bits_config, lora_config
+    from tralign_fast.training.train_options import bits_config, lora_config
 
     options, config = _parse("train", [TrainOptions, TRConfig], arguments)
     # before hours of loading

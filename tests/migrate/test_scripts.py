@@ -147,6 +147,7 @@ SAID = {
     "getattr(trl, 'DPOTrainer')": "line 2: the word 'DPOTrainer' stays as it is",
     "from trl import SyncRefModelCallback": "line 2: SyncRefModelCallback: to be taken out by hand",
     "P(DPOConfig)": "other numbers: options of a command line keep TRL's names; --label_smoothing",
+    "from trl import KTOTrainer": "other numbers: KTO, evaluation: the KL term pairs prompts and",
     "x = 1": "same numbers: losses, order of the rows, auxiliary loss of experts, num_tokens",
 }  # fmt: skip
 
@@ -276,8 +277,8 @@ def test_scripts_of_trl_have_the_same_losses(
     argv = [
         "--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data"),
         "--max_steps", "3", "--report_to", "none", "--use_cpu", "--dtype", "float32", "--bf16",
-        "false", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2",
-        "--logging_steps", "1", "--max_length", "64", *arguments,
+        "false", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4",
+        "--learning_rate", "1e-2", "--logging_steps", "1", "--max_length", "64", *arguments,
     ]  # fmt: skip
     script = tmp_path / f"{name}.py"
     shutil.copy(Path(trl.scripts.__path__[0], f"{name}.py"), script)

@@ -30,7 +30,7 @@ def run_migrate(arguments: list[str]) -> int:
     Raises:
         ValueError: there is nothing to migrate, or nowhere to write.
     """
-    given = _parsed(arguments)
+    given = migration_options(arguments)
     path = Path(given.file)
     if path.suffix not in _SUFFIXES:
         hint = " (jupyter nbconvert --to script)" if path.suffix == ".ipynb" else ""
@@ -61,7 +61,7 @@ def run_migrate(arguments: list[str]) -> int:
     return 0
 
 
-def _parsed(arguments: list[str]) -> argparse.Namespace:
+def migration_options(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="tralign-fast migrate", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", help="A script of TRL, or a YAML of axolotl or LLaMA-Factory.")
     where = parser.add_mutually_exclusive_group()

@@ -48,6 +48,11 @@ def findings(source: Source, found: dict[str, Binding], done: Migration) -> None
             "bf16: on an accelerator as in TRL; a CPU computes in fp32 unless bf16=True, where TRL "
             "takes bf16"
         )
+    if any(binding.theirs.startswith("KTO") for binding in found.values()):
+        done.changes(
+            "KTO, evaluation: the KL term pairs prompts and completions of an evaluation's batch, "
+            "TRL of per_device_train_batch_size rows; the same where both sizes are equal"
+        )
     done.changes(
         "steps whose loss or gradients are not finite are left out (tr/skipped_steps); TRL trains "
         "on them"

@@ -198,8 +198,8 @@ def flow(value: Any) -> str:
 
 @functools.cache
 def known_options() -> frozenset[str]:
-    from tralign_fast.cli import TrainOptions
     from tralign_fast.training.config import TRConfig
+    from tralign_fast.training.train_options import TrainOptions
 
     fields = [*dataclasses.fields(TrainOptions), *dataclasses.fields(TRConfig)]
     return frozenset(f.name for f in fields if f.init)

@@ -1,11 +1,36 @@
-"""Configurations of PEFT and bitsandbytes from a recipe's tables."""
+"""What `tralign-fast train` takes beside the options of `TRConfig`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 from tralign_fast.training.option_types import nearest, shown
+
+
+@dataclass
+class TrainOptions:
+    """What to train on what."""
+
+    model: str = field(metadata={"help": "Hub id or folder of the policy."})
+    dataset: str = field(metadata={"help": "File (jsonl, parquet, csv), folder or hub id."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "As dataset; None: none."})
+    eval_split: str = field(default="test", metadata={"help": "Split of the eval dataset."})
+    peft_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train an adapter: a table of PEFT's LoraConfig, on a command line JSON."
+        },
+    )
+    quantization_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Load the model in few bits: a table of BitsAndBytesConfig."},
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in output_dir."}
+    )
 
 
 def lora_config(table: dict[str, Any] | str | None) -> Any:
