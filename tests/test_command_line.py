@@ -21,7 +21,7 @@ def last(text):
 
 
 BEFORE_LOADING = {
-    "no command": ([], "expected a command, demo or train or plan, got ''"),
+    "no command": ([], "expected a command, demo or train or plan or migrate, got"),
     "a misspelt command": (["trian"], "did you mean train?"),
     "nothing to train": (["train"], "required: --model, --dataset"),
     "a recipe by itself": (["train", "r.yaml"], "r.yaml: expected --option value; a recipe is"),
@@ -247,7 +247,7 @@ def test_version_and_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "Expected: one of auto, resident, snapshot, offloaded, adapter." in out
+    assert "Expected: one of auto, resident, snapshot, offloaded, adapter, precomputed." in out
 
 
 def steps_of(folder):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tralign_fast.training.aliases import (
         TRDPOConfig,
         TRDPOTrainer,
+        TRFrozenDPOConfig,
+        TRFrozenKTOConfig,
         TRKTOConfig,
         TRKTOTrainer,
     )
@@ -32,6 +34,8 @@ __all__ = [
     "TRConfig",
     "TRDPOConfig",
     "TRDPOTrainer",
+    "TRFrozenDPOConfig",
+    "TRFrozenKTOConfig",
     "TRKTOConfig",
     "TRKTOTrainer",
     "TRTrainer",
@@ -47,6 +51,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "TRFrozenDPOConfig": "tralign_fast.training.aliases",
+    "TRFrozenKTOConfig": "tralign_fast.training.aliases",
     "TRConfig": "tralign_fast.training.config",
     "TRDPOConfig": "tralign_fast.training.aliases",
     "TRDPOTrainer": "tralign_fast.training.aliases",

@@ -1,4 +1,4 @@
-"""`tralign-fast demo | train | plan`: one line and exit code 2 for whatever cannot be run."""
+"""`tralign-fast demo | train | plan | migrate`: one line and exit code 2 for what cannot be run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tralign_fast.training.train_options import TrainOptions
 
 _COMMANDS = {
     "demo": "align a small chat model on this machine's CPU, in minutes",
     "train": "align a model of yours: --config recipe.yaml [--option value]",
     "plan": "does a training fit a GPU? --model llama-3.1-8b --gpu-memory 24GiB",
+    "migrate": "a script of TRL, a YAML of axolotl or LLaMA-Factory, as one of this library",
 }
-_HELP = "tralign-fast demo | train | plan [--help]: preference alignment with a moving reference\n"
+_HELP = (
+    "tralign-fast demo | train | plan | migrate [--help]: preference alignment with a moving "
+    "reference\n"
+)
 _STARTED = time.time()
 
 
@@ -51,7 +56,7 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command, _COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else " (tralign-fast --help)"
         raise ValueError(f"expected a command, {' or '.join(_COMMANDS)}, got {command!r}{hint}")
-    return {"demo": _demo, "train": _train, "plan": _plan}[command](rest)
+    return {"demo": _demo, "train": _train, "plan": _plan, "migrate": _migrate}[command](rest)
 
 
 def _message_of(error: Exception) -> str | None:
@@ -125,25 +130,12 @@ def _demo(arguments: list[str]) -> int:
     return run_demo(_parse("demo", [DemoOptions], arguments)[0])
 
 
-@dataclass
-class TrainOptions:
-    """What to train on what."""
-
-    model: str = field(metadata={"help": "Hub id or folder of the policy."})
-    dataset: str = field(metadata={"help": "File (jsonl, parquet, csv), folder or hub id."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "As dataset; None: none."})
-    eval_split: str = field(default="test", metadata={"help": "Split of the eval dataset."})
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in output_dir."}
-    )
-
-
 def _train(arguments: list[str]) -> int:
     from tralign_fast import TRConfig, TRTrainer
     from tralign_fast.data import load_rows
     from tralign_fast.training.checkpoints import check_output_dir, check_writable
     from tralign_fast.training.option_conflicts import check_evaluation, check_trackers
+    from tralign_fast.training.train_options import bits_config, lora_config
 
     options, config = _parse("train", [TrainOptions, TRConfig], arguments)
     # before hours of loading
@@ -151,11 +143,16 @@ def _train(arguments: list[str]) -> int:
     check_trackers(config.report_to)
     check_evaluation(config, options.eval_dataset)
     check_writable(config.output_dir)
+    adapter = lora_config(options.peft_config)
+    bits = bits_config(options.quantization_config)
     if not checkpoint and not config.overwrite_output_dir:
         check_output_dir(config.output_dir)
     rows = load_rows(options.dataset, options.dataset_split)
     held_out = load_rows(options.eval_dataset, options.eval_split) if options.eval_dataset else None
-    trainer = TRTrainer(options.model, args=config, train_dataset=rows, eval_dataset=held_out)
+    trainer = TRTrainer(
+        options.model, args=config, train_dataset=rows, eval_dataset=held_out,
+        peft_config=adapter, quantization_config=bits,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.create_model_card()
@@ -179,6 +176,12 @@ def _plan(arguments: list[str]) -> int:
     from tralign_fast.memory.plan import PlanOptions, run_plan
 
     return run_plan(_parse("plan", [PlanOptions], arguments)[0])
+
+
+def _migrate(arguments: list[str]) -> int:
+    from tralign_fast.migrate.command import run_migrate
+
+    return run_migrate(arguments)
 
 
 def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:

@@ -175,12 +175,16 @@ def test_liger_gives_the_same(monkeypatch):
 def test_the_commands_are_understood():
     from tralign_fast.cli import TrainOptions, _parse
     from tralign_fast.memory.plan import PlanOptions
+    from tralign_fast.migrate.command import migration_options
 
     classes = {"train": [TrainOptions, TRConfig], "plan": [PlanOptions]}
     commands = re.findall(r"^tralign-fast (\w+) (.*)$", README.read_text(), re.M)
-    assert [verb for verb, _ in commands] == ["train", "train", "plan"]
+    assert [verb for verb, _ in commands] == ["train", "train", "plan", "migrate"]
     for verb, rest in commands:
-        arguments = shlex.split(rest.replace("recipes/", f"{ROOT}/recipes/"))
+        arguments = shlex.split(rest.replace("recipes/", f"{ROOT}/recipes/"), comments=True)
+        if verb == "migrate":
+            assert migration_options(arguments).file == "dpo.py"
+            continue
         if "--config" in arguments:  # bf16 is asked for there
             arguments += ["--bf16", "false", "--use_cpu", "true"]
         assert _parse(verb, classes[verb], arguments)

@@ -26,6 +26,22 @@ class TRKTOConfig(TRConfig):
     )
 
 
+@dataclass
+class TRFrozenDPOConfig(TRDPOConfig):
+    """`TRDPOConfig` with TRL's default of the reference, for parsers of command lines: it stands
+    still unless `sync_ref_model=True`."""
+
+    sync_ref_model: bool | None = field(default=False, metadata={"help": "Move the reference."})
+
+
+@dataclass
+class TRFrozenKTOConfig(TRKTOConfig):
+    """`TRKTOConfig` with TRL's default of the reference, for parsers of command lines: it stands
+    still unless `sync_ref_model=True`."""
+
+    sync_ref_model: bool | None = field(default=False, metadata={"help": "Move the reference."})
+
+
 class TRDPOTrainer(TRTrainer):
     """`TRTrainer` for losses of pairs: DPO where `loss_type` is open, whatever the rows."""
 

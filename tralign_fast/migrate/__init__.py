@@ -1,0 +1,1 @@
+"""From the scripts of TRL and the YAML of axolotl and LLaMA-Factory to this library."""
