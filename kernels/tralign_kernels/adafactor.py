@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ema import LANES, TRITON_DTYPE, random_bits16, round_nearest, round_stochastic
+from .ema import LANES, TRITON_DTYPE, random_bits16, round_stochastic
 from .launch import INTERPRETED, device_of
 
 # Elements of a row that a program of the first launch keeps in registers with the two sums of each,
@@ -209,10 +209,9 @@ def _adafactor_factors_kernel(
     total = tl.sum(tl.where(inside, ratios / new_column, 0.0)) * mean
     tl.store(sums_ptr + matrix * tl.num_programs(1) + block, total)
     tl.store(means_ptr + matrix, mean, mask=block == 0)
-    if SCALED:
-        if matrix + block == 0:
-            rms = tl.sqrt(add_up(squares_ptr, squares) / numel)
-            tl.store(rms_ptr, rms, mask=found_inf == 0.0)
+    if SCALED and matrix + block == 0:
+        rms = tl.sqrt(add_up(squares_ptr, squares) / numel)
+        tl.store(rms_ptr, rms, mask=found_inf == 0.0)
 
 
 @triton.jit(do_not_specialize=["R", "sums", "seed", "first_counter"])

@@ -211,7 +211,7 @@ def _logprob_forward_kernel(
             tl.log(tile_mass) - tl.sum(energy, axis=0) / tile_mass,
             tl.sum(squares, axis=0) / (tile_mass * tile_mass),
             peak,
-            has_target & (tl.max(beaten, axis=0) == 0),
+            has_target & (tl.max(beaten, axis=0) == 0),  # pyright: ignore[reportOperatorIssue]
             tl.sum(total, axis=0),
         )
 

@@ -78,8 +78,15 @@ def runs_packed_rows(config: Any) -> bool:
     return (config._attn_implementation or "").startswith(PREFIX)
 
 
-@torch.compiler.disable  # of a compiled layer: segments of every batch have lengths of their own
-def prefix_shared_attention(
+def prefix_shared_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`_prefix_shared_attention`, outside of the graphs of a compiled layer: segments of every
+    batch have lengths of their own."""
+    if torch.compiler.is_dynamo_compiling():
+        return _outside_of_graphs(*args, **kwargs)
+    return _prefix_shared_attention(*args, **kwargs)  # the way out costs a call 15 µs
+
+
+def _prefix_shared_attention(
     original: str,
     module: torch.nn.Module,
     query: Tensor,  # (1, A, T, D)
@@ -118,6 +125,9 @@ def prefix_shared_attention(
     # cuDNN plans every new pair of lengths anew, which takes longer than a whole step
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return _attend_segments(query, key, value, prefix_layout, options), None
+
+
+_outside_of_graphs = torch.compiler.disable(_prefix_shared_attention)
 
 
 @dataclass(frozen=True)
@@ -268,7 +278,7 @@ def _varlen_function(query: Tensor, options: _Options) -> Callable[..., Tensor] 
         return None
     if is_pretending():  # torch's takes fake tensors, and allocates what flash-attn does
         return _torch_varlen if _torch_varlen_parameters() else None
-    if importlib.util.find_spec("flash_attn") is not None:
+    if _has_flash_attn():
         return _flash_attn
     if options.softcap is not None or options.dropout > 0:
         warn_once(
@@ -282,6 +292,11 @@ def _varlen_function(query: Tensor, options: _Options) -> Callable[..., Tensor] 
         "no variable-length attention (install flash-attn): one SDPA call per sequence instead"
     )
     return None
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None  # 0.5 ms, where it is missing
 
 
 @functools.cache

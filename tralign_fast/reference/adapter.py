@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tralign_fast.reference.base import ReferenceOptions, ReferencePolicy
-from tralign_fast.reference.deltas import DoraDelta, EmbeddingDelta, ExpertsDelta, LayerDelta
+from tralign_fast.reference.deltas import (
+    DoraDelta,
+    EmbeddingDelta,
+    ExpertsDelta,
+    LayerDelta,
+    Room,
+)
 from tralign_fast.reference.lora import mixes_by_tensor, refusal, trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.sharding import process_index
@@ -72,8 +78,9 @@ class AdapterReference(OffloadedReference):
         self.tolerance = tolerance
         self._moves_always = schedule.every == 1 and not schedule.is_frozen
         home = None if self._moves_always else torch.device("cpu")
+        self._room = Room()
         self._deltas = {
-            f"{name}.{adapter}": _delta_of(layer, adapter, home)
+            f"{name}.{adapter}": _delta_of(layer, adapter, home, self._room)
             for name, adapter, layer in _lora_layers(policy)
         }
         self._weights = [1.0]  # w_k, newest first
@@ -118,7 +125,13 @@ class AdapterReference(OffloadedReference):
             dropped = weights.pop()
             weights[-1] += dropped
         for delta in self._deltas.values():
+            delta.fetch()
+        for device in {delta.factors[0].device for delta in self._deltas.values()}:
+            if device.type == "cuda" and not self._moves_always:  # waits once, not for each factor
+                torch.cuda.current_stream(device).synchronize()
+        for delta in self._deltas.values():
             delta.move(weights)
+        self._room.keep_only(t for delta in self._deltas.values() for t in delta.held())
         self._weights = weights
 
     def save_weights(self, folder: Path) -> None:
@@ -145,14 +158,14 @@ class AdapterReference(OffloadedReference):
         return {**super()._identity(), "tolerance": self.tolerance}
 
 
-def _delta_of(layer: Any, adapter: str, home: torch.device | None) -> LayerDelta:
+def _delta_of(layer: Any, adapter: str, home: torch.device | None, room: Room) -> LayerDelta:
     if adapter in getattr(layer, "lora_embedding_A", ()):
-        return EmbeddingDelta(layer, adapter, home)
+        return EmbeddingDelta(layer, adapter, home, room)
     if hasattr(layer, "num_experts"):
-        return ExpertsDelta(layer, adapter, home)
+        return ExpertsDelta(layer, adapter, home, room)
     if adapter in (getattr(layer, "lora_magnitude_vector", None) or ()):
-        return DoraDelta(layer, adapter, home)
-    return LayerDelta(layer, adapter, home)
+        return DoraDelta(layer, adapter, home, room)
+    return LayerDelta(layer, adapter, home, room)
 
 
 def _lora_layers(policy: nn.Module) -> list[tuple[str, str, Any]]:

@@ -7,7 +7,7 @@ layers (aLoRA's too, which adapts some tokens alone), DoRA, stacked experts, emb
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,31 @@ from tralign_fast.model.fused_lora import STAND_IN
 from tralign_fast.ops.lora import LoraFactors
 
 
+class Room:
+    """Memory on the host that past adapters give back and take again, pinned beside a GPU.
+
+    Pinning new memory at every move takes most of its time. Of each size that a move has asked for
+    at most one tensor waits: layers move one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
+        """A tensor without content."""
+        found = self._free.pop((tuple(shape), dtype), None)
+        return torch.empty(*shape, dtype=dtype, pin_memory=pinned) if found is None else found
+
+    def give(self, tensor: Tensor) -> None:
+        if tensor.is_contiguous():
+            self._free[tuple(tensor.shape), tensor.dtype] = tensor
+
+    def keep_only(self, tensors: Iterable[Tensor]) -> None:
+        """Lets go of sizes that none of these has."""
+        wanted = {(tuple(t.shape), t.dtype) for t in tensors}
+        self._free = {key: t for key, t in self._free.items() if key in wanted}
+
+
 class LayerDelta:
     """`Σ_k w_k·B_k A_k` of a linear layer: as factors, or as one matrix where that is smaller.
 
@@ -25,12 +50,17 @@ class LayerDelta:
         layer: PEFT's.
         adapter: the name of the adapter in it.
         home: where the factors are kept; None: where the policy's are.
+        room: the memory of those that are kept on the host, shared by the layers.
     """
 
-    def __init__(self, layer: Any, adapter: str, home: torch.device | None) -> None:
+    def __init__(
+        self, layer: Any, adapter: str, home: torch.device | None, room: Room | None = None
+    ) -> None:
         self.layer, self.adapter = layer, adapter
         self.factors = self._parameters()
         self._home = home
+        self._room = room or Room()
+        self._staged: tuple[Tensor, ...] = ()  # the policy's factors on the host, at a move
         down, up = (factor.clone() for factor in self._current())
         self._down: Tensor | None = self._parked(down)  # (…, R, in); None: `_up` is (…, out, in)
         self._up: Tensor = self._parked(up)  # (…, out, R)
@@ -49,9 +79,25 @@ class LayerDelta:
         return down, up
 
     @torch.no_grad()
+    def fetch(self) -> None:
+        """Before a move, where the policy lies on a GPU and this on the host: starts the copies of
+        its factors, into memory that stays. `move` is called when they are done."""
+        if self._home is None or not self._is_apart:
+            return
+        factors = self._current()
+        if not self._staged:
+            self._staged = tuple(self._room.take(f.shape, f.dtype, True) for f in factors)
+        for staged, factor in zip(self._staged, factors, strict=True):
+            staged.copy_(factor, non_blocking=True)
+
+    @property
+    def _is_apart(self) -> bool:
+        return self.factors[0].is_cuda
+
+    @torch.no_grad()
     def move(self, weights: list[float]) -> None:
         """Puts the policy's factors in front; `weights`: theirs, then those of the kept ones."""
-        down, up = (factor.to(self._up.device) for factor in self._current())
+        down, up = self._staged or (factor.to(self._up.device) for factor in self._current())
         rank, terms, size = down.shape[-2], len(weights), up[..., :1].numel() * down.shape[-1]
         factors_size = terms * (up.numel() + down.numel())
         if self._down is not None and terms > 1 and factors_size > size:
@@ -62,9 +108,28 @@ class LayerDelta:
             add_(up.float(), down.float(), beta=1 - weights[0], alpha=weights[0])
             return
         kept = (terms - 1) * rank
-        self._down = self._parked(torch.cat([down, self._down[..., :kept, :]], dim=-2))
-        self._up = self._parked(torch.cat([up, self._up[..., :kept]], dim=-1))
+        self._down = self._in_front(down, self._down, kept, -2)
+        self._up = self._in_front(up, self._up, kept, -1)
         self._weigh(weights, rank)
+
+    def held(self) -> tuple[Tensor, ...]:
+        return (self._up,) if self._down is None else (self._down, self._up)
+
+    def _in_front(self, new: Tensor, old: Tensor, kept: int, dim: int) -> Tensor:
+        """`new` and the first `kept` ranks of `old`, whose memory the next layer may have."""
+        if self._home is None:
+            return torch.cat([new, old.narrow(dim, 0, kept)], dim)
+        if kept == 0 and self._staged and _are_alike(new, old):  # they change places
+            self._staged = tuple(old if t is new else t for t in self._staged)
+            return new
+        shape, rank = list(new.shape), new.shape[dim]
+        shape[dim] += kept
+        dtype = torch.promote_types(new.dtype, old.dtype)
+        joined = self._room.take(shape, dtype, self._is_apart)
+        joined.narrow(dim, 0, rank).copy_(new)
+        joined.narrow(dim, rank, kept).copy_(old.narrow(dim, 0, kept))
+        self._room.give(old)
+        return joined
 
     def _weigh(self, weights: list[float], rank: int) -> None:
         weighted = len(weights) > 1 and self._down is not None
@@ -114,7 +179,7 @@ class LayerDelta:
         if self._home is None:
             return tensor
         tensor = tensor.to(self._home)
-        return tensor.pin_memory() if self.factors[0].is_cuda else tensor
+        return tensor.pin_memory() if self._is_apart else tensor
 
     def state(self) -> dict[str, Tensor]:
         return {"up": self._up} if self._down is None else {"down": self._down, "up": self._up}
@@ -126,6 +191,10 @@ class LayerDelta:
         self._weigh(weights, self._current()[0].shape[-2])
 
 
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and b.is_contiguous()
+
+
 class DoraDelta(LayerDelta):
     """A DoRA layer's weight is `diag(d)·(W + s·B·A)`, with d = magnitude / row norms. The mean is
 
@@ -134,8 +203,8 @@ class DoraDelta(LayerDelta):
     so that factors `diag(d_k) B_k` and one vector hold it.
     """
 
-    def __init__(self, layer: Any, adapter: str, home: torch.device | None) -> None:
-        super().__init__(layer, adapter, home)
+    def __init__(self, layer: Any, adapter: str, home: Any, room: Room | None = None) -> None:
+        super().__init__(layer, adapter, home, room)
         self._scale = self._parked(self._scales())  # (out,) float32: Σ_k w_k d_k
 
     @property

@@ -130,6 +130,8 @@ class OffloadedReference(WindowedReference):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        if not self._host:  # an adapter alone is trained: nothing to walk the model for
+            return
         self._shard_host()
         parameters = named_parameters(self.policy)
         for name, host in self._host.items():
@@ -146,6 +148,8 @@ class OffloadedReference(WindowedReference):
 
     def _shard_host(self) -> None:
         """Cuts the host's tensors as FSDP2 has cut the policy's since they were copied."""
+        if not self._host:
+            return
         for name, parameter in named_parameters(self.policy).items():
             host = self._host.get(name)
             if host is not None and host.shape != local_shard(parameter).shape:

@@ -85,7 +85,9 @@ class SnapshotReference(WindowedReference):
     @torch.no_grad()
     def _put(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gives the policy these weights; its own, on the host."""
-        held = {}
+        held: dict[str, Tensor] = {}
+        if not tensors:  # nothing to walk the model for
+            return held
         parameters = named_parameters(self.policy)
         for name, tensor in tensors.items():
             own = local_shard(parameters[name])

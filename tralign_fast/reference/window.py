@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -38,6 +38,7 @@ class WindowedReference(ReferencePolicy):
         super().__init__(policy, schedule)
         self._scores: dict[int, Tensor] = {}  # fingerprint -> (S,) float32 on the host
         self.wrapped: nn.Module | None = None
+        self._is_evaluating = False
         self.needs_window = True  # true from an update until the next window is scored
         self.scored_until = 0  # the step up to which steps are scored
 
@@ -83,6 +84,7 @@ class WindowedReference(ReferencePolicy):
         iterator = iter(batches)
         with (
             self.weights(),
+            self._evaluating(),
             tqdm(desc=self.desc, total=total, leave=False, disable=total is None) as bar,
         ):
             while group := list(islice(iterator, merge)):
@@ -125,13 +127,25 @@ class WindowedReference(ReferencePolicy):
     @torch.no_grad()
     def _run(self, batch: PackedBatch) -> Tensor:
         model = self.scorer
-        # an evaluation switches the policy's mode and not that of what wraps it (DDP)
-        modes = [(module, module.training) for module in (model, self.policy)]
-        model.eval()
-        try:
+        with self._evaluating():
             return sequence_logps(model, batch.to(next(model.parameters()).device))
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside, the scorer is in evaluation mode; it is switched once for a whole window."""
+        if self._is_evaluating:
+            yield
+            return
+        model = self.scorer
+        # an evaluation switches the policy's mode and not that of what wraps it (DDP)
+        modes = {model: model.training, self.policy: self.policy.training}
+        model.eval()
+        self._is_evaluating = True
+        try:
+            yield
         finally:
-            for module, training in modes:
+            self._is_evaluating = False
+            for module, training in modes.items():
                 module.train(training)
 
     @property

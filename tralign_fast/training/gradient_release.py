@@ -7,6 +7,7 @@ head): `BlockAdafactor` does that work in blocks.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -81,6 +82,7 @@ class GradientRelease(Optimizer):
         self._flags: dict[Tensor, Tensor] = {}  # the same after each parameter
         self._kernels: KernelSteps | None = None
         self._chosen = False  # at the first gradient, for the model may still move
+        self._groups: dict[Tensor, dict[str, Any]] = {}  # of the parameters, while a step is made
         release = weakref.WeakMethod(self._release)
 
         def hook(parameter: Tensor) -> None:
@@ -117,13 +119,36 @@ class GradientRelease(Optimizer):
         elif not bool(self.found_inf == 0):
             parameter.grad = None
             return
-        self.optimizer.step()  # passes over every parameter that has no gradient: all others
+        with self._alone(parameter):
+            self.optimizer.step()
         parameter.grad = None
+
+    @contextlib.contextmanager
+    def _alone(self, parameter: Tensor) -> Iterator[None]:
+        """Inside, the optimizer has this parameter only: passing over all others, which have no
+        gradient, for each of them takes a square of their number.
+
+        bitsandbytes' optimizers know parameters by their place in all groups, and pass over them.
+        """
+        own = self.optimizer
+        if not type(own).__module__.startswith(("torch.optim.", __name__)):
+            yield
+            return
+        groups = own.param_groups
+        if not self._groups:
+            self._groups = {p: group for group in groups for p in group["params"]}
+        # the values of now: schedulers write them into the group
+        own.param_groups = [{**self._groups[parameter], "params": [parameter]}]
+        try:
+            yield
+        finally:
+            own.param_groups = groups
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Nothing is left to do, but to count steps right and to take gradients again."""
         assert closure is None
         self._stepped.clear()
+        self._groups.clear()  # somebody may replace them between two steps
         flags, self._flags = self._flags, {}
         if self._kernels is not None:
             self._kernels.next_step()
@@ -193,9 +218,9 @@ def _remove(handles: list[RemovableHandle]) -> None:
 class BlockAdafactor(Adafactor):
     """`transformers.Adafactor` without a temporary of the size of a weight.
 
-    On a CPU, and as the reference of the kernels. The same update from the same states (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 4),
-    fp32 inside (fp64 for fp64 weights), block of rows after block of rows, in three passes over the
-    gradient:
+    On a CPU, and as the reference of the kernels. The same update from the same states (Shazeer and
+    Stern 2018, arXiv 1804.04235, algorithm 4), fp32 inside (fp64 for fp64 weights), block of rows
+    after block of rows, in three passes over the gradient:
 
         R, C ← means of G² + ε over columns and rows, averaged over steps
         U = G / sqrt(R Cᵀ / mean(R)),   ρ = RMS(U)

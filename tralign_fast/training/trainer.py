@@ -55,6 +55,7 @@ from tralign_fast.training.method import settle_method
 from tralign_fast.training.metrics import PreferenceMetrics, statistics_of, token_totals
 from tralign_fast.training.model_card import add_trust_region
 from tralign_fast.training.models import RunModels, activation_offloading
+from tralign_fast.training.once import OncePerRun
 from tralign_fast.training.pretrained import given_models, vocabulary_size
 from tralign_fast.training.processing import processing_of
 from tralign_fast.training.resumable import ResumableTrainer
@@ -166,6 +167,7 @@ class TRTrainer(ResumableTrainer):
         self.accelerator.print(f"reference: {place} ({why})", file=sys.stderr)
         self._lookahead = Lookahead(self)
         self._finite = FiniteSteps()
+        self._once = OncePerRun()
         # what is not finite shows in the logs, and asking each loss would wait for the device
         args.logging_nan_inf_filter = False
         self.add_callback(self._finite)
@@ -242,7 +244,7 @@ class TRTrainer(ResumableTrainer):
             last = index == len(parts) - 1
             state._set_sync_gradients(steps and last)  # DeepSpeed's backward steps if it is set
             alone = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-            with alone, self._offloading:
+            with alone, self._offloading, self._once.training_mode(model, self.model):
                 loss = super().training_step(model, part, num_items_in_batch)  # pyright: ignore[reportArgumentType]
                 losses.append(loss)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -331,7 +333,7 @@ class TRTrainer(ResumableTrainer):
 
     def floating_point_ops(self, inputs: PackedBatch | SplitBatch) -> int:
         # 2 for the forward, 4 for the backward, per parameter and token
-        return 6 * inputs.num_tokens * self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs.num_tokens * self._once.num_parameters(self.model)
 
     # --- evaluation and metrics -------------------------------------------------------------------
 
@@ -411,6 +413,7 @@ class TRTrainer(ResumableTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._check_not_released()
+        self._once.restart()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _hp_search_setup(self, trial) -> None:

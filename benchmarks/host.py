@@ -1,0 +1,252 @@
+"""Host time of a training step, phase by phase: TRL's DPOTrainer beside our TRTrainer, on a CPU.
+
+    python -m benchmarks.host [--rounds 7] [--cases full lora] [--profile CASE]
+
+A Llama of 32 layers and hidden size 32 computes next to nothing, so that what a step takes is what
+the host does for it: Python, autograd's books, dispatch. A GPU waits for that where batches are
+small.
+
+**What runs.** Two pairs of 48 tokens, fp32, AdamW, gradient checkpointing, one thread. Full: hard
+updates, a resident reference in TRL and a snapshot here. LoRA: soft updates here (past adapters),
+a reference that stands still in TRL, which refuses to move it. τ = 16 = the steps of a round: the
+reference's sweep and one move are in the figures.
+
+**Turns.** Both trainers live in one process and train a round in turn; the first is a warm-up.
+Counted is the process's CPU time, of which what else the machine does takes no part but by the
+caches. A figure is the median over rounds of a round's mean step.
+
+**Products** are PyTorch's: on an AMD CPU this library runs fp32 through oneDNN by a function of its
+own, which a GPU never sees, and which at hidden size 32 is all that would be measured.
+
+**Attention.** A CPU has no variable-length kernel: a sequence is an attention call of its own. The
+rows "one call" have a single call in its place, as a GPU has: its host work, other values.
+
+**The gate.** The mean losses of the warm-up agree (not with "one call").
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import pstats
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+from benchmarks.common import environment, format_table, write_csv
+from benchmarks.phases import PHASES, Phases
+
+STEPS = 16  # of a round, and τ
+LOSS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both trainers train."""
+
+    lora_rank: int | None = None
+    alpha: float = 1.0
+    one_call: bool = False
+    layers: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "full": Case(),
+    "full, one call": Case(one_call=True),
+    "lora": Case(1, 0.6),
+    "lora, one call": Case(1, 0.6, one_call=True),
+}
+
+
+def workload(case: Case) -> Any:
+    from transformers import LlamaConfig
+
+    from tralign_fast.memory import Workload
+
+    class Rows(Workload):
+        def rows(self) -> list[dict[str, Any]]:
+            draw = random.Random(0)
+
+            def ids(count: int) -> list[int]:
+                return [draw.randrange(1, self.model.vocab_size) for _ in range(count)]  # 0: padding
+
+            return [
+                {"row": row, "prompt_ids": ids(24), "chosen_ids": ids(12), "rejected_ids": ids(12)}
+                for row in range(STEPS * self.pairs)
+            ]
+
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=case.layers,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    options = {
+        "bf16": False, "max_steps": STEPS, "ref_model_sync_steps": STEPS, "learning_rate": 1e-3,
+        "ref_model_mixup_alpha": case.alpha, "lr_scheduler_type": "constant", **case.options,
+    }  # fmt: skip
+    return Rows(
+        config, tokens=96, dtype="float32", lora_rank=case.lora_rank, lora_dtype="float32",
+        options=options,
+    )  # fmt: skip
+
+
+class Arm:
+    """A trainer that trains a round at a time."""
+
+    def __init__(self, name: str, work: Any, folder: str) -> None:
+        import torch
+
+        from tralign_fast.memory.workload import make_trainer, make_trl_trainer
+
+        torch.manual_seed(0)
+        self.name = name
+        self.trainer = (make_trainer if name == "ours" else make_trl_trainer)(work, folder)
+        if name == "trl" and self.trainer.ref_model is not None:
+            self.trainer.ref_model.load_state_dict(self.trainer.model.state_dict())
+        self.seconds: list[dict[str, float]] = []  # of a step, for each round
+        self.first_loss = float("nan")  # mean of the warm-up
+        self._now = dict.fromkeys(PHASES, 0.0)
+        self._at = 0.0
+        self.phases = Phases(self.trainer, self._charge)
+        self.trainer.add_callback(_clock(self))
+
+    def _charge(self, phase: str) -> None:
+        now = time.process_time()
+        self._now[phase] += now - self._at
+        self._at = now
+
+    def begin(self) -> None:
+        self._now = dict.fromkeys(PHASES, 0.0)
+        self._at = time.process_time()
+
+    def end(self) -> None:
+        self._charge(self.phases.now)
+        self.seconds.append({phase: spent / STEPS for phase, spent in self._now.items()})
+
+    def round(self) -> None:
+        from tralign_fast.memory.trace import quietly
+
+        with quietly(), self.phases.watching():
+            output = self.trainer.train()
+        if len(self.seconds) == 1:
+            self.first_loss = output.training_loss
+
+    def summary(self) -> dict[str, float]:
+        """Milliseconds a step by phase and in all, medians over rounds without the warm-up."""
+        rounds = self.seconds[1:]
+        by_phase = {p: 1e3 * median(r[p] for r in rounds) for p in PHASES}
+        return {**by_phase, "all": 1e3 * median(sum(r.values()) for r in rounds)}
+
+
+def _clock(arm: Arm) -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            arm.begin()
+
+        def on_epoch_end(self, args, state, control, **kwargs) -> None:
+            arm.end()
+
+    return Clock()
+
+
+@contextlib.contextmanager
+def as_asked(case: Case) -> Iterator[None]:
+    """PyTorch's products, and what stands for a GPU's variable-length kernel: one call for all
+    sequences, of other values."""
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    from tralign_fast.model import attention
+    from tralign_fast.ops.cpu import onednn
+
+    def function(q: Any, k: Any, v: Any, arguments: Any, window: Any, options: Any) -> Any:
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return attend(q, k, v, scale=options.scaling, enable_gqa=True)[0].transpose(0, 1)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(onednn, "is_faster", lambda: False))
+        if case.one_call:
+            patch = mock.patch.object(attention, "_varlen_function", lambda *_: function)
+            stack.enter_context(patch)
+        yield
+
+
+def measure(case: Case, rounds: int, names: Sequence[str] = ("trl", "ours")) -> list[Arm]:
+    """Arms with the times of their rounds.
+
+    Raises:
+        ValueError: their losses differ.
+    """
+    from tralign_fast.memory.trace import quietly
+
+    work = workload(case)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_asked(case))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        with quietly():
+            arms = [Arm(name, work, f"{folder}/{name}") for name in names]
+        for _ in range(rounds + 1):
+            for arm in arms:
+                arm.round()
+    losses = [arm.first_loss for arm in arms]
+    if not case.one_call and max(losses) - min(losses) > LOSS_TOLERANCE * max(losses):
+        raise ValueError(f"mean losses {losses}: expected equality to {LOSS_TOLERANCE:g}")
+    return arms
+
+
+def profile(case: Case, count: int) -> None:
+    """What ours spends its time on in a round after the warm-up."""
+    profiler = cProfile.Profile()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_asked(case))
+        arm = Arm("ours", workload(case), stack.enter_context(tempfile.TemporaryDirectory()))
+        arm.round()
+        profiler.enable()
+        arm.round()
+        profiler.disable()
+    for order in ("tottime", "cumulative"):
+        pstats.Stats(profiler, stream=sys.stdout).sort_stats(order).print_stats(count)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Host time of a training step.")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--profile", metavar="CASE", choices=CASES, help="ours under cProfile")
+    options = parser.parse_args(arguments)
+    import torch
+
+    torch.set_num_threads(1)
+    if options.profile:
+        profile(CASES[options.profile], 40)
+        return 0
+    rows, lines = [], []
+    for name in options.cases:
+        theirs, ours = (arm.summary() for arm in measure(CASES[name], options.rounds))
+        for arm, figures in (("trl", theirs), ("ours", ours)):
+            rows.append({
+                "case": name, "arm": arm, "rounds": options.rounds,
+                **{f"{k}_ms": v for k, v in figures.items()},
+                "ratio_to_trl": figures["all"] / theirs["all"],
+            })  # fmt: skip
+            figures["ratio"] = figures["all"] / theirs["all"]
+            lines.append([f"{name}: {arm}", *(f"{v:.2f}" for v in figures.values())])
+    header = ["host ms a step", *PHASES, "all", "of TRL's"]
+    print(format_table(header, lines))
+    about = environment(("torch", "transformers", "trl", "peft"))
+    write_csv(options.out / "host.csv", [{**row, **about} for row in rows])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
