@@ -218,6 +218,28 @@ def test_what_lines_mean(least, lines, tmp_path, capsys):
     assert "sync_ref_model: the reference moves" in said or "trust_region_every" in lines
 
 
+LOST = {
+    (LEAST_FACTORY, "stage: kto\npref_ftx: 0.1\n"): "line 4: pref_ftx: sft is a loss of pairs",
+    (LEAST_FACTORY, "ref_model: r\n"): "line 5: ref_model=r: a script: TRTrainer(model, ref_model=",
+    (LEAST_FACTORY, "dataset: a,b\n"): "line 4: dataset: the first of 2 is taken",
+    (LEAST_FACTORY, "finetuning_type: oft\n"): "finetuning_type=oft: peft_config is a table",
+    (LEAST_FACTORY, "galore_rank: 4\n"): "line 5: galore_rank=4: it has no counterpart",
+    (LEAST, "trl: {beta: 0.2, use_vllm: true}\n"): "line 5: trl: use_vllm: it has no counterpart",
+    (LEAST, "datasets: [{path: d, type: chatml.intel}]\n"): "line 4: datasets: type, field_*: rows",
+    (LEAST, "beta: 0.1\nlabel_smoothing: 0.7\n"): "refused: label_smoothing: expected",
+    (LEAST, "plugins: [a.B]\n"): "line 5: plugins: a.B: it has no counterpart",
+    (LEAST, "max_steps: 5\nevals_per_epoch: 2\nval_set_size: 1\n"): "write eval_steps beside",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("least", "lines"), LOST)
+def test_what_is_lost(least, lines, tmp_path, capsys):
+    _, said = migrated(with_lines(least, lines), tmp_path, capsys)
+    (line,) = [line for line in said.splitlines() if LOST[least, lines] in line]
+    assert line.startswith("not kept: ")
+    assert LOST[least, lines] not in migrated(least, tmp_path, capsys)[1]
+
+
 REFUSED = {
     "base_model: m\n": "rl: expected dpo, ipo or kto (other trainings have no reference), got None",
     "base_model: m\nrl: orpo\n": "rl: expected dpo, ipo or kto, got 'orpo'",

@@ -143,6 +143,7 @@ SAID = {
     "t = DPOTrainer(m, a); t.get_batch_logps(x)": "line 2: t.get_batch_logps: tralign_fast.logp",
     "class T(DPOTrainer):\n    def compute_loss(self): ...": "line 3: T.compute_loss overrides",
     "class T(DPOTrainer):\n    def get_batch_loss_metrics(self): ...": "entry of LOSSES",
+    "class T(DPOTrainer): ...\nT(m)": "line 3: T gets no args, and its reference moves then",
     "DPOTrainer(AutoModelForImageTextToText)": "AutoModelForImageTextToText: rows of images are re",
     "getattr(trl, 'DPOTrainer')": "line 2: the word 'DPOTrainer' stays as it is",
     "from trl import SyncRefModelCallback": "line 2: SyncRefModelCallback: to be taken out by hand",

@@ -117,7 +117,8 @@ def as_ours(values: dict[str, Any], theirs: str, place: str, done: Migration) ->
     from tralign_fast.training.config import TRConfig
     from tralign_fast.training.option_types import TAKEN, own_options
 
-    checked = {*own_options(TRConfig), *TAKEN, "eval_strategy", "save_strategy"} - _ELSEWHERE
+    fields: Any = TRConfig
+    checked = {*own_options(fields), *TAKEN, "eval_strategy", "save_strategy"} - _ELSEWHERE
     given = {name: value for name, value in values.items() if name in checked}
     given = {"sync_ref_model": False, "output_dir": "tr-output", **given, "use_cpu": True}
     warn_once.cache_clear()
@@ -182,6 +183,13 @@ def _own_classes(source: Source, trainers: list[Binding], done: Migration) -> No
     for node in source.walk(ast.ClassDef):
         if not uses & {*node.bases}:
             continue
+        for call in source.walk(ast.Call):
+            named = isinstance(call.func, ast.Name) and call.func.id == node.name
+            if named and len(call.args) < 3 and not _names(call) & {"args", "**"}:
+                done.loses(
+                    f"line {call.lineno}: {node.name} gets no args, and its reference moves then: "
+                    "pass a config with sync_ref_model=False"
+                )
         for method in node.body:
             name = getattr(method, "name", "")
             if name in METHODS:

@@ -20,6 +20,8 @@ def _stage(recipe: Recipe, value: Any) -> Options:
     if value not in ("dpo", "kto"):
         raise refused("stage", value, "dpo or kto (other stages have no reference)")
     if value == "kto":
+        if recipe.given.get("pref_ftx"):
+            recipe.line_lost("pref_ftx", "sft is a loss of pairs, and kto is not")
         return {"loss_type": "kto", "train_sampling_strategy": "random"}
     loss = recipe.given.get("pref_loss") or "sigmoid"
     if loss not in ("sigmoid", "hinge", "ipo"):

@@ -66,7 +66,7 @@ class Source:
 
     def walk(self, kind: Any) -> Iterator[Any]:
         """Nodes of a kind in the order of the text."""
-        nodes = [node for node in ast.walk(self.tree) if isinstance(node, kind)]
+        nodes: list[Any] = [node for node in ast.walk(self.tree) if isinstance(node, kind)]
         yield from sorted(nodes, key=lambda node: (node.lineno, node.col_offset))
 
     def changed(self, edits: list[Edit]) -> str:
