@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainingArguments
 
-from tests.training.test_trl_parity import history, kto_rows, options, pair_rows
+from tests.training.test_trl_parity import history, kto_rows, options, pair_rows, run_both
 from tralign_fast import TRConfig, TRTrainer
 from tralign_fast.ops.backend import warn_once
 
@@ -369,3 +369,20 @@ def test_scripts_of_trl(name, arguments, folder, tmp_path, monkeypatch):
     assert ("--eval_strategy" in arguments) == any(
         "eval_loss" in log for log in state["log_history"]
     )
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_kto_evaluates_as_trl_in_batches_of_any_size(size, tiny_llama, small_tokenizer, tmp_path):
+    """Its KL term lends completions in groups of the training batch, whatever the evaluation's."""
+    theirs, mine = run_both(
+        "kto", tiny_llama, small_tokenizer, tmp_path, kto_rows(16), held_out=kto_rows(10),
+        max_steps=2, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=size,
+    )  # fmt: skip
+    for trainer in (theirs, mine):
+        trainer.train()
+    for key in ("eval_loss", "eval_kl"):
+        ours, trls = (
+            [log[key] for log in t.state.log_history if key in log] for t in (mine, theirs)
+        )
+        assert len(ours) == 2
+        assert ours == pytest.approx(trls, abs=1e-5), key

@@ -191,8 +191,9 @@ class PreferenceCollator:
     Args:
         paired: rows hold `chosen_ids` and `rejected_ids`; else `completion_ids` and `label`, and
             every prompt also gets the completion of the row before it in the batch (the first row
-            that of the last one), from which KTO estimates its KL term. A row that is alone in its
-            batch gets its `borrowed_ids`, which tokenising took from another prompt.
+            that of the last one), from which KTO estimates its KL term. A row that has `lent_ids`
+            (`lend_in_groups`) gets those; one that is alone in its batch gets its `borrowed_ids`,
+            which tokenising took from another prompt.
         layout: "shared" (a prompt once for all its completions), "packed" (a prompt for each, no
             padding), "padded" (one row each, for attentions that know no packing).
         max_length: KTO's completions, own and borrowed, are cut to what their prompt leaves of it
@@ -238,7 +239,8 @@ class PreferenceCollator:
             own = [list(e["completion_ids"]) for e in examples]
             lent = [own[-1], *own[:-1]]
             if self.mismatched and len(own) == 1:
-                lent = [_borrowed(examples[0], rows[0])]
+                lent = [examples[0].get("lent_ids") or _borrowed(examples[0], rows[0])]
+            lent = [e.get("lent_ids") or other for e, other in zip(examples, lent, strict=True)]
             room = [None if self.max_length is None else self.max_length - len(p) for p in prompts]
             completions = [
                 [mine[:left], *([other[:left]] if self.mismatched else [])]

@@ -8,7 +8,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tralign_fast.data.jobs import tokenizer_in
 from tralign_fast.data.packing import PreferenceCollator
-from tralign_fast.data.tokenization import add_lengths, tokenize_pairs, tokenize_unpaired
+from tralign_fast.data.tokenization import (
+    add_lengths,
+    lend_in_groups,
+    tokenize_pairs,
+    tokenize_unpaired,
+)
 from tralign_fast.training.config import TRConfig
 
 
@@ -57,6 +62,9 @@ def tokenized(
         num_proc=args.dataset_num_proc,
         **({"truncation_mode": args.truncation_mode} if paired else {"one_label": not training}),
     )
+    if not training and args.objective.needs_kl and hasattr(rows, "__len__"):
+        # a row's KL term is the same in batches of any size: those of training decide, as in TRL
+        rows = lend_in_groups(rows, args.per_device_train_batch_size)
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         rows = add_lengths(rows, args.length_column_name)
     return rows
