@@ -441,4 +441,6 @@ def test_a_decoder_layer_runs_fewer_operators(autocast):
 
     # of each of seven layers two products, the scaling and the sums, of either direction
     saved = 7 * (8 if autocast else 4)
-    assert count(True) <= count(False) - saved
+    ours, theirs = count(True), count(False)
+    print(f"{theirs} operators as PEFT runs them, {ours} here")
+    assert ours <= theirs - saved

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tests.training.test_trainer import make
@@ -50,6 +51,7 @@ CASES = {
     "kto-snapshot": ("kto", {"reference": "snapshot", **HARD}),
     "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 40, **HARD}),
     "dpo-compiled": ("dpo", {"reference": "resident", **COMPILED, **SOFT}),
+    "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
     "dpo-precomputed": ("dpo", PRECOMPUTED),
     "kto-precomputed": ("kto", PRECOMPUTED),
     "kto-split": ("kto", {"reference": "resident", "token_budget": 60, **SOFT}),
@@ -75,8 +77,11 @@ def train(case, folder, *, batch, resume_from=None, **extra):
     """[loss of every step], and what an evaluation afterwards found."""
     tokenizer = make_small_tokenizer()
     method, options = CASES[case]
+    policy = make_tiny_llama(tokenizer)
+    if case == "dpo-lora":
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules="all-linear"))
     trainer = make(
-        make_tiny_llama(tokenizer), tokenizer, folder, method, rows_of(method),
+        policy, tokenizer, folder, method, rows_of(method),
         held_out=rows_of(method).select(range(8)), max_steps=STEPS, learning_rate=2e-3,
         per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
         train_sampling_strategy="sequential", eval_strategy="steps", eval_steps=3,
