@@ -77,7 +77,9 @@ def workload(case: Case) -> Any:
             draw = random.Random(0)
 
             def ids(count: int) -> list[int]:
-                return [draw.randrange(1, self.model.vocab_size) for _ in range(count)]  # 0: padding
+                return [
+                    draw.randrange(1, self.model.vocab_size) for _ in range(count)
+                ]  # 0: padding
 
             return [
                 {"row": row, "prompt_ids": ids(24), "chosen_ids": ids(12), "rejected_ids": ids(12)}
@@ -173,9 +175,9 @@ def as_asked(case: Case) -> Iterator[None]:
         return attend(q, k, v, scale=options.scaling, enable_gqa=True)[0].transpose(0, 1)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(onednn, "is_faster", lambda: False))
+        stack.enter_context(mock.patch.object(onednn, "is_faster", return_value=False))
         if case.one_call:
-            patch = mock.patch.object(attention, "_varlen_function", lambda *_: function)
+            patch = mock.patch.object(attention, "_varlen_function", return_value=function)
             stack.enter_context(patch)
         yield
 

@@ -49,9 +49,9 @@ class Case:
 HARD = {"ref_model_mixup_alpha": 1.0}
 RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0, "optim": "adafactor"}
 CASES = {
-    "1B full": Case("llama-3.2-1b", 10**6, 1_600, {"options": HARD}),
-    "8B LoRA 64": Case("llama-3.1-8b", 10**6, 5_000, {"lora_rank": 64}),
-    "8B release": Case("llama-3.1-8b", 10**6, 9_000, {"options": RELEASE}),
+    "1B full": Case("llama-3.2-1b", 3_100, 1_600, {"options": HARD}),
+    "8B LoRA 64": Case("llama-3.1-8b", 9_100, 5_000, {"lora_rank": 64}),
+    "8B release": Case("llama-3.1-8b", 30_900, 9_000, {"options": RELEASE}),
 }
 
 
@@ -70,6 +70,10 @@ class Counting(LiveTensors):
         if self.phases is not None:
             self.counts[self.phases.now, name] += 1
 
+    def own_kernel(self, *args: Any, **kwargs: Any) -> None:
+        """In place of a Triton kernel."""
+        self.count("own kernel")
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _computes(func):
             self.count(str(func).removeprefix("aten."))
@@ -86,7 +90,9 @@ _FREE = {
 
 def _computes(func: Any) -> bool:
     namespace, name = func._schema.name.split("::")
-    if namespace in ("prim", "profiler") or name in _FREE or name.startswith("linear_logprobs"):  # whose body is counted
+    if (
+        namespace in ("prim", "profiler") or name in _FREE or name.startswith("linear_logprobs")
+    ):  # whose body is counted
         return False
     returned = func._schema.returns
     is_view = bool(returned) and all(
@@ -118,9 +124,9 @@ def count(case: Case, *, layers: int | None = None, checkpointing: bool = True) 
         gpu.as_on_gpu(),
         gpu.fake_tensors(),
         Counting() as counting,
-        mock.patch.object(backend, "_do_nothing", lambda *_, **__: counting.count("own kernel")),
+        mock.patch.object(backend, "_do_nothing", counting.own_kernel),
         # as for a GPU's gradients, whose norm is taken by few launches
-        mock.patch.object(clip_grad, "_has_foreach_support", lambda *_: True),
+        mock.patch.object(clip_grad, "_has_foreach_support", return_value=True),
     ):
         trainer = make_trainer(work, folder)
         counting.phases = Phases(trainer)

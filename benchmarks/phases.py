@@ -71,7 +71,9 @@ class Phases:
     def watching(self) -> Iterator[None]:
         """What the trainer is to run in: steps of any optimizer are seen, also of those that
         gradient release calls inside the backward, and TRL's forwards of a PEFT reference."""
-        before = torch_optimizer.register_optimizer_step_pre_hook(lambda *_: self.enter("optimizer"))
+        before = torch_optimizer.register_optimizer_step_pre_hook(
+            lambda *_: self.enter("optimizer")
+        )
         after = torch_optimizer.register_optimizer_step_post_hook(lambda *_: self.leave())
         try:
             with contextlib.nullcontext() if self._is_ours else self._watching_adapters():

@@ -122,7 +122,9 @@ def test_a_gradient_that_is_not_finite(device, dtype, shape, scaled, value):
     before = case.written()
     for count in (1, 2):
         case.step(OPTIONS._replace(scale=scaled))
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(before, case.written(), strict=False))
+        assert all(
+            torch.equal(bits(a), bits(b)) for a, b in zip(before, case.written(), strict=False)
+        )
         assert case.found_inf == 1
         assert case.left_out == count
         case.grad.view(-1)[-2] = 1.0

@@ -89,7 +89,9 @@ def test_bits_of_weight_and_states_are_independent(device):
     """Numbers that lie half-way between two: three coins an element."""
     size = 2**14
     case = Case(size, torch.bfloat16, torch.bfloat16, device, step=1)
-    for tensor, value in zip((case.weight, case.grad, *case.states), (1.0, 0.0, 1.0, 1.0), strict=False):
+    for tensor, value in zip(
+        (case.weight, case.grad, *case.states), (1.0, 0.0, 1.0, 1.0), strict=False
+    ):
         tensor.fill_(value)
     # m and v lose 2⁻⁹ of themselves, half of the spacing under 1; so does the weight
     options = AdamWOptions(1.0, (1 - 2**-9, 1 - 2**-9), 1e30, 2**-9)

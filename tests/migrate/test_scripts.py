@@ -148,7 +148,7 @@ SAID = {
     "getattr(trl, 'DPOTrainer')": "line 2: the word 'DPOTrainer' stays as it is",
     "from trl import SyncRefModelCallback": "line 2: SyncRefModelCallback: to be taken out by hand",
     "P(DPOConfig)": "other numbers: options of a command line keep TRL's names; --label_smoothing",
-    "from trl import KTOTrainer": "other numbers: KTO, evaluation: the KL term pairs prompts and",
+    "from trl import KTOTrainer": "other numbers: KTO, evaluation on a stream: the KL term pairs",
     "x = 1": "same numbers: losses, order of the rows, auxiliary loss of experts, num_tokens",
 }  # fmt: skip
 

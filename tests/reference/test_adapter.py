@@ -26,6 +26,7 @@ from tralign_fast.ops.lora import lora_linear
 from tralign_fast.reference import places as reference_places
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.deltas import LayerDelta, Room
 from tralign_fast.reference.offloaded import OffloadedReference
 
 peft = pytest.importorskip("peft")
@@ -261,6 +262,40 @@ def test_past_adapters_are_one_product_of_a_fused_layer(alpha, tiny_llama, monke
     with torch.no_grad():
         assert torch.equal(sequence_logps(policy, batch_of()), trained)
     assert all(factors.coefficients is None for factors in seen)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_moves_of_a_policy_on_a_gpu_use_their_memory_again(alpha, tiny_llama, monkeypatch):
+    """As beside a GPU, whose factors are staged on the host, without one: the same bits."""
+    policies = [lora(tiny_llama, r=1) for _ in range(2)]
+    plain, staged = (AdapterReference(p, TrustRegion(alpha, 2), tolerance=1e-2) for p in policies)
+    taken = []
+
+    def take(room, shape, dtype, pinned):
+        found = room._free.pop((tuple(shape), dtype), None)
+        assert pinned
+        if found is None:
+            taken.append(found := torch.full(tuple(shape), math.nan, dtype=dtype))
+        return found
+
+    made = []
+    for step in range(10):
+        for policy, reference in zip(policies, (plain, staged), strict=True):
+            shake(policy, step, 0.3)
+            with monkeypatch.context() as patch:
+                if reference is staged:
+                    patch.setattr(LayerDelta, "_is_apart", True)
+                    patch.setattr(Room, "take", take)
+                    patch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+                reference.sync()
+        made.append(len(taken))
+        for name, delta in plain._deltas.items():
+            ours, theirs = staged._deltas[name].state(), delta.state()
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[part], theirs[part]) for part in theirs)
+    held = [t.data_ptr() for d in staged._deltas.values() for t in (*d.held(), *d._staged)]
+    assert len(set(held)) == len(held)  # nobody's memory is another's
+    assert made[-1] == made[-3] > 0  # once the number of past adapters stands still, nothing is new
 
 
 @pytest.mark.parametrize("tolerance", [1e-6, 1e-2])

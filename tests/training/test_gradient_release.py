@@ -222,6 +222,34 @@ def test_gradients_after_a_bad_one_are_left_out():
     assert moved[4:] == [True, True]
 
 
+def test_a_parameters_step_passes_over_no_other():
+    """291 parameters of an 8B model would be looked at 291 times."""
+    layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    weights = [{"params": list(layers[:2].parameters()), "weight_decay": 0.0},
+               {"params": list(layers[2:].parameters())}]  # fmt: skip
+    inner = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5)
+    optimizer, seen = GradientRelease(inner), []
+    inner.register_step_pre_hook(
+        lambda o, *_: seen.append(
+            [(g["lr"], g["weight_decay"], *g["params"]) for g in o.param_groups]
+        )
+    )
+    for lr in (0.1, 0.2):
+        for group in optimizer.param_groups:  # as a scheduler does it
+            group["lr"] = lr
+        layers(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        assert len(optimizer.param_groups) == 2
+    assert all(len(groups) == 1 and len(groups[0]) == 3 for groups in seen)
+    found = {(lr, decay, id(p)) for ((lr, decay, p),) in seen}
+    assert found == {
+        (lr, decay, id(p))
+        for lr in (0.1, 0.2)
+        for decay, half in ((0.0, layers[:2]), (0.5, layers[2:]))
+        for p in half.parameters()
+    }
+
+
 def test_a_second_backward_is_refused():
     layer = nn.Linear(3, 3)
     release = GradientRelease(torch.optim.AdamW(layer.parameters()))

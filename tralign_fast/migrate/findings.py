@@ -50,8 +50,8 @@ def findings(source: Source, found: dict[str, Binding], done: Migration) -> None
         )
     if any(binding.theirs.startswith("KTO") for binding in found.values()):
         done.changes(
-            "KTO, evaluation: the KL term pairs prompts and completions of an evaluation's batch, "
-            "TRL of per_device_train_batch_size rows; the same where both sizes are equal"
+            "KTO, evaluation on a stream: the KL term pairs prompts and completions of an "
+            "evaluation's batch, TRL of per_device_train_batch_size rows; a Dataset is as in TRL"
         )
     done.changes(
         "steps whose loss or gradients are not finite are left out (tr/skipped_steps); TRL trains "

@@ -138,7 +138,8 @@ class GradientRelease(Optimizer):
         if not self._groups:
             self._groups = {p: group for group in groups for p in group["params"]}
         # the values of now: schedulers write them into the group
-        own.param_groups = [{**self._groups[parameter], "params": [parameter]}]
+        group = self._groups.get(parameter)  # None: somebody took it out, and it is not trained
+        own.param_groups = [] if group is None else [{**group, "params": [parameter]}]
         try:
             yield
         finally:
