@@ -29,9 +29,9 @@ from .launch import INTERPRETED, device_of
 # Elements of a row that a program of the first launch keeps in registers with the two sums of each,
 # 16 a thread on NVIDIA (32 spill), and its warps. Longer rows are cut: each part's program reads
 # the other parts too, at about the same time as their own programs, so from a cache. Rows that are
-# no multiple of 16 take more registers.
+# no multiple of 16 take more registers an element.
 _BLOCKS = {256: 1, 1024: 2, 4096: 8, 8192: 16}
-_WIDEST_UNALIGNED = 4096
+_BLOCKS_UNALIGNED = {256: 1, 1024: 4, 4096: 16}
 # Rows of a program there: its two fp32 sums a column are written once for so many rows of G. Enough
 # programs for every GPU (512) come first.
 _FEWEST_ROWS, _MOST_ROWS, _PROGRAMS = 16, 256, 512
@@ -362,6 +362,7 @@ class _Plan(NamedTuple):
     groups: int  # of a matrix
     parts: int  # of a row
     block: int  # columns of a part
+    num_warps: int
     tile: int  # columns of the tile of the update
 
 
@@ -369,10 +370,10 @@ def _plan(M: int, R: int, C: int) -> _Plan:
     rows = _FEWEST_ROWS
     while rows < _MOST_ROWS and rows * _PROGRAMS < M * R:
         rows *= 2
-    blocks = [b for b in _BLOCKS if C % 16 == 0 or b <= _WIDEST_UNALIGNED]
+    blocks = _BLOCKS if C % 16 == 0 else _BLOCKS_UNALIGNED
     block = next((b for b in blocks if b >= C), max(blocks))
     tile = next((t for t in _TILES if t >= C), max(_TILES))
-    return _Plan(rows, -(-R // rows), -(-C // block), block, tile)
+    return _Plan(rows, -(-R // rows), -(-C // block), block, blocks[block], tile)
 
 
 @torch.no_grad()
@@ -427,7 +428,7 @@ def _matrix_step(weight, grad, squares, shared, running, update, random, scaled)
         grad, weight, squares[0], scratch.rows, scratch.totals, scratch.squares, scratch.partials,
         found_inf, left_out, R, C, plan.groups, plan.rows, *running,
         SCALED=scaled, SPLIT=plan.parts > 1, BLOCK=plan.block,
-        num_warps=_BLOCKS[plan.block],
+        num_warps=plan.num_warps,
     )  # fmt: skip
     _adafactor_factors_kernel[(M, blocks)](
         squares[1], scratch.totals, scratch.squares, scratch.partials, scratch.means, scratch.sums,
@@ -535,7 +536,7 @@ def _matrix_configurations(name: str, scaled: bool, R: int, C: int) -> list[dict
             _adafactor_statistics_kernel,
             f"adafactor_statistics {plan.block} {name}{' split' * split}{tail}", dtypes,
             {**ints, "rows": False}, {"SCALED": scaled, "SPLIT": split, "BLOCK": plan.block},
-            options={"num_warps": _BLOCKS[plan.block]}, shape=shape, **moved[0],
+            options={"num_warps": plan.num_warps}, shape=shape, **moved[0],
             representative=usual or (scaled and split),
         ),
         aot_entry(

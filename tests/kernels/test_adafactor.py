@@ -47,8 +47,7 @@ def scratch_of_nan(monkeypatch):
     monkeypatch.setattr(adafactor, "_scratch", lambda *a: [part.fill_(NAN) for part in whole(*a)])
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+@pytest.mark.parametrize(("scaled", "scale"), [(False, 1e-4), (False, 1.0), (True, 30.0)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fp32_to_its_rounding(device, shape, scale, scaled):
     case = Case(shape, torch.float32, device, scale)
@@ -84,19 +83,19 @@ def test_several_programs_parts_and_groups(device, shape, threshold, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(13,), (7, 19), (2, 4, 24)])
+@pytest.mark.parametrize("shape", [(133,), (7, 19)])
 def test_halves_are_rounded_without_bias(device, shape, dtype):
+    """200 copies, over which the means of squares are what they are over one."""
+    repeats, size = 200, math.prod(shape)
     case = Case(shape, dtype, device)
-    start, squares = case.weight.clone(), [s.clone() for s in case.squares]
-    want, _ = adafactor_naive(start, case.grad, case.squares, OPTIONS)
-    draws = []
-    for seed in range(200):
-        case.weight.copy_(start)
-        for square, old in zip(case.squares, squares, strict=True):
-            square.copy_(old)
-        case.step(seed=seed, first_counter=5)
-        draws.append(case.weight.flatten().clone())
-    check_mean(torch.stack(draws), want.flatten().cpu())
+    want, _ = adafactor_naive(case.weight, case.grad, case.squares, OPTIONS)
+    case.weight, case.grad = (
+        t.expand(repeats, *shape).flatten(0, 1).contiguous() for t in (case.weight, case.grad)
+    )
+    first = case.squares[0].repeat(repeats)
+    case.squares = (first, *case.squares[1:])
+    case.step(seed=4, first_counter=5)
+    check_mean(case.weight.view(repeats, size), want.flatten().cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,7 +105,7 @@ def test_the_largest_number_never_becomes_infinite(device, shape, dtype):
     largest = torch.finfo(dtype).max
     case.weight.fill_(largest)
     case.grad.fill_(-1.0)  # an update that is far less than the spacing there
-    for seed in range(20):
+    for seed in range(2):
         case.step(OPTIONS._replace(weight_decay=0.0), seed=seed)
     assert (case.weight == largest).all()
 

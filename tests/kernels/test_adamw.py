@@ -31,13 +31,14 @@ class Case:
         return [t.clone() for t in (self.weight, *self.states, self.step_count)]
 
 
-@pytest.mark.parametrize("step", [1, 2, 1000, 1_000_000])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "step"), [*((size, 2) for size in SIZES), *((7, s) for s in (1, 1000, 1_000_000))]
+)
 def test_fp32_to_its_rounding(device, size, step):
     case = Case(size, torch.float32, torch.float32, device, step)
     want = adamw_naive(case.weight, case.grad, *case.states, step, OPTIONS)
     case.step()
-    for found, expected in zip(case.written(), want, strict=False):
+    for found, expected in zip(case.written(), want):
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=5e-7)
     assert case.step_count == step
     assert case.found_inf == 0
@@ -58,7 +59,7 @@ def test_it_is_torchs_adamw(device, options):
         case.grad.mul_(-0.7)
     state = theirs.state[weight]
     for mine, expected in zip(
-        case.written(), (weight.detach(), state["exp_avg"], state["exp_avg_sq"]), strict=False
+        case.written(), (weight.detach(), state["exp_avg"], state["exp_avg_sq"])
     ):
         torch.testing.assert_close(mine, expected, rtol=2e-6, atol=1e-6)
     assert case.step_count == state["step"]
@@ -66,32 +67,24 @@ def test_it_is_torchs_adamw(device, options):
 
 @pytest.mark.parametrize("state_dtype", ["half", torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [60, 4100])
-def test_halves_are_rounded_without_bias(device, size, dtype, state_dtype):
+def test_halves_are_rounded_without_bias(device, dtype, state_dtype):
+    """200 copies of 60 elements in one call: each has its own mean."""
+    size, repeats = 60, 200
     state_dtype = dtype if state_dtype == "half" else state_dtype
     case = Case(size, dtype, state_dtype, device)
-    for tensor in (case.weight, case.grad, *case.states):
-        tensor[60:] = 0  # nothing to round
-    start = case.written()
     want = adamw_naive(case.weight, case.grad, *case.states, 2, OPTIONS)
-    draws = []
-    for seed in range(200):
-        for tensor, old in zip((case.weight, *case.states, case.step_count), start, strict=False):
-            tensor.copy_(old)
-        case.step(seed=seed, first_counter=7)
-        draws.append([t[:60].clone() for t in case.written()[:3]])
-    halves = [0] if state_dtype == torch.float32 else [0, 1, 2]
-    for index in halves:
-        check_mean(torch.stack([d[index] for d in draws]), want[index][:60].cpu())
+    case.weight, case.grad = case.weight.repeat(repeats), case.grad.repeat(repeats)
+    case.states = [state.repeat(repeats) for state in case.states]
+    case.step(seed=5, first_counter=7)
+    for index in [0] if state_dtype == torch.float32 else [0, 1, 2]:
+        check_mean(case.written()[index].view(repeats, size), want[index].cpu())
 
 
 def test_bits_of_weight_and_states_are_independent(device):
     """Numbers that lie half-way between two: three coins an element."""
     size = 2**14
     case = Case(size, torch.bfloat16, torch.bfloat16, device, step=1)
-    for tensor, value in zip(
-        (case.weight, case.grad, *case.states), (1.0, 0.0, 1.0, 1.0), strict=False
-    ):
+    for tensor, value in zip((case.weight, case.grad, *case.states), (1.0, 0.0, 1.0, 1.0)):
         tensor.fill_(value)
     # m and v lose 2⁻⁹ of themselves, half of the spacing under 1; so does the weight
     options = AdamWOptions(1.0, (1 - 2**-9, 1 - 2**-9), 1e30, 2**-9)
@@ -108,9 +101,10 @@ def test_second_moments_in_bf16_fall(device):
     case = Case(4096, torch.bfloat16, torch.bfloat16, device)
     case.grad.zero_()
     case.states[1].fill_(1.0)
-    for seed in range(100):
+    for seed in range(20):
         case.step(seed=seed)
-    assert case.states[1].float().mean().item() == pytest.approx(0.999**100, abs=0.002)
+    # a draw's standard deviation is 1.7e-3, twenty draws' mean over 4,096 elements has 1.2e-4
+    assert case.states[1].double().mean().item() == pytest.approx(0.999**20, abs=1e-3)
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
@@ -122,7 +116,7 @@ def test_a_gradient_that_is_not_finite(device, dtype, size, value):
     before = case.written()
     for _ in range(2):
         case.step()
-        assert all(torch.equal(a, b) for a, b in zip(before, case.written(), strict=False))
+        assert all(torch.equal(a, b) for a, b in zip(before, case.written()))
         assert case.found_inf == 1
         case.grad[-2] = 1.0  # the flag stays, of the parameter before
 
@@ -133,7 +127,7 @@ def test_the_largest_number_never_becomes_infinite(device, dtype):
     largest = torch.finfo(dtype).max
     case.weight.fill_(largest)
     case.grad.fill_(-1.0)
-    for seed in range(20):
+    for seed in range(2):
         case.step(OPTIONS._replace(weight_decay=0.0, lr=1e-3), seed=seed)
     assert (case.weight == largest).all()
 
@@ -146,7 +140,7 @@ def test_bits_do_not_depend_on_the_launch(device, monkeypatch):
         case = Case(9001, torch.bfloat16, torch.bfloat16, device)
         case.step(seed=5)
         results.append([bits(t) for t in case.written()[:3]])
-    assert all(a.equal(b) for a, b in zip(*results, strict=False))
+    assert all(a.equal(b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize(("size", "launches"), [(0, 0), (4096, 1), (4097, 2)])

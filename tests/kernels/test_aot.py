@@ -54,6 +54,14 @@ def test_every_kernel_is_listed() -> None:
         assert listed.count("_combine_kernel") == 1
         # losses, two in the other normalisation, lengths, KL given, sums, f-divergence and weights
         assert listed.count("_preference_kernel") == 14 + 2 + 1 + 2 + 2 + 1 + 1
+        # dtypes × scaled × (4 blocks and a row of parts, 3 and one where C is no multiple of 16)
+        assert listed.count("_adafactor_statistics_kernel") == 3 * 2 * (5 + 4)
+        assert listed.count("_adafactor_factors_kernel") == 2 * 2
+        assert listed.count("_adafactor_update_kernel") == 3 * 2 * 3 * 2
+        assert listed.count("_adafactor_vector_kernel") == 3 * 2 * 3
+        # alignment × (dtypes), and × (pairs of weight and state × alone or not)
+        assert listed.count("_adamw_check_kernel") == 2 * 3
+        assert listed.count("_adamw_kernel") == 2 * 5 * 2
         # dtype pairs × roundings × alignment, fp32 in one rounding
         assert listed.count("_lora_merge_kernel") == (1 + 3 * 2) * 2
 
@@ -95,6 +103,8 @@ def test_element_offsets_of_ema_are_64_bit() -> None:
         "ema bf16<-bf16 nearest",
         "ema bf16<-bf16 stochastic",
         "ema bf16<-fp32 stochastic",
+        "adamw bf16 bf16",
+        "adafactor_update 1024 bf16",
     ],
 )
 def test_aligned_tensors_move_16_bytes_a_thread(name: str) -> None:

@@ -5,8 +5,14 @@ import torch
 
 from tests.kernels.conftest import INTERPRETED
 from tralign_kernels import (
+    AdafactorOptions,
+    AdamWOptions,
     PreferenceOptions,
     Term,
+    adafactor,
+    adafactor_step_,
+    adamw,
+    adamw_step_,
     ema,
     ema_update_,
     linear_logprob,
@@ -115,3 +121,24 @@ def test_lora_merge(asked):
     lora_merge_(*tensors, *factors, 1.0, 0.3, rounding="nearest")
     stated = lora_merge.traffic(R, C, rank, 2, 4, lora_merge.LORA_LAUNCH["sm_80"])
     assert sum(asked) == stated["moved"]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [(35, 300), (20, 8400)])
+def test_adafactor(asked, shape, scaled):
+    R, C = shape
+    weight, one = torch.ones(R, C, dtype=HALF), torch.zeros(())
+    options = AdafactorOptions(0.1, 2, -0.8, 1e-30, scale=scaled)
+    squares = torch.ones(R), torch.ones(C)
+    adafactor_step_(weight, weight.clone(), squares, one, torch.zeros(1), one.clone(), options)
+    assert sum(asked) == sum(t["moved"] for t in adafactor.traffic(R, C, 2, scaled))
+
+
+@pytest.mark.parametrize("state_size", [2, 4])
+def test_adamw(asked, state_size):
+    size = adamw._CHUNK + 40
+    weight = torch.ones(size, dtype=HALF)
+    states = torch.ones(2, size, dtype=HALF if state_size == 2 else torch.float32)
+    numbers = torch.zeros(()), torch.zeros(())
+    adamw_step_(weight, weight.clone(), *states, *numbers, AdamWOptions(0.1))
+    assert sum(asked) == sum(t["moved"] for t in adamw.traffic(size, 2, state_size))

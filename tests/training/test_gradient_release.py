@@ -287,3 +287,15 @@ def test_a_model_on_several_devices_is_refused():
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, device="meta"))]
     with pytest.raises(ValueError, match="several devices"):
         GradientRelease(torch.optim.AdamW(parameters))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_largest_number_never_becomes_infinite(dtype):
+    """An update far under the spacing there, which half of all roundings would turn into it."""
+    largest = torch.finfo(dtype).max
+    weight = nn.Parameter(torch.full((64, 64), largest, dtype=dtype))
+    optimizer = BlockAdafactor([weight], lr=largest / 2000, relative_step=False)
+    for _ in range(3):
+        weight.grad = -torch.ones_like(weight)
+        optimizer.step()
+    assert (weight == largest).all()
