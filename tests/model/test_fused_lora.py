@@ -149,7 +149,7 @@ HALVES = {  # base, factors, autocast
 @pytest.mark.parametrize("dtypes", HALVES)
 def test_half_precision_is_no_worse_than_peft(dtypes, calls):
     base, factors, autocast = HALVES[dtypes]
-    options = {"inputs": 96, "outputs": 160, "r": 8, "lora_alpha": 11}
+    options: Any = {"inputs": 96, "outputs": 160, "r": 8, "lora_alpha": 11}
     model = layer_of(base, factors, **options)
     half = autocast or (base if base != FP32 else factors)
     # what the products themselves round is none of anybody's error

@@ -98,6 +98,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_up = _scaled_product(for_factors.t(), h, scale).to(up_dtype)
         del for_factors, h
         if of_x:
+            assert grad_h is not None
             grad_x = _input_gradient(grad, weight.to(base))
             _add_product_(grad_x, grad_h, down, 1.0)
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
