@@ -35,7 +35,8 @@ def read_unmatched(model: nn.Module, folder: str, missing: Sequence[str]) -> boo
         return False
     if isinstance(model, PreTrainedModel):
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        loaded, info = type(model).from_pretrained(
+        kind: Any = type(model)
+        loaded, info = kind.from_pretrained(
             folder,
             config=copy.deepcopy(model.config),
             dtype=functools.reduce(torch.promote_types, dtypes),
