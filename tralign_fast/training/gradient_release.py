@@ -189,7 +189,8 @@ def _remove(handles: list[RemovableHandle]) -> None:
 class BlockAdafactor(Adafactor):
     """`transformers.Adafactor` without a temporary of the size of a weight.
 
-    On a CPU, and as the reference of the kernels. The same update from the same states (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 4),
+    What runs on a CPU, and what the kernels are compared with. The same update from the same states
+    (Shazeer and Stern 2018, arXiv 1804.04235, algorithm 4),
     fp32 inside (fp64 for fp64 weights), block of rows after block of rows, in three passes over the
     gradient:
 
