@@ -115,7 +115,7 @@ class Arm:
             self.trainer.ref_model.load_state_dict(self.trainer.model.state_dict())
         self.seconds: list[dict[str, float]] = []  # of a step, for each round
         self.first_loss = float("nan")  # mean of the warm-up
-        self._now = dict.fromkeys(PHASES, 0.0)
+        self._now: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._at = 0.0
         self.phases = Phases(self.trainer, self._charge)
         self.trainer.add_callback(_clock(self))

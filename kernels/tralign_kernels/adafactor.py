@@ -7,10 +7,10 @@ weight, ν the share of the new gradient in the running means, U the update:
     U = G / sqrt(r·cᵀ / mean(r)),   ρ = RMS(U)
     W ← W·(1 - wd·lr) - lr·U / max(1, ρ/d)
 
-G is read twice. ρ needs all of r and of c, but c only in a sum over rows: with t_j = Σ_i G²_ij / r_i,
-of rows whose r is known as soon as the row has been read, ρ² = mean(r)·Σ_j t_j / c_j / (R·C). So the
-first launch keeps a row in registers, and adds it to two partial sums a column; the second adds these
-up; the third reads G again and writes W. A vector has its own mean of squares an element.
+G is read twice. ρ needs all of r and of c, but c only in a sum over rows: ρ² = mean(r)·Σ_j t_j / c_j
+/ (R·C) with t_j = Σ_i G²_ij / r_i, where r_i is known as soon as row i has been read. So the first
+launch keeps a row in registers, and adds it to two partial sums a column; the second adds these up;
+the third reads G again and writes W. A vector has its own mean of squares an element.
 
 No step is made where `found_inf` is 1, which a gradient that is not finite sets: then nothing is
 written but `left_out`, a count on the device by which the host's number of steps is too large.
@@ -465,7 +465,8 @@ def counters_of(weight: Tensor) -> int:
 
 
 def _check(weight, grad, squares, found_inf, left_out, rms) -> None:
-    assert weight.dtype in TRITON_DTYPE and grad.dtype == weight.dtype, (weight.dtype, grad.dtype)
+    assert weight.dtype in TRITON_DTYPE, weight.dtype
+    assert grad.dtype == weight.dtype, (grad.dtype, weight.dtype)
     assert grad.shape == weight.shape, (grad.shape, weight.shape)
     shape = weight.shape
     own = [shape] if len(shape) < 2 else [shape[:-1], shape[:-2] + shape[-1:]]
@@ -474,7 +475,8 @@ def _check(weight, grad, squares, found_inf, left_out, rms) -> None:
     for tensor in (*squares, *singles):
         assert tensor.dtype == torch.float32, tensor.dtype
     for tensor in (weight, grad, *squares, *singles):
-        assert tensor.is_contiguous() and tensor.device == weight.device, tensor.shape
+        assert tensor.is_contiguous(), tensor.stride()
+        assert tensor.device == weight.device, (tensor.device, weight.device)
     assert all(single.numel() == 1 for single in singles)
     assert not (INTERPRETED.value and weight.is_cuda), "interpreted kernels need CPU tensors"
 
@@ -482,7 +484,7 @@ def _check(weight, grad, squares, found_inf, left_out, rms) -> None:
 def aot_configurations(backend: str) -> list[dict[str, Any]]:
     """What `adafactor_step_` launches on `backend`, as `ema.aot_configurations`.
 
-    Of every block of the first launch, its rows and rows of several parts; C a multiple of 16 or not.
+    Of every block of the first launch, and of rows in parts; C a multiple of 16 or not.
     """
     found = []
     for name in ("fp32", "bf16", "fp16"):

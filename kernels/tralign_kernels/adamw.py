@@ -188,13 +188,16 @@ def adamw_step_(
 
 
 def _check(weight, grad, mean, square, step, found_inf) -> None:
-    assert weight.dtype in TRITON_DTYPE and grad.dtype == weight.dtype, (weight.dtype, grad.dtype)
-    assert mean.dtype == square.dtype and mean.dtype in TRITON_DTYPE, (mean.dtype, square.dtype)
+    assert weight.dtype in TRITON_DTYPE, weight.dtype
+    assert mean.dtype in TRITON_DTYPE, mean.dtype
+    assert (grad.dtype, square.dtype) == (weight.dtype, mean.dtype), (grad.dtype, square.dtype)
     assert grad.shape == mean.shape == square.shape == weight.shape, (grad.shape, weight.shape)
     for single in (step, found_inf):
-        assert single.numel() == 1 and single.dtype == torch.float32, single
+        assert single.numel() == 1, single.shape
+        assert single.dtype == torch.float32, single.dtype
     for tensor in (weight, grad, mean, square, step, found_inf):
-        assert tensor.is_contiguous() and tensor.device == weight.device, tensor.shape
+        assert tensor.is_contiguous(), tensor.stride()
+        assert tensor.device == weight.device, (tensor.device, weight.device)
     assert not (INTERPRETED.value and weight.is_cuda), "interpreted kernels need CPU tensors"
 
 

@@ -38,7 +38,7 @@ def test_fp32_to_its_rounding(device, size, step):
     case = Case(size, torch.float32, torch.float32, device, step)
     want = adamw_naive(case.weight, case.grad, *case.states, step, OPTIONS)
     case.step()
-    for found, expected in zip(case.written(), want):
+    for found, expected in zip(case.written(), want, strict=False):
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=5e-7)
     assert case.step_count == step
     assert case.found_inf == 0
@@ -59,7 +59,7 @@ def test_it_is_torchs_adamw(device, options):
         case.grad.mul_(-0.7)
     state = theirs.state[weight]
     for mine, expected in zip(
-        case.written(), (weight.detach(), state["exp_avg"], state["exp_avg_sq"])
+        case.written(), (weight.detach(), state["exp_avg"], state["exp_avg_sq"]), strict=False
     ):
         torch.testing.assert_close(mine, expected, rtol=2e-6, atol=1e-6)
     assert case.step_count == state["step"]
@@ -84,7 +84,9 @@ def test_bits_of_weight_and_states_are_independent(device):
     """Numbers that lie half-way between two: three coins an element."""
     size = 2**14
     case = Case(size, torch.bfloat16, torch.bfloat16, device, step=1)
-    for tensor, value in zip((case.weight, case.grad, *case.states), (1.0, 0.0, 1.0, 1.0)):
+    for tensor, value in zip(
+        (case.weight, case.grad, *case.states), (1.0, 0.0, 1.0, 1.0), strict=False
+    ):
         tensor.fill_(value)
     # m and v lose 2⁻⁹ of themselves, half of the spacing under 1; so does the weight
     options = AdamWOptions(1.0, (1 - 2**-9, 1 - 2**-9), 1e30, 2**-9)
@@ -116,7 +118,7 @@ def test_a_gradient_that_is_not_finite(device, dtype, size, value):
     before = case.written()
     for _ in range(2):
         case.step()
-        assert all(torch.equal(a, b) for a, b in zip(before, case.written()))
+        assert all(torch.equal(a, b) for a, b in zip(before, case.written(), strict=False))
         assert case.found_inf == 1
         case.grad[-2] = 1.0  # the flag stays, of the parameter before
 
@@ -140,7 +142,7 @@ def test_bits_do_not_depend_on_the_launch(device, monkeypatch):
         case = Case(9001, torch.bfloat16, torch.bfloat16, device)
         case.step(seed=5)
         results.append([bits(t) for t in case.written()[:3]])
-    assert all(a.equal(b) for a, b in zip(*results))
+    assert all(a.equal(b) for a, b in zip(*results, strict=False))
 
 
 @pytest.mark.parametrize(("size", "launches"), [(0, 0), (4096, 1), (4097, 2)])

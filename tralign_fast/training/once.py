@@ -30,9 +30,10 @@ class OncePerRun:
 
     def num_parameters(self, model: Any) -> int:
         """Of the model, without embeddings."""
-        if self._parameters is None:
-            self._parameters = model.num_parameters(exclude_embeddings=True)
-        return self._parameters
+        found = self._parameters
+        if found is None:
+            found = self._parameters = model.num_parameters(exclude_embeddings=True)
+        return found
 
     @contextlib.contextmanager
     def training_mode(self, model: nn.Module, policy: nn.Module) -> Iterator[None]:
