@@ -49,7 +49,7 @@ class Case:
 HARD = {"ref_model_mixup_alpha": 1.0}
 RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0, "optim": "adafactor"}
 CASES = {
-    "1B full": Case("llama-3.2-1b", 3_100, 1_600, {"options": HARD}),
+    "1B full": Case("llama-3.2-1b", 3_040, 1_600, {"options": HARD}),
     "8B LoRA 64": Case("llama-3.1-8b", 9_100, 5_000, {"lora_rank": 64}),
     "8B release": Case("llama-3.1-8b", 30_900, 9_000, {"options": RELEASE}),
 }

@@ -16,6 +16,8 @@ No step is made where `found_inf` is 1, which a gradient that is not finite sets
 written but `left_out`, a count on the device by which the host's number of steps is too large.
 """
 
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
 from typing import Any, NamedTuple
 
 import torch

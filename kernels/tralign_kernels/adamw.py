@@ -10,6 +10,8 @@ second writes. No step is made, and t stays, where `found_inf` is 1, which a gra
 finite sets.
 """
 
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
 import math
 from typing import Any, NamedTuple
 

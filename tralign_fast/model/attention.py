@@ -78,16 +78,8 @@ def runs_packed_rows(config: Any) -> bool:
     return (config._attn_implementation or "").startswith(PREFIX)
 
 
-def prefix_shared_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """`_prefix_shared_attention`, outside of the graphs of a compiled layer: segments of every
-    batch have lengths of their own."""
-    if torch.compiler.is_dynamo_compiling():
-        compiled: Any = _outside_of_graphs
-        return compiled(*args, **kwargs)
-    return _prefix_shared_attention(*args, **kwargs)  # the way out costs a call 15 µs
-
-
-def _prefix_shared_attention(
+@torch.compiler.disable  # of a compiled layer: segments of every batch have lengths of their own
+def prefix_shared_attention(
     original: str,
     module: torch.nn.Module,
     query: Tensor,  # (1, A, T, D)
@@ -126,9 +118,6 @@ def _prefix_shared_attention(
     # cuDNN plans every new pair of lengths anew, which takes longer than a whole step
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return _attend_segments(query, key, value, prefix_layout, options), None
-
-
-_outside_of_graphs = torch.compiler.disable(_prefix_shared_attention)
 
 
 @dataclass(frozen=True)

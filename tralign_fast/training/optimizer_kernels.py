@@ -158,7 +158,7 @@ class KernelSteps:
         from tralign_kernels import AdafactorOptions
 
         options = AdafactorOptions(
-            group["lr"], state["step"], group["decay_rate"], *group["eps"],
+            group["lr"], state["step"], group["decay_rate"], *group["eps"],  # pyright: ignore[reportCallIssue]
             group["clip_threshold"], group["weight_decay"], scale,
         )  # fmt: skip
         names = ("exp_avg_sq_row", "exp_avg_sq_col") if weight.dim() >= 2 else ("exp_avg_sq",)
