@@ -9,8 +9,9 @@ weight, ν the share of the new gradient in the running means, U the update:
 
 G is read twice. ρ needs all of r and of c, but c only in a sum over rows:
 ρ² = mean(r)·Σ_j t_j/c_j / RC with t_j = Σ_i G²_ij / r_i, where r_i is known as soon as row i has
-been read. So the first launch keeps a row in registers, and adds it to two partial sums a column; the second adds these up;
-the third reads G again and writes W. A vector has its own mean of squares an element.
+been read. So the first launch keeps a row in registers, and adds it to two partial sums a column;
+the second adds these up; the third reads G again and writes W. A vector has its own mean of squares
+an element.
 
 No step is made where `found_inf` is 1, which a gradient that is not finite sets: then nothing is
 written but `left_out`, a count on the device by which the host's number of steps is too large.

@@ -157,8 +157,9 @@ class KernelSteps:
             return
         from tralign_kernels import AdafactorOptions
 
+        eps, eps_of_scale = group["eps"]
         options = AdafactorOptions(
-            group["lr"], state["step"], group["decay_rate"], *group["eps"],  # pyright: ignore[reportCallIssue]
+            group["lr"], state["step"], group["decay_rate"], eps, eps_of_scale,
             group["clip_threshold"], group["weight_decay"], scale,
         )  # fmt: skip
         names = ("exp_avg_sq_row", "exp_avg_sq_col") if weight.dim() >= 2 else ("exp_avg_sq",)
