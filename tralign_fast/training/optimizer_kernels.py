@@ -86,12 +86,12 @@ class KernelSteps:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._adamw = type(optimizer).__name__ == "AdamW"
+        self.is_adamw = type(optimizer).__name__ == "AdamW"
         self._seed: int | None = None
         groups = [(i, p) for i, g in enumerate(optimizer.param_groups) for p in g["params"]]
         # by number: loading a state makes new groups
         self._groups = {parameter: index for index, parameter in groups}
-        needed = [(3 if self._adamw else 1) * _counters_of(p) for _, p in groups]
+        needed = [(3 if self.is_adamw else 1) * _counters_of(p) for _, p in groups]
         starts = itertools.accumulate(needed, initial=0)
         self._counters = {p: start for (_, p), start in zip(groups, starts, strict=False)}
         device = groups[0][1].device
@@ -103,7 +103,7 @@ class KernelSteps:
         group = self.optimizer.param_groups[self._groups[parameter]]
         state = self.optimizer.state[parameter]
         weight, grad = parameter.detach(), grad.detach().contiguous()
-        if self._adamw:
+        if self.is_adamw:
             self._step_adamw(parameter, weight, grad, state, group, found_inf)
         else:
             self._step_adafactor(parameter, weight, grad, state, group, found_inf)
@@ -116,7 +116,7 @@ class KernelSteps:
     def settle(self) -> None:
         """Corrects Adafactor's numbers of steps by those that were left out: waits for the device.
         Where there was no other step, the state goes, as if there had been none."""
-        if self._adamw or is_pretending():
+        if self.is_adamw or is_pretending():
             return
         counts = self._counts[:, 0].tolist()
         for parameter, count in zip(self._groups, counts, strict=True):
