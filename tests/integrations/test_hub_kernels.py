@@ -76,6 +76,7 @@ def test_the_hubs_layout_loads_too(tmp_path, monkeypatch):
     assert load(hub) == ["_tralign_kernels_v1", folder, "False"]
 
 
+@pytest.mark.xfail(strict=True, reason="transformers 5.24 wants kernels 0.18.2, not released yet")
 def test_transformers_accepts_the_pinned_kernels():
     """Else attention and layers from the hub are an ImportError in transformers."""
     from transformers.utils import import_utils

@@ -83,10 +83,12 @@ def test_virtual_tokens_are_counted(name, architecture):
         warnings.simplefilter("always")
         prepared = prepare_model(model)
     assert not prepared.packs
-    (said,) = [str(w.message) for w in caught]
+    # PEFT reads what transformers deprecates
+    (said,) = [str(w.message) for w in caught if w.category is not FutureWarning]
     assert "puts virtual tokens before every row, not every sequence" in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)
         logps = sequence_logps(model, padded())
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=3e-5)
     for key, grad in gradients(model, logps).items():

@@ -587,7 +587,7 @@ def test_another_model_as_first_reference(tiny_llama, small_tokenizer, tmp_path)
     assert build(ref_model_mixup_alpha=1.0).reference.name == "resident"  # follows merged weights
     for place in ("adapter", "offloaded", "snapshot"):
         with pytest.raises(ValueError, match=f'"{place}" starts from the policy: leave ref_model'):
-            build(reference=place)
+            build(reference=place, ref_model_mixup_alpha=1.0)
 
 
 @pytest.mark.parametrize(

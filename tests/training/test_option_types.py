@@ -40,6 +40,8 @@ ORDERS = ["random", "sequential", "group_by_length", "batch_rebalance"]
 
 
 def losses(value):
+    if value is None:
+        return True
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not {"dpo", "ipo", "kto"}.issuperset(
         name for name in names if isinstance(name, str)
@@ -65,6 +67,13 @@ def place(value):
     return value is None or (isinstance(value, str) and value.strip() != "")
 
 
+def multiple(value):
+    if value is None or value in ("auto", "none", "null"):
+        return True
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return is_number(number) and number >= 1 and number < INF and number == int(number)
+
+
 SPEC = {
     "learning_rate": AMOUNT, "logging_steps": steps,
     "gradient_checkpointing": "bool", "bf16": "bool?", "loss_type": losses,
@@ -75,15 +84,20 @@ SPEC = {
     "loss_options": lambda v: v is None or v == {}, "length_normalized": "bool?",
     "f_divergence_type": ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
     "f_alpha_divergence_coef": ("float", -INF, INF, "()"), "ld_alpha": ("float?", 0, 1, "[]"),
-    "use_weighting": "bool", "sync_ref_model": "bool", "ref_model_mixup_alpha": UNIT,
+    "use_weighting": "bool", "router_aux_loss_coef": ("float?", 0, INF, "[)"),
+    "sync_ref_model": "bool?", "ref_model_mixup_alpha": UNIT,
     "ref_model_sync_steps": steps,
-    "reference": ["auto", "resident", "snapshot", "offloaded", "adapter"],
-    "adapter_tolerance": ("float", 0, 1, "[)"), "precompute_ref_batch_size": COUNT_OR_NONE,
+    "reference": ["auto", "resident", "snapshot", "offloaded", "adapter", "precomputed"],
+    "adapter_tolerance": ("float", 0, 1, "[)"), "precompute_ref_log_probs": "bool",
+    "precompute_ref_batch_size": COUNT_OR_NONE,
     "ema_rounding": ["nearest", "stochastic"], "train_sampling_strategy": [*ORDERS, None],
-    "max_length": ("int?", 2, INF, "[)"),
+    "max_length": ("int?", 2, INF, "[)"), "truncation_mode": ["keep_start", "keep_end"],
+    "pad_token": place,
     "on_bad_rows": ["drop_overlong", "drop", "error", "raise"],
     "dataset_num_proc": COUNT_OR_NONE, "prefix_sharing": "bool", "packing": "bool",
-    "token_budget": COUNT_OR_NONE, "model_init_kwargs": json_table, "disable_dropout": "bool",
+    "padding_free": "bool", "pad_to_multiple_of": multiple, "token_budget": COUNT_OR_NONE,
+    "model_init_kwargs": json_table, "trust_remote_code": "bool", "activation_offloading": "bool",
+    "disable_dropout": "bool",
     "gradient_release": "bool", "logits_budget_mb": AMOUNT, "vocab_filter": ("float?", 0, 1, "[)"),
     "log_kl_initial": "bool", "overwrite_output_dir": "bool",
     # of TrainingArguments
@@ -387,7 +401,7 @@ def test_nothing_is_said_of_defaults(tmp_path):
         ({"loss_type": ["exo_pair", "dpo"]}, "label_smoothing: the losses exo_pair, dpo have"),
         ({"max_length": 4.5}, "max_length: expected a whole number ≥ 2 or nothing, got 4.5"),
         ({"reference": "residnet"}, "got 'residnet'; did you mean 'resident'?"),
-        ({"loss_type": 3}, "loss_type: expected a list of words or a word or nothing, got 3"),
+        ({"loss_type": 3}, "loss_type: expected a list of words or .*, got 3"),
         ({"ref_model_mixup_alpha": True}, r"ref_model_mixup_alpha: expected a number in \[0, 1\]"),
         ({"seed": -1}, r"seed: expected a whole number in \[0, 4294967295\], got -1"),
         ({"model_init_kwargs": "{a"}, "model_init_kwargs: expected JSON"),

@@ -40,9 +40,12 @@ def model_for(case, tiny_llama):
 
 
 def as_before(model, before):
-    """Whether only what transformers' loop sets on every model is new."""
+    """Whether only what transformers' loop sets on every model is new, and the tags of what it was
+    trained by."""
     now = snapshot(model)
-    loop = {"training", "gradient_checkpointing", "_gradient_checkpointing_func"}
+    loop = {
+        "training", "gradient_checkpointing", "_gradient_checkpointing_func", "model_tags",
+    }  # fmt: skip
     mine, theirs = ({k: v for k, v in s.items() if k[1] not in loop} for s in (now, before))
     assert mine.keys() == theirs.keys()
     for key, value in theirs.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -123,9 +125,27 @@ def compile_layers(model: PreTrainedModel, **options: Any) -> Callable[[], None]
     for layer in layers:
         if any(has_forward(module, LAST_MLP) for module in layer.modules()):
             continue
+        _compile(layer, patches, options)
+    return patches.undo
+
+
+def _compile(layer: Any, patches: Patches, options: dict[str, Any]) -> None:
+    if "__call__" in vars(GradientCheckpointingLayer):  # transformers checkpoints around a call
         # as `Module.compile` does it
         patches.attribute(layer, "_compiled_call_impl", torch.compile(layer._call_impl, **options))
-    return patches.undo
+        return
+    # later ones checkpoint inside of `forward`, and Dynamo compiles nothing of a checkpoint where
+    # attention stays outside of the graphs
+    own = types.MethodType(type(layer).forward.__wrapped__, layer)
+    compiled = torch.compile(own, **options)
+
+    def forward(_, self, *args, **kwargs):
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            run = functools.partial(compiled, **kwargs)
+            return self._gradient_checkpointing_func(run, *args)
+        return compiled(*args, **kwargs)
+
+    patches.forward(layer, "compiled", forward)
 
 
 def _keep_4bit_differentiable(model: nn.Module) -> Callable[[], None]:

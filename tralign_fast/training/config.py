@@ -161,7 +161,7 @@ class TRConfig(TrainingArguments):
     ref_model_sync_steps: Annotated[float, StepsOrShare()] = _option(
         512, "τ, optimizer steps between two updates."
     )
-    reference: Annotated[str, OneOf("auto", *REFERENCES)] = _option(
+    reference: Annotated[str, OneOf("auto", registry=REFERENCES)] = _option(
         "auto",
         "Where the reference lives: auto is the cheapest exact place; adapter is of PEFT LoRA, "
         "precomputed is frozen.",

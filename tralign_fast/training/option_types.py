@@ -22,7 +22,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 from tralign_fast.ops.objective import Range
@@ -33,11 +33,19 @@ SHARE = Range(0, 1)
 UNDER_ONE = Range(0, 1, open_high=True)
 
 
-class OneOf(tuple):
-    """Words of which an option is one."""
+class OneOf:
+    """Words of which an option is one, and the keys that a registry has by then."""
 
-    def __new__(cls, *words: str) -> OneOf:
-        return super().__new__(cls, words)
+    def __init__(self, *words: str, registry: Iterable[str] = ()) -> None:
+        self._words = words
+        self._registry = registry
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._words
+        yield from self._registry
+
+    def __contains__(self, value: object) -> bool:
+        return value in tuple(self)
 
     def __str__(self) -> str:
         return f"one of {', '.join(self)}"
