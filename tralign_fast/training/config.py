@@ -273,7 +273,7 @@ class TRConfig(TrainingArguments):
         self._own_sampling: str | None = None
         if self.train_sampling_strategy is None:
             self._choose_sampling()
-        # transformers ≥ 5.18 warns of these names, TRL's, where the new ones say nothing
+        # newer transformers warns of these names, which are TRL's, where its own say nothing
         for name in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{name}", False) is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
