@@ -113,6 +113,8 @@ SPEC = {
     "load_best_model_at_end": "bool",
     "resume_from_checkpoint": lambda v: type(v) is bool or place(v), "use_liger_kernel": "bool",
     "torch_compile": "bool", "dataloader_num_workers": ("int", 0, INF, "[)"),
+    "metric_for_best_model": place, "eval_accumulation_steps": COUNT_OR_NONE,
+    "neftune_noise_alpha": ("float?", 0, INF, "[)"), "optim_args": place,
 }  # fmt: skip
 # what an option needs beside it
 WITH = {

@@ -133,6 +133,19 @@ TAKEN: dict[str, tuple[Any, str]] = {
     "use_liger_kernel": (bool, "Liger's kernels in the layers; the LM head stays ours."),
     "torch_compile": (bool, "Compile the layers."),
     "dataloader_num_workers": (Annotated[int, NOT_NEGATIVE], "Processes that make batches."),
+    "metric_for_best_model": (
+        Annotated[str | None, NotEmpty()],
+        "Metric by which the best checkpoint is known. None: the loss.",
+    ),
+    "eval_accumulation_steps": (
+        Annotated[int | None, AT_LEAST_ONE],
+        "Evaluation batches whose predictions stay on the device. None: all.",
+    ),
+    "neftune_noise_alpha": (
+        Annotated[float | None, NOT_NEGATIVE],
+        "Noise of NEFTune on embeddings in training. None: none.",
+    ),
+    "optim_args": (Annotated[str | None, NotEmpty()], "Options of some optimizers, as a=1,b=2."),
 }
 
 _WORDS = {
