@@ -449,9 +449,9 @@ def test_a_head_in_modules_to_save_moves_with_the_reference(build):
         ("dpo", "none"),
         ("grpo", "none"),
         # to compile takes minutes
-        pytest.param("dpo", "inductor", marks=pytest.mark.slow),
-        pytest.param("grpo", "inductor", marks=pytest.mark.slow),
-        pytest.param("kto", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("dpo", "inductor", marks=pytest.mark.matrix),
+        pytest.param("grpo", "inductor", marks=pytest.mark.matrix),
+        pytest.param("kto", "aot_eager", marks=pytest.mark.matrix),
     ],
 )
 def test_a_compiled_trainer(method, backend, build, monkeypatch):
