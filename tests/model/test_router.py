@@ -94,7 +94,7 @@ def test_every_layout_counts_as_a_padded_batch_of_ones_own_tokens(paired):
     mask = torch.tensor([[1] * len(s) + [0] * (length - len(s)) for s in own])
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
-    assert expected > 2.02  # 2: even
+    assert expected > 2.002  # 2: even; what other initial weights give differs
     with prepare_model(model):
         for layout in ("shared", "packed", "padded"):
             collator = PreferenceCollator(bool(paired), layout, mismatched=paired is False)
