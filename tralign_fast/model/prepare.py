@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -136,14 +135,13 @@ def _compile(layer: Any, patches: Patches, options: dict[str, Any]) -> None:
         return
     # later ones checkpoint inside of `forward`, and Dynamo compiles nothing of a checkpoint where
     # attention stays outside of the graphs
-    own = types.MethodType(type(layer).forward.__wrapped__, layer)
-    compiled = torch.compile(own, **options)
+    compiled = torch.compile(type(layer).forward.__wrapped__, **options)
 
     def forward(_, self, *args, **kwargs):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            run = functools.partial(compiled, **kwargs)
+            run = functools.partial(compiled, self, **kwargs)
             return self._gradient_checkpointing_func(run, *args)
-        return compiled(*args, **kwargs)
+        return compiled(self, *args, **kwargs)
 
     patches.forward(layer, "compiled", forward)
 
