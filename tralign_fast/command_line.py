@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -206,19 +207,11 @@ def _with(own: dict[str, float], table: Any) -> Any:
 # --- recipes --------------------------------------------------------------------------------------
 
 
-def _read_recipe(path: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The options of a recipe, and the lines where they stand."""
-    where = f"--config {path}"
+@contextlib.contextmanager
+def one_line_errors(where: Any) -> Iterator[None]:
+    """What is wrong with a text of YAML, as a ValueError of one line that begins with `where`."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        recipe = {} if node is None else loader.construct_document(node)
-    except OSError as error:
-        raise ValueError(f"{where}: {error.strerror}; expected a file of YAML") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{where}: line {line}: not UTF-8; expected text in UTF-8") from None
+        yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}: " if mark else ""
@@ -226,6 +219,22 @@ def _read_recipe(path: str) -> tuple[dict[str, Any], dict[str, int]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{where}: {reason[0]}; expected lines of `option: value`") from None
+
+
+def _read_recipe(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The options of a recipe, and the lines where they stand."""
+    where = f"--config {path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        with one_line_errors(where):
+            loader = _Loader(text)
+            node = loader.get_single_node()
+            recipe = {} if node is None else loader.construct_document(node)
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}; expected a file of YAML") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{where}: line {line}: not UTF-8; expected text in UTF-8") from None
     if not isinstance(recipe, dict) or not isinstance(node, (yaml.MappingNode, type(None))):
         raise ValueError(f"{where}: expected lines of `option: value`, got {shown(recipe)}")
     keys = [] if node is None else [key for key, _ in node.value]

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from tralign_fast.command_line import one_line_errors
 from tralign_fast.migrate.report import FROZEN, MOVING, Migration
 from tralign_fast.training.option_types import nearest, shown
 
@@ -89,17 +90,10 @@ def migrate_yaml(text: str, path: Path, moving: bool) -> Migration | None:
 
 
 def _read(text: str, path: Path) -> tuple[yaml.MappingNode, Options]:
-    try:
+    with one_line_errors(path):
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         given = loader.construct_document(node) if node is not None else None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{path}: {place}{error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: {reason[0]}; expected lines of `option: value`") from None
     if not isinstance(given, dict) or not isinstance(node, yaml.MappingNode) or node.flow_style:
         raise ValueError(f"{path}: expected lines of `option: value`, got {shown(given)}")
     seen: set[str] = set()
