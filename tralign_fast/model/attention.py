@@ -78,6 +78,17 @@ def runs_packed_rows(config: Any) -> bool:
     return (config._attn_implementation or "").startswith(PREFIX)
 
 
+def has_varlen(model: Any) -> bool:
+    """Whether a model's packed rows go through one call of a variable-length kernel."""
+    weight = next(model.parameters())
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    options = _Options(1.0, 0.0, None, softcap)
+    query = torch.empty(0, dtype=dtype, device=weight.device)
+    return runs_packed_rows(model.config) and _varlen_function(query, options) is not None
+
+
 @torch.compiler.disable  # of a compiled layer: segments of every batch have lengths of their own
 def prefix_shared_attention(
     original: str,
@@ -225,7 +236,7 @@ class _GatherKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, arguments: VarlenArguments) -> Tensor:
-        ctx.arguments = arguments
+        ctx.arguments, ctx.tokens = arguments, tokens.shape[0]
         return tokens.index_select(0, arguments.key_index)
 
     @staticmethod
@@ -234,7 +245,7 @@ class _GatherKeys(torch.autograd.Function):
         total = grad.index_select(0, ctx.arguments.first)
         for tokens, keys in ctx.arguments.again:  # no token twice
             total.index_add_(0, tokens, grad.index_select(0, keys))
-        return total, None
+        return total[: ctx.tokens], None  # a static row's has spare rows
 
 
 def _flash_attn(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:

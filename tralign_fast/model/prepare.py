@@ -17,6 +17,7 @@ from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.model.attention import enable_prefix_attention
 from tralign_fast.model.cpu import speed_up_linears
 from tralign_fast.model.fused_lora import fuse_lora
+from tralign_fast.model.graphs import graph_decoder
 from tralign_fast.model.last_mlp import LAST_MLP, leave_prompts_out_of_last_mlp
 from tralign_fast.model.masks import watch_masks
 from tralign_fast.model.patching import Patches, causal_lm_of, has_forward
@@ -63,6 +64,7 @@ def prepare_model(
     vocab_filter: float | None = None,
     backend: str = "auto",
     fused_lora: bool = True,
+    cuda_graphs: bool | None = False,
     probe: bool = True,
 ) -> PreparedModel:
     """Makes `sequence_logps` work on `model`, and finds out whether it can run packed rows.
@@ -71,7 +73,9 @@ def prepare_model(
     the hidden states of a packed row those of separate sequences. An attention that cannot do
     packed rows (a recurrent layer, sinks, position biases, a mask of its own, …) is left alone with
     one warning, and the caller uses padded batches. Without `probe` nothing is tried, and `packing`
-    is the answer. With `fused_lora` PEFT's plain LoRA layers run as one node of autograd each.
+    is the answer. With `fused_lora` PEFT's plain LoRA layers run as one node of autograd each. With
+    `cuda_graphs` packed rows go through the decoder as CUDA graphs (`model.graphs`), with None
+    where the GPU waits for launches.
 
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`, its 4-bit weights were
@@ -91,6 +95,8 @@ def prepare_model(
             if probe:
                 _check_head(model)
             packs = packing and _enable_packing(model, undo, probe)
+        if packs and cuda_graphs is not False:
+            undo.callback(graph_decoder(model, always=bool(cuda_graphs)))
         return PreparedModel(model, packs, undo.pop_all())
     raise AssertionError  # an ExitStack may swallow exceptions; this one has nothing that does
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tralign_fast.model.graphs import without_graphs
 from tralign_fast.reference.base import ReferenceOptions, ReferencePolicy
 from tralign_fast.reference.deltas import (
     DoraDelta,
@@ -111,7 +112,8 @@ class AdapterReference(OffloadedReference):
         if self._inside:
             yield
             return
-        with super().weights(), contextlib.ExitStack() as stack:
+        # the factors' addresses change with every sweep
+        with super().weights(), without_graphs(), contextlib.ExitStack() as stack:
             for delta in self._deltas.values():
                 stack.enter_context(delta.in_place())
             yield
