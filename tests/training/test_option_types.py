@@ -99,7 +99,7 @@ SPEC = {
     "model_init_kwargs": json_table, "trust_remote_code": "bool", "activation_offloading": "bool",
     "disable_dropout": "bool",
     "gradient_release": "bool", "logits_budget_mb": AMOUNT, "vocab_filter": ("float?", 0, 1, "[)"),
-    "log_kl_initial": "bool", "overwrite_output_dir": "bool",
+    "cuda_graphs": "bool?", "log_kl_initial": "bool", "overwrite_output_dir": "bool",
     # of TrainingArguments
     "output_dir": place, "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT, "gradient_accumulation_steps": COUNT,

@@ -313,7 +313,8 @@ class _Graph:
                 return own_forward(**inputs).last_hidden_state
 
         with backend.beside(ids.device):
-            self.forward, self.backward, self.grad = None, None, None
+            self.forward: Any = None
+            self.backward: Any = None
             trial = run()  # compiles kernels, and is what the graph is compared with
             if key.grad:
                 self._capture_both(graphs, run, trial, graphs.pool(True))
@@ -323,6 +324,7 @@ class _Graph:
             _check_same(self.hidden, trial)
 
     def _capture_both(self, graphs: Any, run: Any, trial: Tensor, pool: Any) -> None:
+        self.grad: Tensor
         numbers = torch.arange(trial.numel(), device=trial.device)  # none drawn: runs stay the same
         self.grad = (numbers.cos() / trial.shape[1]).to(trial.dtype).view_as(trial)
         trained = list(_leaves(trial))

@@ -142,5 +142,3 @@ class StaticRow:
             others = torch.ones(self.shape.tokens, dtype=torch.bool)
             others[scored] = False
             rows[len(scored) :] = others.nonzero()[:missing, 0]
-
-

@@ -243,6 +243,11 @@ class TRConfig(TrainingArguments):
     vocab_filter: Annotated[float | None, UNDER_ONE] = _option(
         None, "ε: the head's backward skips tokens less likely than ε everywhere; 3e-5 if in doubt."
     )
+    cuda_graphs: bool | None = _option(
+        None,
+        "Replay the decoder of packed rows as CUDA graphs, on one GPU. None: where launching takes "
+        "the host longer than computing takes the GPU.",
+    )
     log_kl_initial: bool = _option(
         False, "Evaluation: KL to the initial model (kl/initial); keeps a copy of its weights."
     )

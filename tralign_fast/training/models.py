@@ -24,6 +24,7 @@ from tralign_fast.training.distribution import (
     prepare_on_all,
     take_over_compilation,
 )
+from tralign_fast.training.option_conflicts import UNGRAPHED
 
 
 class RunModels:
@@ -75,10 +76,10 @@ class RunModels:
 
     def _prepare(self, model: PreTrainedModel) -> bool:
         """Lets the model return log-probs; whether it can take packed rows."""
-        options = ("packing", "logits_budget_mb", "vocab_filter")
-        prepared = prepare_on_all(
-            self._accelerator, model, **{name: getattr(self._args, name) for name in options}
-        )
+        names = ("packing", "logits_budget_mb", "vocab_filter")
+        options = {name: getattr(self._args, name) for name in names}
+        options["cuda_graphs"] = _cuda_graphs(self._accelerator, self._args)
+        prepared = prepare_on_all(self._accelerator, model, **options)
         self.prepared.callback(prepared.undo)
         if self._compile_options is not None:
             prepared.compile_layers(**self._compile_options)
@@ -90,6 +91,17 @@ class RunModels:
         if self._args.use_liger_kernel:  # Trainer gives them to the policy when training starts
             apply_liger_kernel(model, self._args.liger_kernel_config)
         return distribute_frozen(self._accelerator, model, kept)
+
+
+def _cuda_graphs(accelerator: Accelerator, args: TRConfig) -> bool | None:
+    """`prepare_model`'s option: no graph holds what others do to gradients or saved tensors."""
+    if any(getattr(args, name) for name in UNGRAPHED):
+        return False
+    if accelerator.num_processes == 1 and accelerator.distributed_type.value in ("NO", "MULTI_GPU"):
+        return args.cuda_graphs
+    if args.cuda_graphs:
+        warn_once("cuda_graphs=True has no effect: graphs are of one process without DeepSpeed")
+    return False
 
 
 def activation_offloading(model: nn.Module, args: TRConfig) -> AbstractContextManager[Any]:

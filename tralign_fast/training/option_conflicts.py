@@ -14,6 +14,9 @@ from tralign_fast.ops.backend import warn_once
 from tralign_fast.reference.snapshot import SnapshotReference
 from tralign_fast.training.option_types import nearest
 
+# What no graph of the decoder can replay.
+UNGRAPHED = ("torch_compile", "activation_offloading", "neftune_noise_alpha")
+
 
 def check_conflicts(config: Any) -> None:
     """Checks pairs of options, each of which may have its value by itself.
@@ -52,6 +55,9 @@ def _contradictions(config: Any) -> Iterator[str]:
             f"label_smoothing_factor: expected 0, got {config.label_smoothing_factor}: it is of "
             "classifiers; label_smoothing is the option of losses"
         )
+    other = next((n for n in UNGRAPHED if getattr(config, n)), None)
+    if config.cuda_graphs and other is not None:
+        yield f"cuda_graphs=True: expected no {other}, which no graph can replay; drop one of them"
     if config.gradient_release and config.deepspeed:
         yield (
             "gradient_release=True: expected no deepspeed, whose engine keeps the gradients; leave "
