@@ -222,6 +222,31 @@ def test_a_second_forward_before_the_backward_runs_itself(captures):
     assert runner(model).replayed == 4
 
 
+class InPlace(torch.autograd.Function):
+    """The identity, whose backward writes over the gradient that it is given, as Liger's norms do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.mul_(2.0)
+
+
+def test_layers_may_write_over_the_gradient_they_are_given(captures):
+    model, other = make(), make()
+    for m in (model, other):
+        m.model.norm.register_forward_hook(lambda _, args, out: InPlace.apply(out))
+        prepare_model(m, cuda_graphs=m is model)
+    for turn in range(3):
+        batch = batch_of(*PAIRS, seed=turn)
+        assert_same(step(model, batch), step(other, batch))
+    for name, grad in grads_of(model).items():
+        assert_same(grad, grads_of(other)[name])
+    assert runner(model).captured == 1
+
+
 def test_weights_at_other_addresses_are_captured_anew(captures):
     model = make()
     prepare_model(model, cuda_graphs=True)

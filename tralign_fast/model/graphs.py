@@ -334,7 +334,7 @@ class _Graph:
             parameter.grad = buffer
         try:
             torch._foreach_zero_(buffers)
-            trial.backward(self.grad)
+            trial.backward(self.grad.clone())  # kernels may compute in place
             tried = [buffers[0].clone(), buffers[-1].clone()]
             expected = trial.detach().clone()
             del trial
@@ -345,7 +345,7 @@ class _Graph:
                 return output[0].detach()
 
             def backward() -> None:
-                output.pop().backward(self.grad)
+                output.pop().backward(self.grad.clone())
 
             self.forward, self.hidden = backend.capture(forward, pool)
             self.backward, _ = backend.capture(backward, pool)
