@@ -223,7 +223,7 @@ def test_a_second_forward_before_the_backward_runs_itself(captures):
 
 
 class InPlace(torch.autograd.Function):
-    """The identity, whose backward writes over the gradient that it is given, as Liger's norms do."""
+    """The identity, whose backward writes over the gradient it is given, as Liger's norms do."""
 
     @staticmethod
     def forward(ctx, x):

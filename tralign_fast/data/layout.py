@@ -54,26 +54,30 @@ class PrefixLayout:
         if device not in self._cache:
             queries, keys, index = [0], [0], []
             first, again = [], defaultdict(lambda: ([], []))
+            length = 0  # of the keys so far
             for start, prompt, completions in self.groups:
-                begin = start + prompt
-                for k, length in enumerate(completions):
-                    queries.append(prompt + length if k == 0 else length)
-                    keys.append(prompt + length)
-                    end = len(index) + prompt
-                    first += range(end - prompt if k == 0 else end, end + length)
+                shared, begin = torch.arange(start, start + prompt), start + prompt
+                for k, own in enumerate(completions):
+                    queries.append(prompt + own if k == 0 else own)
+                    keys.append(prompt + own)
+                    end = length + prompt
+                    first.append(torch.arange(length if k == 0 else end, end + own))
                     if k > 0:
-                        again[k][0].extend(range(start, start + prompt))
-                        again[k][1].extend(range(end - prompt, end))
-                    index += [*range(start, start + prompt), *range(begin, begin + length)]
-                    begin += length
+                        again[k][0].append(shared)
+                        again[k][1].append(torch.arange(length, end))
+                    index += [shared, torch.arange(begin, begin + own)]
+                    begin, length = begin + own, end + own
             self._cache[device] = VarlenArguments(
                 torch.tensor(list(accumulate(queries)), dtype=torch.int32).to(device),
                 torch.tensor(list(accumulate(keys)), dtype=torch.int32).to(device),
                 max(queries),
                 max(keys),
-                int64(index).to(device),
-                int64(first).to(device),
-                tuple((int64(a).to(device), int64(b).to(device)) for a, b in again.values()),
+                torch.cat(index).to(device),
+                torch.cat(first).to(device),
+                tuple(
+                    (torch.cat(tokens).to(device), torch.cat(places).to(device))
+                    for tokens, places in again.values()
+                ),
             )
         return self._cache[device]
 
@@ -85,11 +89,10 @@ class PrefixLayout:
         key = ("scored", device)
         if key not in self._cache:
             rows = [
-                row
+                torch.arange(start + max(prompt - 1, 0), start + prompt + sum(completions))
                 for start, prompt, completions in self.groups
-                for row in range(start + max(prompt - 1, 0), start + prompt + sum(completions))
             ]
-            self._cache[key] = int64(rows).to(device)
+            self._cache[key] = torch.cat(rows).to(device)
         return self._cache[key]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
