@@ -89,6 +89,32 @@ def _kinds(choice: str | Collection[str]) -> Collection[str]:
     return choice
 
 
+# Liger's names of its kernels; those of the head and the loss, which are this library's own
+_LIGER_NAMES = {"rms_norm": "norm", "swiglu": "mlp", "geglu": "mlp", "rope": "rotary"}
+_NOT_LAYERS = ("cross_entropy", "fused_linear_cross_entropy")
+
+
+def kinds_of_liger(config: dict[str, Any] | None) -> tuple[str, ...]:
+    """The kinds of kernels that are left by `liger_kernel_config`, whose switches are on unless one
+    is False.
+
+    Raises:
+        ValueError: a switch that is not known, or the one of Liger's head.
+    """
+    config = config or {}
+    if config.get("fused_linear_cross_entropy"):
+        raise ValueError(
+            "liger_kernel_config: fused_linear_cross_entropy=True would replace the LM head of "
+            "tralign-fast; leave it out"
+        )
+    if unknown := [name for name in config if name not in (*_LIGER_NAMES, *_NOT_LAYERS)]:
+        raise ValueError(
+            f"liger_kernel_config: expected some of {', '.join(_LIGER_NAMES)}, got {unknown[0]!r}"
+        )
+    left_out = {_LIGER_NAMES.get(name) for name, wanted in config.items() if not wanted}
+    return tuple(kind for kind in KINDS if kind not in left_out)
+
+
 def _can_run(parameter: Tensor, asked: bool) -> bool:
     """Whether kernels can run where the model is; says so where they were asked for."""
     kind = device_kind(parameter.device)
@@ -241,7 +267,7 @@ def _mlps(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]
 def _activation_name(module: nn.Module) -> str | None:
     """The attribute that is the activation of a gated MLP; None: the module is nothing else."""
     forward = type(module).forward
-    if not (isinstance(forward, types.FunctionType) and _MLP <= module._modules.keys()):
+    if not (isinstance(forward, types.FunctionType) and module._modules.keys() >= _MLP):
         return None
     code = forward.__code__
     others = [name for name in code.co_names if name not in _MLP]

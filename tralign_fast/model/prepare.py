@@ -81,8 +81,9 @@ def prepare_model(
     "none" takes none; a collection of "norm", "mlp" and "rotary" is "liger" for those alone.
 
     Raises:
-        ValueError: an unknown `layer_kernels`, the model's head is not `softcap(scale · (W h + b))`, its 4-bit weights were
-            repacked for inference, or its PEFT type cannot be scored. The model is as it was.
+        ValueError: the model's head is not `softcap(scale · (W h + b))`, its 4-bit weights were
+            repacked for inference, its PEFT type cannot be scored, or `layer_kernels` is unknown.
+            The model is as it was.
     """
     _check_peft_type(model)
     options: dict[str, Any] = {"vocab_filter": vocab_filter, "backend": backend}
