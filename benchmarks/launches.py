@@ -5,8 +5,9 @@
 A step of the trainer's own code runs under fake tensors, on a GPU's paths (`tralign_fast.memory`),
 and every operator that reaches the device is counted: those that compute. Left out are views, and
 what allocates alone. An operator of torch is one or more launches (`_foreach_*` and fused AdamW:
-some), this library's Triton kernels, Liger's and the LM head's inner products count one each. Before
-fused LoRA and layer kernels the same steps had, on an H200, 3,700 (1B full), 11,600 (8B LoRA 64) and 27,000 (8B, release) device events.
+some), Triton kernels (this library's, Liger's) and the LM head's inner products count one each. On
+an H200 the same steps had 3,700 (1B full), 11,600 (8B LoRA 64) and 27,000 (8B, release) device
+events before LoRA, release and the layers had kernels.
 
 All layers but one are alike: models of one and of two layers are counted, and the difference stands
 for each further one (`--whole` runs all of them).

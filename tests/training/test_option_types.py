@@ -98,7 +98,8 @@ SPEC = {
     "padding_free": "bool", "pad_to_multiple_of": multiple, "token_budget": COUNT_OR_NONE,
     "model_init_kwargs": json_table, "trust_remote_code": "bool", "activation_offloading": "bool",
     "disable_dropout": "bool",
-    "gradient_release": "bool", "layer_kernels": ["auto", "liger", "none"], "logits_budget_mb": AMOUNT, "vocab_filter": ("float?", 0, 1, "[)"),
+    "gradient_release": "bool", "layer_kernels": ["auto", "liger", "none"],
+    "logits_budget_mb": AMOUNT, "vocab_filter": ("float?", 0, 1, "[)"),
     "log_kl_initial": "bool", "overwrite_output_dir": "bool",
     # of TrainingArguments
     "output_dir": place, "per_device_train_batch_size": COUNT,

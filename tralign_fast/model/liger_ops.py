@@ -88,8 +88,8 @@ def gelu_product(gate: Tensor, up: Tensor) -> Tensor:  # (..., I) each
 _silu = (_swiglu.swiglu_forward, _swiglu.swiglu_backward)
 _gelu = (_geglu.geglu_forward, _geglu.geglu_backward)
 _USED = (
-    "a gated MLP runs by Liger's kernel, whose backward overwrites what it needs: a second one over "
-    'the same graph wants layer_kernels="none"'
+    "a gated MLP runs by Liger's kernel, whose backward overwrites what it needs: a second one "
+    'over the same graph wants layer_kernels="none"'
 )
 
 
