@@ -5,8 +5,9 @@
 A step of the trainer's own code runs under fake tensors, on a GPU's paths (`tralign_fast.memory`),
 and every operator that reaches the device is counted: those that compute. Left out are views, and
 what allocates alone. An operator of torch is one or more launches (`_foreach_*` and fused AdamW:
-some), this library's Triton kernels and the LM head's inner products count one each. On an H200 the
-same steps had 3,700 (1B full), 11,600 (8B LoRA 64) and 27,000 (8B, release) device events.
+some), Triton kernels (this library's, Liger's) and the LM head's inner products count one each. On
+an H200 the same steps had 3,700 (1B full), 11,600 (8B LoRA 64) and 27,000 (8B, release) device
+events before LoRA, release and the layers had kernels.
 
 All layers but one are alike: models of one and of two layers are counted, and the difference stands
 for each further one (`--whole` runs all of them).
@@ -76,6 +77,9 @@ class Counting(LiveTensors):
         """In place of a Triton kernel."""
         self.count("own kernel")
 
+    def liger_kernel(self, *args: Any, **kwargs: Any) -> None:
+        self.count("Liger's kernel")
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if _computes(func):
             self.count(str(func).removeprefix("aten."))
@@ -140,6 +144,7 @@ def count(case: Case, *, layers: int | None = None, checkpointing: bool = True) 
         gpu.fake_tensors(),
         Counting() as counting,
         mock.patch.object(backend, "_do_nothing", counting.own_kernel),
+        mock.patch.object(gpu, "launch_liger", counting.liger_kernel),
         # as for a GPU's gradients, whose norm is taken by few launches
         mock.patch.object(clip_grad, "_has_foreach_support", return_value=True),
         mock.patch.object(KernelSteps, "step", _counted_step(counting)),

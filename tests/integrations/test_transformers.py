@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from tests.training.test_trl_parity import kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
 from tralign_fast.model.patching import has_forward
+from tralign_fast.ops.backend import warn_once
 
 
 @pytest.fixture
@@ -108,23 +109,28 @@ def test_the_model_card_says_how_the_reference_moved(extra, lines, build, tmp_pa
     assert {"tralign-fast", method, "mine"} <= {*card.data.tags}
 
 
-def test_liger_gives_its_layers_and_leaves_the_head(build, monkeypatch):
-    pytest.importorskip("liger_kernel")
-    from transformers.integrations.liger import apply_liger_kernel
+def test_transformers_option_for_liger_is_layer_kernels(build):
+    """On a CPU: one line, and the model trains by its own code. transformers' Trainer, which would
+    change classes, is left with nothing to do."""
     from transformers.models.llama import modeling_llama
 
-    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # restored afterwards
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-    trainer = build(
-        use_liger_kernel=True, liger_kernel_config={"rope": False}, reference="resident"
-    )
-    # what Trainer does when training starts; Liger's kernels themselves need a GPU
-    apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
-    for model in (trainer.model, trainer.reference.model):
-        assert "liger" in model.model.norm.forward.__module__
-        assert "liger" in model.model.layers[0].mlp.forward.__module__
-        assert has_forward(model, "log-probs")  # the head is ours
-    assert trainer.args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+    rotary = modeling_llama.apply_rotary_pos_emb
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="Liger's kernels run on a GPU, and the model is on cpu"):
+        trainer = build(
+            use_liger_kernel=True, liger_kernel_config={"rope": False}, reference="resident"
+        )
+    assert trainer.args.layer_kernels == "liger"
+    assert trainer.args.kinds_of_layer_kernels == ("norm", "mlp")
+    trainer.train()
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+    assert has_forward(trainer.model, "log-probs")  # the head is ours
+
+
+def test_nothing_is_said_of_layer_kernels_on_a_cpu(build, recwarn):
+    warn_once.cache_clear()
+    build()
+    assert not [w for w in recwarn if "Liger" in str(w.message)]
 
 
 def test_liger_head_is_refused(build):

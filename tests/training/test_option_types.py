@@ -98,7 +98,8 @@ SPEC = {
     "padding_free": "bool", "pad_to_multiple_of": multiple, "token_budget": COUNT_OR_NONE,
     "model_init_kwargs": json_table, "trust_remote_code": "bool", "activation_offloading": "bool",
     "disable_dropout": "bool",
-    "gradient_release": "bool", "logits_budget_mb": AMOUNT, "vocab_filter": ("float?", 0, 1, "[)"),
+    "gradient_release": "bool", "layer_kernels": ["auto", "liger", "none"],
+    "logits_budget_mb": AMOUNT, "vocab_filter": ("float?", 0, 1, "[)"),
     "cuda_graphs": "bool?", "log_kl_initial": "bool", "overwrite_output_dir": "bool",
     # of TrainingArguments
     "output_dir": place, "per_device_train_batch_size": COUNT,
@@ -319,6 +320,13 @@ REFUSED = {
     "Liger's head": (
         {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
         "liger_kernel_config: fused_linear_cross_entropy",
+    ),
+    "Liger's kernel of another name": (
+        {"layer_kernels": "liger", "liger_kernel_config": {"rotary": False}},
+        "expected some of rms_norm, swiglu, geglu, rope, got 'rotary'",
+    ),
+    "Liger and none": (
+        {"use_liger_kernel": True, "layer_kernels": "none"}, "use_liger_kernel=True contradicts"
     ),
 }  # fmt: skip
 FROZEN = {"sync_ref_model": False}

@@ -2,12 +2,14 @@
 
 Fake tensors of a device that torch was not built for cannot run a backward, so the tensors say
 "cpu". This library asks `ops.backend` for the device, which pretends; the few places where torch
-and TRL look at it themselves are patched: foreach optimizers, TRL's Triton kernels.
+and TRL look at it themselves are patched: foreach optimizers, TRL's Triton kernels. Liger's write
+what was allocated before them, and do nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -24,7 +26,7 @@ from tralign_fast.ops.backend import pretend_gpu
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Inside, tensors on the CPU take the code paths of tensors on a GPU."""
-    with pretend_gpu(), _patched(*_TORCH):
+    with pretend_gpu(), _patched(*_TORCH, *_liger()):
         yield
 
 
@@ -62,13 +64,32 @@ def _patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
         yield
 
 
+def _liger() -> list[tuple[Any, str, Any]]:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return []
+    try:
+        from tralign_fast.model.liger_ops import kernels
+    except Exception:  # one that cannot be imported is not used either, which is said there
+        return []
+    return [(module, name, _LigerKernel()) for module, name in kernels()]
+
+
 class _Kernel:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return _do_nothing
 
 
+class _LigerKernel:
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return launch_liger
+
+
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
     """TRL's tile operations in Triton, and a product added to its sum by cuBLAS."""
+
+
+def launch_liger(*args: Any, **kwargs: Any) -> None:
+    """In place of a launch of a kernel of Liger's."""
 
 
 def _tagged(method: Callable[..., Any]) -> Callable[..., Any]:

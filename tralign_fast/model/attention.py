@@ -221,7 +221,8 @@ def _attend_varlen(
 ) -> Tensor:
     """Queries stay in place; keys are gathered so that every sequence has its prompt before it."""
     arguments = layout.varlen(query.device)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    # `squeeze`: its backward is a view, where that of an index fills zeros and copies
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
     window = (-1 if options.window is None else options.window - 1, 0)
     if arguments.again:  # else the keys are the row's tokens as they stand
         k, v = _GatherKeys.apply(k, arguments), _GatherKeys.apply(v, arguments)

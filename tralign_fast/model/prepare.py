@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tralign_fast.model.cpu import speed_up_linears
 from tralign_fast.model.fused_lora import fuse_lora
 from tralign_fast.model.graphs import graph_decoder
 from tralign_fast.model.last_mlp import LAST_MLP, leave_prompts_out_of_last_mlp
+from tralign_fast.model.layer_kernels import use_layer_kernels
 from tralign_fast.model.masks import watch_masks
 from tralign_fast.model.patching import Patches, causal_lm_of, has_forward
 from tralign_fast.model.router import record_router_logits
@@ -65,6 +66,7 @@ def prepare_model(
     backend: str = "auto",
     fused_lora: bool = True,
     cuda_graphs: bool | None = False,
+    layer_kernels: str | Collection[str] = "auto",
     probe: bool = True,
 ) -> PreparedModel:
     """Makes `sequence_logps` work on `model`, and finds out whether it can run packed rows.
@@ -77,9 +79,15 @@ def prepare_model(
     `cuda_graphs` packed rows go through the decoder as CUDA graphs (`model.graphs`), with None
     where the GPU waits for launches.
 
+    `layer_kernels` are those of another library for norms, gated MLPs and rotary embeddings:
+    "auto" takes Liger's on a GPU, where it is installed, each that is as good as the model's own
+    code on its own modules (which is tried without `probe` too); "liger" says so where it cannot;
+    "none" takes none; a collection of "norm", "mlp" and "rotary" is "liger" for those alone.
+
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`, its 4-bit weights were
-            repacked for inference, or its PEFT type cannot be scored. The model is as it was.
+            repacked for inference, its PEFT type cannot be scored, or `layer_kernels` is unknown.
+            The model is as it was.
     """
     _check_peft_type(model)
     options: dict[str, Any] = {"vocab_filter": vocab_filter, "backend": backend}
@@ -90,8 +98,12 @@ def prepare_model(
         undo.callback(speed_up_linears(model))
         if fused_lora:
             undo.callback(fuse_lora(model))
-        probe = probe and next(model.parameters()).device.type != "meta"
+        is_there = next(model.parameters()).device.type != "meta"
+        probe = probe and is_there
         with _evaluating(model):
+            if is_there:
+                run = functools.partial(_run, model)
+                undo.callback(use_layer_kernels(model, layer_kernels, run))
             if probe:
                 _check_head(model)
             packs = packing and _enable_packing(model, undo, probe)
@@ -191,6 +203,10 @@ _PROBE = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]},
     {"prompt_ids": [3, 1], "chosen_ids": [9], "rejected_ids": [2, 5]},
 ]
+
+
+def _run(model: PreTrainedModel) -> None:
+    sequence_logps(model, _probe(model, "padded"))
 
 
 @torch.no_grad()

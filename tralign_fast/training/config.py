@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 from transformers import TrainingArguments
 
 from tralign_fast.data.tokenization import ON_BAD_ROWS
+from tralign_fast.model.layer_kernels import LAYER_KERNELS, kinds_of_liger
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.objective import DIVERGENCES, Objective, Range, objective_of
@@ -237,6 +238,11 @@ class TRConfig(TrainingArguments):
         "Use up and free every gradient inside the backward: no memory for gradients. Needs "
         "max_grad_norm=0, one backward a step, and AdamW, adamw_bnb_8bit or adafactor.",
     )
+    layer_kernels: Annotated[str, OneOf(*LAYER_KERNELS)] = _option(
+        "auto",
+        "Kernels for norms, gated MLPs and rotary embeddings: auto takes Liger's on a GPU, each "
+        "that is as good as the model's own code; liger says so where it cannot.",
+    )
     logits_budget_mb: Annotated[float, NOT_NEGATIVE] = _option(
         1024, "MiB of logits that may exist at a time."
     )
@@ -272,7 +278,7 @@ class TRConfig(TrainingArguments):
         self.ref_model_sync_steps = every if every < 1 else int(every)
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
         if self.use_liger_kernel:
-            self.liger_kernel_config = _layer_kernels(self.liger_kernel_config)
+            self._take_over_liger()
         # batches are PackedBatch, made from columns that no model's forward names
         self.remove_unused_columns = False
         self._own_sampling: str | None = None
@@ -284,6 +290,8 @@ class TRConfig(TrainingArguments):
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         wants_bf16, self.bf16 = self.bf16, bool(self.bf16)
         super().__post_init__()
+        if self.layer_kernels == "liger":
+            kinds_of_liger(self.liger_kernel_config)  # which refuses
         if wants_bf16 is None:
             self.bf16 = not self.fp16 and self.device.type != "cpu"
         if self.device.type == "cpu":  # torch would warn that there is nothing to pin memory for
@@ -328,6 +336,22 @@ class TRConfig(TrainingArguments):
         self._check_losses()
         if self._own_sampling == self.train_sampling_strategy:
             self._choose_sampling()
+
+    @property
+    def kinds_of_layer_kernels(self) -> str | tuple[str, ...]:
+        """`layer_kernels` as `prepare_model` takes it: without what `liger_kernel_config` leaves
+        out."""
+        if self.layer_kernels != "liger":
+            return self.layer_kernels
+        return kinds_of_liger(self.liger_kernel_config)
+
+    def _take_over_liger(self) -> None:
+        """transformers' name of layer_kernels="liger"; its Trainer would change classes."""
+        if self.layer_kernels == "none":
+            raise ValueError(
+                'use_liger_kernel=True contradicts layer_kernels="none"; expected one of the two'
+            )
+        self.layer_kernels, self.use_liger_kernel = "liger", False
 
     def _choose_sampling(self) -> None:
         self._own_sampling = "random" if self.objective.paired else "sequential"
@@ -413,16 +437,6 @@ def _multiple(value: int | str | None) -> int | None:
             f'pad_to_multiple_of: expected a number of tokens ≥ 1, "auto" or None, got {value!r}'
         )
     return number
-
-
-def _layer_kernels(liger: dict[str, Any] | None) -> dict[str, Any]:
-    """Liger's kernels of the layers; its head would replace the forward that scores tokens."""
-    if liger and liger.get("fused_linear_cross_entropy"):
-        raise ValueError(
-            "liger_kernel_config: fused_linear_cross_entropy=True would replace the LM head of "
-            "tralign-fast; leave it out"
-        )
-    return {**(liger or {}), "fused_linear_cross_entropy": False}
 
 
 def _table(name: str, text: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.liger import apply_liger_kernel
 
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.ops.backend import warn_once
@@ -79,6 +78,7 @@ class RunModels:
         names = ("packing", "logits_budget_mb", "vocab_filter")
         options = {name: getattr(self._args, name) for name in names}
         options["cuda_graphs"] = _cuda_graphs(self._accelerator, self._args)
+        options["layer_kernels"] = self._args.kinds_of_layer_kernels
         prepared = prepare_on_all(self._accelerator, model, **options)
         self.prepared.callback(prepared.undo)
         if self._compile_options is not None:
@@ -88,8 +88,6 @@ class RunModels:
     def _prepare_frozen(self, model: PreTrainedModel, kept: bool) -> nn.Module:
         """A second model that runs beside the policy, and as the policy does."""
         self._prepare(model)
-        if self._args.use_liger_kernel:  # Trainer gives them to the policy when training starts
-            apply_liger_kernel(model, self._args.liger_kernel_config)
         return distribute_frozen(self._accelerator, model, kept)
 
 

@@ -156,8 +156,8 @@ def _of_the_batches(config: Any) -> Iterator[tuple[str, str]]:
     if all("nll" in spec.inputs for spec in config.objective.specs):
         names = " + ".join(config.objective.names)
         yield "length_normalized", f"{names} has no log-ratios that are divided"
-    if not config.use_liger_kernel:
-        yield "liger_kernel_config", "use_liger_kernel is False"
+    if config.layer_kernels != "liger":
+        yield "liger_kernel_config", f'layer_kernels is "{config.layer_kernels}", not "liger"'
 
 
 def _of_the_loop(config: Any) -> Iterator[tuple[str, str]]:

@@ -130,7 +130,7 @@ TAKEN: dict[str, tuple[Any, str]] = {
         Annotated[str | bool | None, NotEmpty()],
         "On the command line: a checkpoint's folder, or true for the newest whole one.",
     ),
-    "use_liger_kernel": (bool, "Liger's kernels in the layers; the LM head stays ours."),
+    "use_liger_kernel": (bool, 'transformers\' name of layer_kernels="liger".'),
     "torch_compile": (bool, "Compile the layers."),
     "dataloader_num_workers": (Annotated[int, NOT_NEGATIVE], "Processes that make batches."),
     "metric_for_best_model": (

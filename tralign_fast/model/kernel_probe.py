@@ -1,0 +1,230 @@
+"""Whether a kernel is as good as the code of a model that it would stand for.
+
+Tried on random numbers, on the model's device: outputs and gradients, in fp32, where another
+equation shows, and in the model's dtype, where another rounding does. Both are compared with the
+model's own code in twice the precision. In every row (the last dimension) the kernel's largest
+error may be twice that of the model's code, and a few roundings of the row's largest number more.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# of the largest number of a row, in units of the dtype's epsilon: a half-precision result is
+# rounded once or twice; in fp32 sums over thousands of numbers have another order
+_ROUNDINGS = {torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+_TWICE = {torch.float32: torch.float64}  # of halves: fp32
+_ROWS = 64
+
+
+class Unlike(Exception):
+    """A kernel gives other numbers than the model's code, or none."""
+
+
+def best_norm(norms: Sequence[Any], kernels: Sequence[Callable[..., Tensor]]) -> Callable[..., Any]:
+    """The `kernel(x (..., H), weight (H,))` that is nearest to all of these norms.
+
+    Raises:
+        Unlike: none is as good as they are.
+    """
+
+    def excess(kernel: Callable[..., Tensor]) -> float:
+        return max(_norm_excess(norm, kernel) for norm in norms)
+
+    return _best(kernels, excess, f"other numbers than {type(norms[0]).__name__}")
+
+
+def _norm_excess(norm: Any, kernel: Callable[..., Tensor]) -> float:
+    weight = norm.weight.detach()
+    scales = torch.logspace(-3, 2, _ROWS)[:, None]  # where eps counts, and where it does not
+    x = _random((_ROWS, weight.shape[0]), weight.device, scales)
+    # whatever it was trained to: the roundings of a weight that is all ones are not seen
+    weight = weight.float() + _random(weight.shape, weight.device, 0.1)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        twin = copy.copy(norm)  # without what hooks hold
+        twin.__dict__["_parameters"] = {"weight": weight}
+        return type(norm).forward(twin, x)
+
+    return max(_excess(kernel, plain, (x, weight), dtype) for dtype in _dtypes(norm.weight.dtype))
+
+
+def best_product(
+    mlps: Sequence[tuple[Any, Callable[[Tensor], Tensor]]],
+    products: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    forward_with: Callable[[Any], Callable[..., Tensor]],
+    dtype: torch.dtype,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The `product(gate (..., I), up (..., I))` that is `act(gate) * up` of all these MLPs.
+
+    Args:
+        mlps: (MLP, its activation).
+        forward_with: product -> the MLP's forward with it, `forward(own_forward, mlp, x)`.
+        dtype: of the model's activations.
+
+    Raises:
+        Unlike: none is as good as they are.
+    """
+    mlp, act = mlps[0]
+    x = _random((1, 16, mlp.gate_proj.in_features), mlp.gate_proj.weight.device).to(dtype)
+    with torch.no_grad():
+        size = mlp.gate_proj(x).shape[-1]
+    inputs = [_random((_ROWS, size), x.device, 3.0) for _ in range(2)]
+
+    def plain(gate: Tensor, up: Tensor) -> Tensor:
+        return act(gate) * up
+
+    def excess(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        return max(_excess(product, plain, inputs, one) for one in _dtypes(dtype))
+
+    product = _best(products, excess, f"other numbers than {type(act).__name__}")
+    forward = forward_with(product)
+    for mlp, _ in mlps:
+        own = type(mlp).forward
+        _check_whole(
+            functools.partial(forward, own, mlp), functools.partial(own, mlp), x, type(mlp)
+        )
+    return product
+
+
+def check_rotary(
+    attention: Any,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    rotary: Callable[..., tuple[Tensor, Tensor]],
+    forward_with: Callable[[Any], Callable[..., Any]],
+    original: Callable[..., tuple[Tensor, Tensor]],
+) -> None:
+    """Tries a rotary embedding in one attention layer.
+
+    Args:
+        call: the layer's arguments in a forward of the model, to be tried with.
+        rotary: the kernel, `rotary(q, k, cos, sin)`.
+        forward_with: rotary -> the layer's forward with it.
+        original: what the layer calls.
+
+    Raises:
+        Unlike: it is not as good as `original`, or is called with more than those four.
+    """
+    seen: list[Any] = []
+
+    def record(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    args, kwargs = call
+    with torch.no_grad():
+        forward_with(record)(attention, *args, **kwargs)
+    name = type(attention).__name__
+    if not seen or len(seen[0][0]) != 4 or seen[0][1]:
+        raise Unlike(f"{name} calls it with other arguments")
+    q, k, cos, sin = seen[0][0]
+    inputs = [_random((t.shape[0], t.shape[2], t.shape[1], t.shape[3]), q.device) for t in (q, k)]
+
+    def turn(function: Any) -> Callable[..., Any]:
+        def turned(q: Tensor, k: Tensor) -> Any:
+            # what it may overwrite
+            views = (t.clone().transpose(1, 2) for t in (q, k))
+            return function(*views, cos.to(q.dtype), sin.to(q.dtype))
+
+        return turned
+
+    for dtype in _dtypes(q.dtype):
+        if _excess(turn(rotary), turn(original), inputs, dtype) > 1:
+            raise Unlike(f"other numbers than that of {name}")
+    hidden, call_with = _hidden_of(args, kwargs)
+    x = _random(hidden.shape, hidden.device).to(hidden.dtype)
+    fast, plain = (
+        lambda x, f=f: call_with(functools.partial(f, attention), x)[0]
+        for f in (forward_with(rotary), type(attention).forward)
+    )
+    _check_whole(fast, plain, x, type(attention))
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """The layer's input, and how it is called with another."""
+    if args:
+        return args[0], lambda forward, x: forward(x, *args[1:], **kwargs)
+    return kwargs["hidden_states"], lambda forward, x: forward(**{**kwargs, "hidden_states": x})
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def _best(kernels: Sequence[Any], excess: Callable[[Any], float], otherwise: str) -> Any:
+    try:
+        found = [excess(kernel) for kernel in kernels]
+    except Exception as error:  # of a compiler, a driver, a version: no such error may end a run
+        raise Unlike(f"it fails: {_first_line(error)}") from error
+    least = min(found)
+    if not least <= 1:
+        raise Unlike(otherwise)
+    return kernels[found.index(least)]
+
+
+def _excess(
+    kernel: Callable[..., Any],
+    plain: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> float:
+    """The kernel's largest error, of output and gradients, in units of what is allowed; infinite
+    where a number is not."""
+    inputs = [tensor.to(dtype) for tensor in inputs]
+    truth = _outcome(plain, [t.to(_TWICE.get(dtype, torch.float32)) for t in inputs])
+    floor, worst = _ROUNDINGS[dtype] * torch.finfo(dtype).eps, 0.0
+    for ours, theirs, exact in zip(
+        _outcome(kernel, inputs), _outcome(plain, inputs), truth, strict=True
+    ):
+        if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+            return float("inf")
+        error, own = ((t.to(exact.dtype) - exact).abs().amax(-1) for t in (ours, theirs))
+        allowed = 2 * own + floor * exact.abs().amax(-1) + torch.finfo(dtype).tiny
+        ratio = (error / allowed).nan_to_num(float("inf"), float("inf"))
+        worst = max(worst, float(ratio.amax()))
+    return worst
+
+
+def _check_whole(fast: Any, plain: Any, x: Tensor, kind: type) -> None:
+    """A module with its kernel, in the model's dtype: that nothing else is missing in it, and that
+    nobody else reads what the kernel overwrites."""
+    try:
+        found = [_outcome(function, [x]) for function in (fast, plain)]
+    except Exception as error:
+        raise Unlike(f"{kind.__name__} fails with it: {_first_line(error)}") from error
+    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    share = 1e-5 if exact else 4 * torch.finfo(torch.bfloat16).eps
+    for ours, theirs in zip(*found, strict=True):
+        difference = (ours.float() - theirs.float()).norm()
+        if ours.dtype != theirs.dtype or not difference <= share * theirs.float().norm():
+            raise Unlike(f"{kind.__name__} gives other numbers with it")
+
+
+def _outcome(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of the function and its gradients with respect to the inputs."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        out = function(*leaves)
+    outputs = [out] if isinstance(out, Tensor) else list(out)
+    results = [tensor.detach().clone() for tensor in outputs]
+    grads = [_random(t.shape, t.device, seed=1).to(t.dtype) for t in outputs]
+    return [*results, *torch.autograd.grad(outputs, leaves, grads)]
+
+
+def _random(shape: Any, device: torch.device, scale: Any = 1.0, seed: int = 0) -> Tensor:
+    """fp32 numbers that no generator of the run is asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(device)
+
+
+def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (torch.float32,) if dtype == torch.float32 else (torch.float32, dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
