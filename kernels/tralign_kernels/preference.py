@@ -35,6 +35,7 @@ from .preference_terms import (
     PreferenceOptions,
     Term,
     check_terms,
+    over,
     scalars,
     sum_label_terms,
     sum_pair_terms,
@@ -125,7 +126,7 @@ def _read_mismatched(
         )  # fmt: skip
         ratios += ratio  # outside: 0 - 0
         spoilt += wrong
-    return tl.sum(ratios) / S, spoilt
+    return over(tl.sum(ratios), S), spoilt
 
 
 @triton.jit
@@ -205,7 +206,7 @@ def _examples(
             )  # fmt: skip
             _store_gradient(
                 gradient_ptr, token_weights_ptr, other_begin, other_length,
-                factor * other_slope / examples, 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
+                over(factor * other_slope, examples), 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
             )  # fmt: skip
             last = tl.maximum(last, tl.max(other_begin + other_length))
             chosen, rejected = inside, inside
@@ -221,7 +222,7 @@ def _examples(
             loss += nll_slope * examples * plain
         _store_gradient(
             gradient_ptr, token_weights_ptr, begin, length,
-            factor * slope / examples, nll_slope, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
+            over(factor * slope, examples), nll_slope, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
         )  # fmt: skip
         last = tl.maximum(last, tl.max(begin + length))
         losses += tl.where(inside, loss, 0.0)
@@ -273,14 +274,14 @@ def _preference_kernel(
     if SFT:
         if nll_tokens < 0.0:
             nll_tokens = (tl.load(offsets_ptr + examples) - origin).to(tl.float32)
-        nll_slope = -nll_weight / nll_tokens
+        nll_slope = over(-nll_weight, nll_tokens)
     losses, metrics, counts, last = _examples(
         tensors, gradient_ptr, example_weights_ptr, lengths_ptr, desirable_ptr, N, examples, kl,
         nll_slope, desirable_weight, undesirable_weight, exponent, numbers, weights,
         (LOSS_0, LOSS_1, LOSS_2, LOSS_3), (NORMALIZE_0, NORMALIZE_1, NORMALIZE_2, NORMALIZE_3),
         PAIRED, SFT, DIVERGENCE, TOKEN_WEIGHTS, EXAMPLE_WEIGHTS, LENGTHS, SEQUENCES, TOKENS, TILES,
     )  # fmt: skip
-    tl.store(loss_ptr, tl.sum(losses + spoilt) / examples)
+    tl.store(loss_ptr, over(tl.sum(losses + spoilt), examples))
     row = tl.arange(0, 8)
     metrics, counts = tl.sum(metrics, axis=1), tl.sum(counts, axis=1)
     if KL != "none":
