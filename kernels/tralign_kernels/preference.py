@@ -204,9 +204,13 @@ def _examples(
                 ratio, other_ratio, divisor, other_divisor, exponent, numbers,
                 weights, terms, normalize, DIVERGENCE,
             )  # fmt: skip
+            slope, other_slope = (
+                over(factor * slope, examples),
+                over(factor * other_slope, examples),
+            )
             _store_gradient(
                 gradient_ptr, token_weights_ptr, other_begin, other_length,
-                over(factor * other_slope, examples), 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
+                other_slope, 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
             )  # fmt: skip
             last = tl.maximum(last, tl.max(other_begin + other_length))
             chosen, rejected = inside, inside
@@ -215,6 +219,7 @@ def _examples(
             factor *= tl.where(desirable, desirable_weight, undesirable_weight)
             pull = tl.where(desirable, beta, -beta)
             loss, slope = sum_label_terms(ratio, divisor, kl, pull, weights, terms, normalize)
+            slope = over(factor * slope, examples)
             other_reward, other_total = reward, total
             chosen, rejected = desirable, inside & (desirable == 0)
         loss = factor * loss
@@ -222,7 +227,7 @@ def _examples(
             loss += nll_slope * examples * plain
         _store_gradient(
             gradient_ptr, token_weights_ptr, begin, length,
-            over(factor * slope, examples), nll_slope, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
+            slope, nll_slope, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
         )  # fmt: skip
         last = tl.maximum(last, tl.max(begin + length))
         losses += tl.where(inside, loss, 0.0)
@@ -263,14 +268,13 @@ def _preference_kernel(
     numbers = (beta, target, smoothing, debias, log_keep, log_flip, rate)
     weights = (weight_0, weight_1, weight_2, weight_3)
     origin = tl.load(offsets_ptr)
-    kl, spoilt = 0.0, 0.0
+    kl, spoilt, nll_slope = 0.0, 0.0, 0.0
     if MISMATCHED:
         kl, spoilt = _read_mismatched(tensors, N, examples, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES)
     if KL == "given":
         kl = tl.load(kl_ptr)
     if KL != "none":
         kl = tl.where(kl < 0.0, 0.0, kl)  # NaN stays, which a maximum would drop
-    nll_slope = 0.0
     if SFT:
         if nll_tokens < 0.0:
             nll_tokens = (tl.load(offsets_ptr + examples) - origin).to(tl.float32)
@@ -417,7 +421,7 @@ def _check(
 
 
 # What the tests compile: each way of the kernel once, with the most that it holds side by side.
-REPRESENTATIVE = ("kto", "sigmoid alpha_divergence", "sigmoid bco_pair sft weights")
+COMPILED = ("kto", "sigmoid alpha_divergence", "sigmoid weights", "sigmoid bco_pair sft weights")
 
 
 def aot_configurations(backend: str) -> list[dict[str, Any]]:
@@ -475,7 +479,7 @@ def _configuration(
         "constexprs": constexprs,
         "attrs": {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
         "options": {"num_warps": launch.num_warps},
-        "representative": name in REPRESENTATIVE,
+        "representative": name in COMPILED,
         "shape": f"N={N} S={S}",
         **traffic(N, S, constexprs),
     }

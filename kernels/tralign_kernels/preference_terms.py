@@ -262,8 +262,8 @@ def _pair_term(chosen, rejected, numbers, LOSS: tl.constexpr):
 
 @triton.jit
 def over(x, count):
-    """x / count to the nearest, of means and shares: compiled for NVIDIA `/` takes x times a rounded
-    1 / count, and would be two roundings off (0.21 / 3 by an ulp)."""
+    """x / count to the nearest, of means and shares. Compiled for NVIDIA, `/` is x times a rounded
+    1 / count: two roundings, by which 0.21 / 3 is an ulp off."""
     zero = tl.zeros((), tl.float32)  # the interpreter's scalars are Python's
     return tl.div_rn(zero + x, zero + count)
 
