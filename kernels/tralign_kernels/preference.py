@@ -204,10 +204,8 @@ def _examples(
                 ratio, other_ratio, divisor, other_divisor, exponent, numbers,
                 weights, terms, normalize, DIVERGENCE,
             )  # fmt: skip
-            slope, other_slope = (
-                over(factor * slope, examples),
-                over(factor * other_slope, examples),
-            )
+            slope = over(factor * slope, examples)
+            other_slope = over(factor * other_slope, examples)
             _store_gradient(
                 gradient_ptr, token_weights_ptr, other_begin, other_length,
                 other_slope, 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
@@ -257,9 +255,8 @@ def _preference_kernel(
     desirable_weight, undesirable_weight, exponent,  # α - 1
     beta, target, smoothing, debias, log_keep, log_flip, rate,
     LOSS_0: tl.constexpr, LOSS_1: tl.constexpr, LOSS_2: tl.constexpr, LOSS_3: tl.constexpr,
-    NORMALIZE_0: tl.constexpr, NORMALIZE_1: tl.constexpr,
-    NORMALIZE_2: tl.constexpr, NORMALIZE_3: tl.constexpr,
-    PAIRED: tl.constexpr, SFT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    NORMALIZE_0: tl.constexpr, NORMALIZE_1: tl.constexpr, NORMALIZE_2: tl.constexpr,
+    NORMALIZE_3: tl.constexpr, PAIRED: tl.constexpr, SFT: tl.constexpr, DIVERGENCE: tl.constexpr,
     TOKEN_WEIGHTS: tl.constexpr, EXAMPLE_WEIGHTS: tl.constexpr, LENGTHS: tl.constexpr,
     KL: tl.constexpr,  # "none", "given", "inside": the mean log-ratio of the mismatched
     MISMATCHED: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
