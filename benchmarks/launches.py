@@ -36,9 +36,9 @@ from benchmarks.phases import PHASES, Phases
 from tralign_fast.memory import LiveTensors, Workload
 from tralign_fast.memory.plan import load_config
 from tralign_fast.training.optimizer_kernels import KernelSteps
+from tralign_kernels import adafactor, adamw
 
 STEPS = 2
-_ONE_PROGRAM = 4096  # elements of which one program of an optimizer's kernel does the whole step
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def _counted_step(counting: Counting) -> Any:
 
     def counted(self: KernelSteps, parameter: torch.Tensor, *rest: torch.Tensor) -> None:
         step(self, parameter, *rest)
-        small, matrix = parameter.numel() <= _ONE_PROGRAM, parameter.dim() >= 2
-        for _ in range(3 if matrix and not self.is_adamw else 1 if small else 2):
+        launches_of = adamw.launches_of if self.is_adamw else adafactor.launches_of
+        for _ in range(launches_of(parameter)):
             counting.count("own kernel")
 
     return counted

@@ -1,11 +1,12 @@
 """Triton kernels of tralign-fast and their launchers. Imports torch and triton, nothing else."""
 
-from .adafactor import AdafactorOptions, adafactor_naive, adafactor_step_, counters_of
-from .adamw import AdamWOptions, adamw_naive, adamw_step_
+from .adafactor import AdafactorOptions, adafactor_step_, counters_of
+from .adamw import AdamWOptions, adamw_step_
 from .ema import ema_naive, ema_update_
 from .linear_logprob import linear_logprob_forward_, linear_logprob_naive
 from .logprob import logprob_backward_, logprob_forward_, logprob_naive
 from .lora_merge import lora_merge_, lora_merge_naive
+from .optimizer_naive import adafactor_naive, adamw_naive
 from .preference import preference_forward
 from .preference_terms import Preference, PreferenceOptions, Term, preference_naive
 

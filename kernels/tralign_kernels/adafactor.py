@@ -19,7 +19,7 @@ written but `left_out`, a count on the device by which the host's number of step
 
 # pyright: reportCallIssue=false, reportOperatorIssue=false
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -44,7 +44,7 @@ _WARPS = 8
 # Tile of the second launch: partial sums by columns.
 _PARTIALS, _COLUMNS = 32, 64
 _VECTOR = 4096  # elements of a program
-_SUMS = tl.constexpr(256)  # partial sums that are added up at a time
+_SUMS = 256  # partial sums that are added up at a time
 
 
 class AdafactorOptions(NamedTuple):
@@ -68,11 +68,11 @@ def share(left_out_ptr, new, step, decay):
 
 
 @triton.jit
-def add_up(sums_ptr, count):
-    """The sum of `count` fp32 numbers, the same in every program."""
-    total = tl.zeros((_SUMS,), tl.float32)
-    for first in range(0, count, _SUMS):
-        index = first + tl.arange(0, _SUMS)
+def add_up(sums_ptr, count, SUMS: tl.constexpr):
+    """The sum of `count` fp32 numbers, the same in every program, `SUMS` at a time."""
+    total = tl.zeros((SUMS,), tl.float32)
+    for first in range(0, count, SUMS):
+        index = first + tl.arange(0, SUMS)
         total += tl.load(sums_ptr + index, mask=index < count, other=0.0)
     return tl.sum(total)
 
@@ -186,6 +186,7 @@ def _adafactor_factors_kernel(
     SCALED: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     matrix, block = tl.program_id(0), tl.program_id(1)
     found_inf = tl.load(found_inf_ptr)
@@ -213,7 +214,7 @@ def _adafactor_factors_kernel(
     tl.store(sums_ptr + matrix * tl.num_programs(1) + block, total)
     tl.store(means_ptr + matrix, mean, mask=block == 0)
     if SCALED and matrix + block == 0:
-        rms = tl.sqrt(add_up(squares_ptr, squares) / numel)
+        rms = tl.sqrt(add_up(squares_ptr, squares, SUMS) / numel)
         tl.store(rms_ptr, rms, mask=found_inf == 0.0)
 
 
@@ -242,6 +243,7 @@ def _adafactor_update_kernel(
     SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     program = tl.program_id(0)
     blocks = tl.cdiv(R, ROWS)
@@ -252,7 +254,7 @@ def _adafactor_update_kernel(
     if tl.load(found_inf_ptr) == 0.0:
         if SCALED:
             lr = lr * tl.maximum(eps_scale, tl.load(rms_ptr))
-        size = lr / tl.maximum(tl.sqrt(add_up(sums_ptr, sums) / numel) / threshold, 1.0)
+        size = lr / tl.maximum(tl.sqrt(add_up(sums_ptr, sums, SUMS) / numel) / threshold, 1.0)
         keep = 1.0 - weight_decay * lr
         means = tl.load(rows_ptr + line, mask=valid, other=1.0)
         tl.store(row_ptr + line, means, mask=valid)
@@ -301,6 +303,7 @@ def _adafactor_vector_kernel(
     UPDATES: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     program = tl.program_id(0)
     new = share(left_out_ptr, new, step, decay)
@@ -324,9 +327,9 @@ def _adafactor_vector_kernel(
             tl.store(sums_ptr + programs + program, weights, mask=SCALED)
     if UPDATES:
         if not MEASURES:
-            total = add_up(sums_ptr, programs)
+            total = add_up(sums_ptr, programs, SUMS)
             if SCALED:
-                weights = add_up(sums_ptr + programs, programs)
+                weights = add_up(sums_ptr + programs, programs, SUMS)
         if SCALED:
             rms = tl.sqrt(weights / numel)
             tl.store(rms_ptr, rms, mask=(found_inf == 0.0) & (program == 0))
@@ -369,7 +372,7 @@ class _Plan(NamedTuple):
     tile: int  # columns of the tile of the update
 
 
-def _plan(M: int, R: int, C: int) -> _Plan:
+def plan_of(M: int, R: int, C: int) -> _Plan:
     rows = _FEWEST_ROWS
     while rows < _MOST_ROWS and rows * _PROGRAMS < M * R:
         rows *= 2
@@ -423,7 +426,7 @@ def _matrix_step(weight, grad, squares, shared, running, update, random, scaled)
     rms, found_inf, left_out = shared
     R, C = weight.shape[-2:]
     M, numel = weight.numel() // (R * C), float(weight.numel())
-    plan, blocks = _plan(M, R, C), triton.cdiv(C, _COLUMNS)
+    plan, blocks = plan_of(M, R, C), triton.cdiv(C, _COLUMNS)
     groups = M * plan.groups
     sizes = (M * R, groups, groups * plan.parts, 2 * groups * C, M, M * blocks)
     scratch = _Scratch(*_scratch(sizes, weight.device))
@@ -436,13 +439,13 @@ def _matrix_step(weight, grad, squares, shared, running, update, random, scaled)
     _adafactor_factors_kernel[(M, blocks)](
         squares[1], scratch.totals, scratch.squares, scratch.partials, scratch.means, scratch.sums,
         rms, found_inf, left_out, M, R, C, plan.groups, groups * plan.parts, numel, *running,
-        SCALED=scaled, GROUPS=_PARTIALS, BLOCK=_COLUMNS, num_warps=4,
+        SCALED=scaled, GROUPS=_PARTIALS, BLOCK=_COLUMNS, SUMS=_SUMS, num_warps=4,
     )  # fmt: skip
     rows = _TILES[plan.tile]
     _adafactor_update_kernel[(M * triton.cdiv(R, rows),)](
         weight, grad, squares[0], squares[1], scratch.rows, scratch.means, scratch.sums, rms,
         found_inf, left_out, R, C, M * blocks, numel, *update, *random,
-        SCALED=scaled, ROWS=rows, BLOCK=plan.tile, num_warps=_WARPS,
+        SCALED=scaled, ROWS=rows, BLOCK=plan.tile, SUMS=_SUMS, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -455,8 +458,15 @@ def _vector_step(weight, grad, square, shared, running, update, random, scaled) 
         _adafactor_vector_kernel[(programs,)](
             weight, grad, square, sums, *shared, size, programs, float(size), *running, *update,
             *random, MEASURES=measures, UPDATES=updates, SCALED=scaled, BLOCK=_VECTOR,
-            num_warps=_WARPS,
+            SUMS=_SUMS, num_warps=_WARPS,
         )  # fmt: skip
+
+
+def launches_of(weight: Tensor) -> int:
+    """Kernels that a step of `weight` launches."""
+    if not weight.numel():
+        return 0
+    return 3 if weight.dim() > 1 else 1 if weight.numel() <= _VECTOR else 2
 
 
 def counters_of(weight: Tensor) -> int:
@@ -482,143 +492,3 @@ def _check(weight, grad, squares, found_inf, left_out, rms) -> None:
         assert tensor.device == weight.device, (tensor.device, weight.device)
     assert all(single.numel() == 1 for single in singles)
     assert not (INTERPRETED.value and weight.is_cuda), "interpreted kernels need CPU tensors"
-
-
-def aot_configurations(backend: str) -> list[dict[str, Any]]:
-    """What `adafactor_step_` launches on `backend`, as `ema.aot_configurations`.
-
-    Of every block of the first launch, and of rows in parts; C a multiple of 16 or not.
-    """
-    found = []
-    for name in ("fp32", "bf16", "fp16"):
-        for scaled in (False, True):
-            for C in (64, 256, 1024, 4096, 8192, 14_336, 50, 250, 1001, 4001, 5001):
-                found += _matrix_configurations(name, scaled, 4096, C)
-            for C in (4096, 128_256):
-                found += _vector_configurations(name, scaled, C)
-    seen = {}  # the small launches are the same for many lengths of a row
-    for configuration in found:
-        seen.setdefault(configuration["name"], configuration)
-    return list(seen.values())
-
-
-def aot_entry(
-    fn: Any,
-    name: str,
-    dtypes: dict[str, str],
-    ints: dict[str, bool],
-    constexprs: dict[str, Any],
-    **rest: Any,
-) -> dict[str, Any]:
-    """A configuration, of a kernel's arguments: pointers are to fp32 and numbers are fp32, but for
-    those of `dtypes` and `ints` (which says what is a multiple of 16, as all addresses are)."""
-    signature, divisible = {}, []
-    for index, argument in enumerate(fn.arg_names):
-        if argument in constexprs:
-            signature[argument] = "constexpr"
-        elif argument.endswith("_ptr"):
-            signature[argument] = "*" + dtypes.get(argument, "fp32")
-            divisible.append(index)
-        elif argument in ints:
-            signature[argument] = "i32"
-            divisible += [index] if ints[argument] else []
-        else:
-            signature[argument] = "fp32"
-    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
-    own = {"signature": signature, "constexprs": constexprs, "attrs": attributes}
-    return {"name": name, "fn": fn, **own, **rest}
-
-
-def _matrix_configurations(name: str, scaled: bool, R: int, C: int) -> list[dict[str, Any]]:
-    plan, size = _plan(1, R, C), {"fp32": 4, "bf16": 2, "fp16": 2}[name]
-    dtypes = {"weight_ptr": name, "grad_ptr": name}
-    ints = {"R": False, "C": C % 16 == 0, "groups": False}
-    tail = " scaled" * scaled + " unaligned" * (C % 16 != 0)
-    moved, shape = traffic(R, C, size, scaled), f"R={R} C={C}"
-    usual, split = name == "bf16" and not scaled, plan.parts > 1
-    return [
-        aot_entry(
-            _adafactor_statistics_kernel,
-            f"adafactor_statistics {plan.block} {name}{' split' * split}{tail}", dtypes,
-            {**ints, "rows": False}, {"SCALED": scaled, "SPLIT": split, "BLOCK": plan.block},
-            options={"num_warps": plan.num_warps}, shape=shape, **moved[0],
-            representative=usual or (scaled and split),
-        ),
-        aot_entry(
-            _adafactor_factors_kernel, "adafactor_factors" + tail, dtypes,
-            {**ints, "M": False, "squares": False},
-            {"SCALED": scaled, "GROUPS": _PARTIALS, "BLOCK": _COLUMNS},
-            options={"num_warps": 4}, shape=shape, **moved[1],
-        ),
-        aot_entry(
-            _adafactor_update_kernel, f"adafactor_update {plan.tile} {name}{tail}", dtypes,
-            {**ints, "sums": False, "seed": False, "first_counter": False},
-            {"SCALED": scaled, "ROWS": _TILES[plan.tile], "BLOCK": plan.tile},
-            options={"num_warps": _WARPS}, shape=shape, **moved[2], representative=usual,
-        ),
-    ]  # fmt: skip
-
-
-def _vector_configurations(name: str, scaled: bool, C: int) -> list[dict[str, Any]]:
-    size = {"fp32": 4, "bf16": 2, "fp16": 2}[name]
-    ints = {"C": True, "programs": False, "seed": False, "first_counter": False}
-    found = []
-    for measures, updates in ((True, True),) if C <= _VECTOR else ((True, False), (False, True)):
-        word = "step" if measures and updates else ("measure" if measures else "update")
-        moved = C * (2 * size + 4) + (C * (size + 4) if updates else 0)
-        flags = {"MEASURES": measures, "UPDATES": updates, "SCALED": scaled, "BLOCK": _VECTOR}
-        found.append(
-            aot_entry(
-                _adafactor_vector_kernel, f"adafactor_vector_{word} {name}" + " scaled" * scaled,
-                {"weight_ptr": name, "grad_ptr": name}, ints, flags,
-                options={"num_warps": _WARPS}, shape=f"C={C}", moved=moved, minimum=moved,
-                representative=name == "bf16" and not scaled,
-            )
-        )  # fmt: skip
-    return found
-
-
-def traffic(R: int, C: int, size: int, scaled: bool) -> list[dict[str, int]]:
-    """Bytes that each launch asks for on one matrix, and that any way to do its work must."""
-    plan, blocks = _plan(1, R, C), triton.cdiv(C, _COLUMNS)
-    parts, groups, half = plan.parts, plan.groups, R * C * size
-    statistics = half * (parts + scaled) + R * parts * 4 + R * 4 + 8 * groups * C
-    statistics += groups * 4 + groups * parts * (4 + 4 * scaled)
-    factors = 8 * groups * C + blocks * (groups + 3) * 4 + 2 * C * 4 + 4
-    factors += scaled * (groups * parts + 1) * 4
-    programs = triton.cdiv(R, _TILES[plan.tile])
-    update = 3 * half + 8 * R + programs * (C + blocks + 2 + scaled) * 4
-    return [
-        {"moved": statistics, "minimum": half * (1 + scaled) + 8 * (R + C)},
-        {"moved": factors, "minimum": 8 * groups * C + 8 * C},
-        {"moved": update, "minimum": 3 * half + 8 * R + 4 * C},
-    ]
-
-
-def adafactor_naive(
-    weight: Tensor,
-    grad: Tensor,
-    squares: tuple[Tensor, ...],
-    options: AdafactorOptions,
-    *,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The weight and the running means after the step, in `dtype`, out of place, in PyTorch."""
-    w, g = weight.to(dtype), grad.to(dtype)
-    new, square = options.step**options.decay, g.square() + options.eps
-    averages = (square,) if len(squares) == 1 else (square.mean(-1), square.mean(-2))
-    after = tuple(
-        old.to(dtype) * (1 - new) + average * new
-        for old, average in zip(squares, averages, strict=True)
-    )
-    if len(after) == 1:
-        update = g * after[0].rsqrt()
-    else:
-        row = (after[0] / after[0].mean(-1, keepdim=True)).rsqrt()
-        update = g * row[..., None] * after[1].rsqrt()[..., None, :]
-    lr = options.lr
-    if options.scale:
-        lr *= max(options.eps_scale, w.square().mean().sqrt().item())
-    rho = update.square().mean().sqrt().item()
-    size = lr / max(1.0, rho / options.threshold)
-    return w * (1 - options.weight_decay * lr) - update * size, after

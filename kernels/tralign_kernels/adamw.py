@@ -13,14 +13,14 @@ finite sets.
 # pyright: reportCallIssue=false, reportOperatorIssue=false
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adafactor import aot_entry, not_finite, round_into
+from .adafactor import not_finite, round_into
 from .ema import LANES, TRITON_DTYPE
 from .launch import INTERPRETED, device_of
 
@@ -189,6 +189,11 @@ def adamw_step_(
         )  # fmt: skip
 
 
+def launches_of(weight: Tensor) -> int:
+    """Kernels that a step of `weight` launches."""
+    return 0 if not weight.numel() else 1 if weight.numel() <= _BLOCK else 2
+
+
 def _check(weight, grad, mean, square, step, found_inf) -> None:
     assert weight.dtype in TRITON_DTYPE, weight.dtype
     assert mean.dtype in TRITON_DTYPE, mean.dtype
@@ -201,67 +206,3 @@ def _check(weight, grad, mean, square, step, found_inf) -> None:
         assert tensor.is_contiguous(), tensor.stride()
         assert tensor.device == weight.device, (tensor.device, weight.device)
     assert not (INTERPRETED.value and weight.is_cuda), "interpreted kernels need CPU tensors"
-
-
-def aot_configurations(backend: str) -> list[dict[str, Any]]:
-    """What `adamw_step_` launches on `backend`, as `ema.aot_configurations`."""
-    found, sizes = [], {"fp32": 4, "bf16": 2, "fp16": 2}
-    numel = 4096 * 14336
-    for aligned in (True, False):
-        ints = {"size": aligned, "seed": False, "first_counter": False}
-        tail = "" if aligned else " unaligned"
-        shared = {"options": {"num_warps": _WARPS}, "shape": f"{numel} elements"}
-        for name, size in sizes.items():
-            moved = traffic(numel, size, size)[0]
-            found.append(
-                aot_entry(
-                    _adamw_check_kernel, f"adamw_check {name}" + tail, {"grad_ptr": name}, ints,
-                    {"CHUNK": _CHUNK, "BLOCK": _BLOCK}, representative=name == "bf16", **shared,
-                    **moved,
-                )
-            )  # fmt: skip
-        # states as torch makes them, and fp32 ones of a weight in half precision
-        pairs = [(name, name) for name in sizes] + [("bf16", "fp32"), ("fp16", "fp32")]
-        for name, state in pairs:
-            for alone in (False, True):
-                halves = {"weight_ptr": name, "grad_ptr": name}
-                halves |= {"mean_ptr": state, "square_ptr": state}
-                found.append(
-                    aot_entry(
-                        _adamw_kernel,
-                        f"adamw {name} {state}" + " alone" * alone + tail, halves, ints,
-                        {"ALONE": alone, "CHUNK": _CHUNK, "BLOCK": _BLOCK},
-                        representative=name == "bf16" and aligned, **shared,
-                        **traffic(numel, sizes[name], sizes[state])[1],
-                    )
-                )  # fmt: skip
-    return found
-
-
-def traffic(numel: int, size: int, state_size: int) -> list[dict[str, int]]:
-    """Bytes that each launch asks for, and that any way to do its work must."""
-    programs = triton.cdiv(numel, _CHUNK)
-    update = numel * (3 * size + 4 * state_size)
-    return [
-        {"moved": numel * size + 16, "minimum": numel * size},
-        {"moved": update + 16 * programs + 4, "minimum": update},
-    ]
-
-
-def adamw_naive(
-    weight: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    step: int,  # 1 for the first
-    options: AdamWOptions,
-    *,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, m and v after the step, in `dtype`, out of place, in PyTorch."""
-    (beta1, beta2), g = options.betas, grad.to(dtype)
-    m = mean.to(dtype).lerp(g, 1 - beta1)
-    v = square.to(dtype) * beta2 + (1 - beta2) * g.square()
-    update = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + options.eps)
-    decayed = weight.to(dtype) * (1 - options.lr * options.weight_decay)
-    return decayed - options.lr * update, m, v

@@ -35,6 +35,7 @@ from .preference_terms import (
     PreferenceOptions,
     Term,
     check_terms,
+    over,
     scalars,
     sum_label_terms,
     sum_pair_terms,
@@ -125,7 +126,7 @@ def _read_mismatched(
         )  # fmt: skip
         ratios += ratio  # outside: 0 - 0
         spoilt += wrong
-    return tl.sum(ratios) / S, spoilt
+    return over(tl.sum(ratios), S), spoilt
 
 
 @triton.jit
@@ -203,9 +204,11 @@ def _examples(
                 ratio, other_ratio, divisor, other_divisor, exponent, numbers,
                 weights, terms, normalize, DIVERGENCE,
             )  # fmt: skip
+            slope = over(factor * slope, examples)
+            other_slope = over(factor * other_slope, examples)
             _store_gradient(
                 gradient_ptr, token_weights_ptr, other_begin, other_length,
-                factor * other_slope / examples, 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
+                other_slope, 0.0, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
             )  # fmt: skip
             last = tl.maximum(last, tl.max(other_begin + other_length))
             chosen, rejected = inside, inside
@@ -214,6 +217,7 @@ def _examples(
             factor *= tl.where(desirable, desirable_weight, undesirable_weight)
             pull = tl.where(desirable, beta, -beta)
             loss, slope = sum_label_terms(ratio, divisor, kl, pull, weights, terms, normalize)
+            slope = over(factor * slope, examples)
             other_reward, other_total = reward, total
             chosen, rejected = desirable, inside & (desirable == 0)
         loss = factor * loss
@@ -221,7 +225,7 @@ def _examples(
             loss += nll_slope * examples * plain
         _store_gradient(
             gradient_ptr, token_weights_ptr, begin, length,
-            factor * slope / examples, nll_slope, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
+            slope, nll_slope, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES,
         )  # fmt: skip
         last = tl.maximum(last, tl.max(begin + length))
         losses += tl.where(inside, loss, 0.0)
@@ -251,9 +255,8 @@ def _preference_kernel(
     desirable_weight, undesirable_weight, exponent,  # α - 1
     beta, target, smoothing, debias, log_keep, log_flip, rate,
     LOSS_0: tl.constexpr, LOSS_1: tl.constexpr, LOSS_2: tl.constexpr, LOSS_3: tl.constexpr,
-    NORMALIZE_0: tl.constexpr, NORMALIZE_1: tl.constexpr,
-    NORMALIZE_2: tl.constexpr, NORMALIZE_3: tl.constexpr,
-    PAIRED: tl.constexpr, SFT: tl.constexpr, DIVERGENCE: tl.constexpr,
+    NORMALIZE_0: tl.constexpr, NORMALIZE_1: tl.constexpr, NORMALIZE_2: tl.constexpr,
+    NORMALIZE_3: tl.constexpr, PAIRED: tl.constexpr, SFT: tl.constexpr, DIVERGENCE: tl.constexpr,
     TOKEN_WEIGHTS: tl.constexpr, EXAMPLE_WEIGHTS: tl.constexpr, LENGTHS: tl.constexpr,
     KL: tl.constexpr,  # "none", "given", "inside": the mean log-ratio of the mismatched
     MISMATCHED: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, TILES: tl.constexpr,
@@ -262,25 +265,24 @@ def _preference_kernel(
     numbers = (beta, target, smoothing, debias, log_keep, log_flip, rate)
     weights = (weight_0, weight_1, weight_2, weight_3)
     origin = tl.load(offsets_ptr)
-    kl, spoilt = 0.0, 0.0
+    kl, spoilt, nll_slope = 0.0, 0.0, 0.0
     if MISMATCHED:
         kl, spoilt = _read_mismatched(tensors, N, examples, TOKEN_WEIGHTS, SEQUENCES, TOKENS, TILES)
     if KL == "given":
         kl = tl.load(kl_ptr)
     if KL != "none":
         kl = tl.where(kl < 0.0, 0.0, kl)  # NaN stays, which a maximum would drop
-    nll_slope = 0.0
     if SFT:
         if nll_tokens < 0.0:
             nll_tokens = (tl.load(offsets_ptr + examples) - origin).to(tl.float32)
-        nll_slope = -nll_weight / nll_tokens
+        nll_slope = over(-nll_weight, nll_tokens)
     losses, metrics, counts, last = _examples(
         tensors, gradient_ptr, example_weights_ptr, lengths_ptr, desirable_ptr, N, examples, kl,
         nll_slope, desirable_weight, undesirable_weight, exponent, numbers, weights,
         (LOSS_0, LOSS_1, LOSS_2, LOSS_3), (NORMALIZE_0, NORMALIZE_1, NORMALIZE_2, NORMALIZE_3),
         PAIRED, SFT, DIVERGENCE, TOKEN_WEIGHTS, EXAMPLE_WEIGHTS, LENGTHS, SEQUENCES, TOKENS, TILES,
     )  # fmt: skip
-    tl.store(loss_ptr, tl.sum(losses + spoilt) / examples)
+    tl.store(loss_ptr, over(tl.sum(losses + spoilt), examples))
     row = tl.arange(0, 8)
     metrics, counts = tl.sum(metrics, axis=1), tl.sum(counts, axis=1)
     if KL != "none":
@@ -416,7 +418,7 @@ def _check(
 
 
 # What the tests compile: each way of the kernel once, with the most that it holds side by side.
-REPRESENTATIVE = ("kto", "sigmoid alpha_divergence", "sigmoid bco_pair sft weights")
+COMPILED = ("kto", "sigmoid alpha_divergence", "sigmoid weights", "sigmoid bco_pair sft weights")
 
 
 def aot_configurations(backend: str) -> list[dict[str, Any]]:
@@ -474,7 +476,7 @@ def _configuration(
         "constexprs": constexprs,
         "attrs": {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
         "options": {"num_warps": launch.num_warps},
-        "representative": name in REPRESENTATIVE,
+        "representative": name in COMPILED,
         "shape": f"N={N} S={S}",
         **traffic(N, S, constexprs),
     }

@@ -139,3 +139,12 @@ def test_ampere_tiles_fit_smaller_gpus() -> None:
             size = 4 if "fp32" in configuration["name"] else 2
             slices = (launch["ROWS"] + launch["COLUMNS"]) * launch["DEPTH"] * size
             assert slices * configuration["options"]["num_stages"] <= 99 * 1024
+
+
+@pytest.mark.parametrize("name", ["hinge", "ipo", "ipo lengths"])
+def test_means_and_shares_divide_to_the_nearest(name: str) -> None:
+    """`/` is a product with a rounded reciprocal; these losses divide for nothing else."""
+    ptx = compile_configuration(find(f"preference {name}", "sm_90"), TARGETS["sm_90"]).asm["ptx"]
+    assert "div.rn.f32" in ptx
+    assert "div.full.f32" not in ptx
+    assert "rcp.approx" not in ptx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,10 @@ from tralign_fast.reference.deltas import (
     EmbeddingDelta,
     ExpertsDelta,
     LayerDelta,
-    Room,
 )
 from tralign_fast.reference.lora import mixes_by_tensor, refusal, trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
+from tralign_fast.reference.room import CHUNK, Room, Stage
 from tralign_fast.reference.sharding import process_index
 from tralign_fast.reference.trust_region import TrustRegion
 
@@ -79,13 +80,16 @@ class AdapterReference(OffloadedReference):
         self.tolerance = tolerance
         self._moves_always = schedule.every == 1 and not schedule.is_frozen
         home = None if self._moves_always else torch.device("cpu")
-        self._room = Room()
+        layers = _lora_layers(policy)
+        trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+        self._room = Room(min(CHUNK, 1 << trained.bit_length()))
         self._deltas = {
             f"{name}.{adapter}": _delta_of(layer, adapter, home, self._room)
-            for name, adapter, layer in _lora_layers(policy)
+            for name, adapter, layer in layers
         }
         self._weights = [1.0]  # w_k, newest first
         super().__init__(policy, schedule, rounding=rounding, seed=seed)
+        self._make_room()
 
     @classmethod
     def build(
@@ -114,30 +118,65 @@ class AdapterReference(OffloadedReference):
             return
         # the factors' addresses change with every sweep
         with super().weights(), without_graphs(), contextlib.ExitStack() as stack:
+            stage = self._stage()
             for delta in self._deltas.values():
+                delta.stage = stage
+                stack.callback(setattr, delta, "stage", None)
                 stack.enter_context(delta.in_place())
             yield
+
+    def _stage(self) -> Stage:
+        """Held beside a GPU: all for the whole sweep where it is no more than the gradients, which
+        a sweep has none of; else a few layers at a time."""
+        deltas = self._deltas.values()
+        held = {delta: delta.held() for delta in deltas}
+        own = sum(p.nbytes for delta in deltas for p in delta.factors)
+        total = sum(t.nbytes for tensors in held.values() for t in tensors)
+        on_host = all(not t.is_cuda for d in deltas for t in (*d.factors, *held[d]))
+        stage = Stage(math.inf if on_host else own if total <= own else own // 8)
+        for delta, tensors in held.items():
+            stage.add(delta, tensors)
+        return stage
 
     @torch.no_grad()
     def move(self) -> None:
         super().move()
+        weights = self._moved(self._weights)
+        for delta in self._deltas.values():
+            delta.fetch(len(weights))
+        if any(delta.becomes_matrix(len(weights)) for delta in self._deltas.values()):
+            self._wait()  # once, not for each factor
+        for delta in self._deltas.values():
+            delta.move(weights)
+        self._weights = weights
+        self._make_room()
+
+    def _moved(self, weights: list[float]) -> list[float]:
+        """The w_k after a move."""
         alpha = self.schedule.alpha
-        weights = [alpha, *((1 - alpha) * w for w in self._weights)]
+        weights = [alpha, *((1 - alpha) * w for w in weights)]
         while len(weights) > 1 and weights[-1] <= self.tolerance:
             dropped = weights.pop()
             weights[-1] += dropped
-        for delta in self._deltas.values():
-            delta.fetch()
+        return weights
+
+    def _make_room(self) -> None:
+        """Beside a GPU, starts to pin what one more adapter takes, if the next move keeps one."""
+        terms, apart = len(self._moved(self._weights)), not self._moves_always
+        deltas = self._deltas.values()
+        if apart and not self.schedule.is_frozen and terms > len(self._weights):
+            more = [d for d in deltas if d.is_apart and not d.becomes_matrix(terms)]
+            self._room.reserve(sum(t.nbytes for d in more for t in d.held()[:2]))
+
+    def _wait(self) -> None:
+        """For the copies of the last move: before the host reads what is held."""
         for device in {delta.factors[0].device for delta in self._deltas.values()}:
-            if device.type == "cuda" and not self._moves_always:  # waits once, not for each factor
+            if device.type == "cuda" and not self._moves_always:
                 torch.cuda.current_stream(device).synchronize()
-        for delta in self._deltas.values():
-            delta.move(weights)
-        self._room.keep_only(t for delta in self._deltas.values() for t in delta.held())
-        self._weights = weights
 
     def save_weights(self, folder: Path) -> None:
         super().save_weights(folder)
+        self._wait()
         tensors = {
             f"{name}.{part}": tensor
             for name, delta in self._deltas.items()
@@ -149,12 +188,14 @@ class AdapterReference(OffloadedReference):
 
     def load_weights(self, folder: Path) -> None:
         super().load_weights(folder)
+        self._wait()
         self._weights = json.loads((folder / "adapters.json").read_text())["weights"]
         tensors = self._load_tensors(folder, "adapters.safetensors")
         for name, delta in self._deltas.items():
             prefix = f"{name}."
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             delta.load({k: t for k, t in own.items() if "." not in k}, self._weights)
+        self._make_room()
 
     def _identity(self) -> dict:
         return {**super()._identity(), "tolerance": self.tolerance}

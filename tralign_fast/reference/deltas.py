@@ -7,7 +7,7 @@ layers (aLoRA's too, which adapts some tokens alone), DoRA, stacked experts, emb
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,31 +16,7 @@ from torch.nn import functional as F
 
 from tralign_fast.model.fused_lora import STAND_IN
 from tralign_fast.ops.lora import LoraFactors
-
-
-class Room:
-    """Memory on the host that past adapters give back and take again, pinned beside a GPU.
-
-    Pinning new memory at every move takes most of its time. Of each size that a move has asked for
-    at most one tensor waits: layers move one after the other.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[Any, ...], Tensor] = {}
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
-        """A tensor without content."""
-        found = self._free.pop((tuple(shape), dtype), None)
-        return torch.empty(*shape, dtype=dtype, pin_memory=pinned) if found is None else found
-
-    def give(self, tensor: Tensor) -> None:
-        if tensor.is_contiguous():
-            self._free[tuple(tensor.shape), tensor.dtype] = tensor
-
-    def keep_only(self, tensors: Iterable[Tensor]) -> None:
-        """Lets go of sizes that none of these has."""
-        wanted = {(tuple(t.shape), t.dtype) for t in tensors}
-        self._free = {key: t for key, t in self._free.items() if key in wanted}
+from tralign_fast.reference.room import Room, Stage
 
 
 class LayerDelta:
@@ -58,13 +34,14 @@ class LayerDelta:
     ) -> None:
         self.layer, self.adapter = layer, adapter
         self.factors = self._parameters()
+        self.stage: Stage | None = None  # in a sweep, of all layers
         self._home = home
         self._room = room or Room()
-        self._staged: tuple[Tensor, ...] = ()  # the policy's factors on the host, at a move
-        down, up = (factor.clone() for factor in self._current())
-        self._down: Tensor | None = self._parked(down)  # (…, R, in); None: `_up` is (…, out, in)
-        self._up: Tensor = self._parked(up)  # (…, out, R)
-        self._coefficients: Tensor | None = None  # (R,) float32; None: all are 1
+        self._coming: tuple[Tensor, Tensor] | None = None  # the policy's factors, at a move
+        # (…, r, in) and (…, out, r) of each adapter, newest first; none: `_matrix` is all of them
+        self._sets: list[tuple[Tensor, Tensor]] = [self._kept(self._current())]
+        self._weights = [1.0]
+        self._matrix: Tensor | None = None  # (…, out, in) float32
 
     def _parameters(self) -> tuple[nn.Parameter, ...]:
         """What of the policy this stands for, and nobody else moves."""
@@ -78,64 +55,50 @@ class LayerDelta:
         down, up = (module.weight.detach() for module in self._modules())
         return down, up
 
-    @torch.no_grad()
-    def fetch(self) -> None:
-        """Before a move, where the policy lies on a GPU and this on the host: starts the copies of
-        its factors, into memory that stays. `move` is called when they are done."""
-        if self._home is None or not self._is_apart:
-            return
-        factors = self._current()
-        if not self._staged:
-            self._staged = tuple(self._room.take(f.shape, f.dtype, True) for f in factors)
-        for staged, factor in zip(self._staged, factors, strict=True):
-            staged.copy_(factor, non_blocking=True)
-
     @property
-    def _is_apart(self) -> bool:
+    def is_apart(self) -> bool:
         return self.factors[0].is_cuda
+
+    def becomes_matrix(self, terms: int) -> bool:
+        """Whether so many adapters are held as one matrix; its sums are the host's."""
+        if self._matrix is not None or terms == 1:
+            return self._matrix is not None
+        down, up = self._sets[0]
+        factors = terms * (up.numel() + down.numel())
+        return factors > up[..., :1].numel() * down.shape[-1]
+
+    @torch.no_grad()
+    def fetch(self, terms: int) -> None:
+        """Before a move to so many adapters: starts the copies of the policy's factors. Where those
+        lie on a GPU, nobody may read this from the host before they are done."""
+        if self._matrix is None and not self.becomes_matrix(terms):
+            self._forget(self._sets[terms - 1 :])  # first: the new ones come in their place
+            del self._sets[terms - 1 :]
+        self._coming = self._kept(self._current())
 
     @torch.no_grad()
     def move(self, weights: list[float]) -> None:
         """Puts the policy's factors in front; `weights`: theirs, then those of the kept ones."""
-        down, up = self._staged or (factor.to(self._up.device) for factor in self._current())
-        rank, terms, size = down.shape[-2], len(weights), up[..., :1].numel() * down.shape[-1]
-        factors_size = terms * (up.numel() + down.numel())
-        if self._down is not None and terms > 1 and factors_size > size:
-            self._up = self._parked(self._weighted(self._up.float()) @ self._down.float())
-            self._down = self._coefficients = None
-        if self._down is None:
-            add_ = self._up.addmm_ if self._up.dim() == 2 else self._up.baddbmm_
+        assert self._coming is not None
+        (down, up), self._coming = self._coming, None
+        if self.becomes_matrix(len(weights)):
+            if self._matrix is None:
+                old_down, old_up = self._joined()
+                assert old_down is not None
+                self._matrix = self._parked(self._weighted(old_up.float()) @ old_down.float())
+                self._forget(self._sets)
+                self._sets = []
+            add_ = self._matrix.addmm_ if self._matrix.dim() == 2 else self._matrix.baddbmm_
             add_(up.float(), down.float(), beta=1 - weights[0], alpha=weights[0])
-            return
-        kept = (terms - 1) * rank
-        self._down = self._in_front(down, self._down, kept, -2)
-        self._up = self._in_front(up, self._up, kept, -1)
-        self._weigh(weights, rank)
+            self._forget([(down, up)])
+        else:
+            self._sets.insert(0, (down, up))
+        self._weights = weights
 
-    def held(self) -> tuple[Tensor, ...]:
-        return (self._up,) if self._down is None else (self._down, self._up)
-
-    def _in_front(self, new: Tensor, old: Tensor, kept: int, dim: int) -> Tensor:
-        """`new` and the first `kept` ranks of `old`, whose memory the next layer may have."""
-        if self._home is None:
-            return torch.cat([new, old.narrow(dim, 0, kept)], dim)
-        if kept == 0 and self._staged and _are_alike(new, old):  # they change places
-            self._staged = tuple(old if t is new else t for t in self._staged)
-            return new
-        shape, rank = list(new.shape), new.shape[dim]
-        shape[dim] += kept
-        dtype = torch.promote_types(new.dtype, old.dtype)
-        joined = self._room.take(shape, dtype, self._is_apart)
-        joined.narrow(dim, 0, rank).copy_(new)
-        joined.narrow(dim, rank, kept).copy_(old.narrow(dim, 0, kept))
-        self._room.give(old)
-        return joined
-
-    def _weigh(self, weights: list[float], rank: int) -> None:
-        weighted = len(weights) > 1 and self._down is not None
-        self._coefficients = (
-            torch.tensor(weights).repeat_interleave(rank).to(self._up.device) if weighted else None
-        )
+    def held(self) -> list[Tensor]:
+        if self._matrix is not None:
+            return [self._matrix]
+        return [factor for factors in self._sets for factor in factors]
 
     def in_place(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the layer's adapter is this one, for forwards without gradient. Its modules,
@@ -152,47 +115,79 @@ class LayerDelta:
         if adapter != self.adapter:
             return None
         own, device = self._modules()[0].weight, self.layer.base_layer.weight.device
-        down, up, coefficients = (
-            None if tensor is None else tensor.to(device, non_blocking=True)
-            for tensor in (self._down, self._up, self._coefficients)
-        )
-        assert up is not None
+        down, up = self._on(device)
+        coefficients = self._coefficients(device)
         return LoraFactors(down, up, self.layer.scaling[adapter], own.dtype, coefficients)
 
+    def _on(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """(R, in), or None for the identity, and (out, R) there."""
+        if self.stage is None:
+            return self._join([t.to(device, non_blocking=True) for t in self.held()])
+        return self.stage.get(self, device, LayerDelta._join)
+
+    def _joined(self) -> tuple[Tensor | None, Tensor]:
+        return self._join(self.held())
+
+    def _join(self, held: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+        """`held`, wherever it is, concatenated along the rank."""
+        if self._matrix is not None:
+            return None, held[0]
+        if len(held) == 2:
+            return held[0], held[1]
+        return torch.cat(held[::2], -2), torch.cat(held[1::2], -1)
+
+    def _coefficients(self, device: torch.device) -> Tensor | None:
+        """(R,) float32; None: all are 1."""
+        if self._matrix is not None or len(self._weights) == 1:
+            return None
+        return self._room.coefficients(self._weights, self._sets[0][0].shape[-2], device)
+
     def _project_down(self, x: Tensor) -> Tensor:
-        if self._down is None:
-            return x
-        return F.linear(x, self._down.to(x.device, non_blocking=True))
+        down = self._on(x.device)[0]
+        return x if down is None else F.linear(x, down)
 
     def _project_up(self, h: Tensor) -> Tensor:
-        up = self._up.to(h.device, non_blocking=True)
+        up = self._on(h.device)[1]
         # the bias of `lora_bias=True` is a plain parameter: here it holds the reference's value
         return F.linear(self._weighted(h), up.to(h.dtype), self._modules()[1].bias)
 
     def _weighted(self, h: Tensor) -> Tensor:
         """(…, R) times the w_k, in h's dtype."""
-        if self._coefficients is None:
-            return h
-        return (h * self._coefficients.to(h.device, non_blocking=True)).to(h.dtype)
+        coefficients = self._coefficients(h.device)
+        return h if coefficients is None else (h * coefficients).to(h.dtype)
 
     def _parked(self, tensor: Tensor) -> Tensor:
         if self._home is None:
             return tensor
         tensor = tensor.to(self._home)
-        return tensor.pin_memory() if self._is_apart else tensor
+        return tensor.pin_memory() if self.is_apart else tensor
+
+    def _kept(self, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Copies of the factors, where they are kept; on the way there from a GPU."""
+        if self._home is None:
+            return factors[0].clone(), factors[1].clone()
+        down, up = (self._room.take(f.shape, f.dtype, self.is_apart) for f in factors)
+        return down.copy_(factors[0], non_blocking=True), up.copy_(factors[1], non_blocking=True)
+
+    def _forget(self, sets: list[tuple[Tensor, Tensor]]) -> None:
+        if self._home is not None:
+            for factors in sets:
+                self._room.give(factors)
 
     def state(self) -> dict[str, Tensor]:
-        return {"up": self._up} if self._down is None else {"down": self._down, "up": self._up}
+        down, up = self._joined()
+        return {"up": up} if down is None else {"down": down, "up": up}
 
     def load(self, saved: dict[str, Tensor], weights: list[float]) -> None:
-        device, down = self._up.device, saved.get("down")
-        self._up = self._parked(saved["up"].to(device))
-        self._down = None if down is None else self._parked(down.to(device))
-        self._weigh(weights, self._current()[0].shape[-2])
-
-
-def _are_alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and b.is_contiguous()
+        device = self.held()[0].device
+        self._forget(self._sets)
+        self._sets, self._matrix, self._weights = [], None, weights
+        if "down" not in saved:
+            self._matrix = self._parked(saved["up"].to(device))
+            return
+        downs, ups = saved["down"].chunk(len(weights), -2), saved["up"].chunk(len(weights), -1)
+        for down, up in zip(downs, ups, strict=True):
+            self._sets.append(self._kept((down.to(device), up.to(device))))
 
 
 class DoraDelta(LayerDelta):
@@ -230,9 +225,7 @@ class DoraDelta(LayerDelta):
 
     def move(self, weights: list[float]) -> None:
         super().move(weights)
-        self._scale = self._parked(
-            torch.lerp(self._scale, self._scales().to(self._scale.device), weights[0])
-        )
+        self._scale.lerp_(self._scales().to(self._scale.device), weights[0])
 
     def _further(self) -> dict[tuple[Any, str], Callable[..., Any]]:
         return {(self._magnitude, "forward"): self._forward}
@@ -248,9 +241,8 @@ class DoraDelta(LayerDelta):
         return scale * base_result + scaling * self._project_up(self._project_down(x))
 
     def _project_down(self, x: Tensor) -> Tensor:
-        if self._down is None:
-            return x
-        return F.linear(x, self._down.to(x.device, non_blocking=True).to(x.dtype))
+        down = self._on(x.device)[0]
+        return x if down is None else F.linear(x, down.to(x.dtype))
 
     def state(self) -> dict[str, Tensor]:
         return {**super().state(), "scale": self._scale}
@@ -295,11 +287,10 @@ class ExpertsDelta(LayerDelta):
     def _as_stored(self) -> tuple[Tensor, Tensor, float]:
         """Two factors of the delta (E, ·, ·) as the parameter has it, and its scaling."""
         parameter = self.layer.get_param()
-        up = self._weighted(self._up.to(parameter.device, non_blocking=True))
-        down = self._down
+        down, up = self._on(parameter.device)
+        up = self._weighted(up)
         if down is None:  # a view: no memory
             down = torch.eye(up.shape[-1], device=up.device).expand(len(up), -1, -1)
-        down = down.to(parameter.device, non_blocking=True)
         left, right = (up, down) if is_out_first(self.layer) else (down.mT, up.mT)
         scaling = self.layer.scaling[self.adapter]
         return left.to(parameter.dtype), right.to(parameter.dtype), scaling
@@ -336,9 +327,10 @@ class EmbeddingDelta(LayerDelta):
     def in_place(self) -> Iterator[None]:
         held = self._parameters()
         before = [parameter.data for parameter in held]
-        up, down = self._weighted(self._up), self._down
+        down, up = self._on(held[0].device)
+        up = self._weighted(up)
         down = torch.eye(len(up), device=up.device) if down is None else down
-        if self._down is None:  # (H, V): the larger side is read by rows
+        if self._matrix is not None:  # (H, V): the larger side is read by rows
             up, down = down, up
         for parameter, tensor in zip(held, (down, up), strict=True):
             parameter.data = tensor.to(parameter)
