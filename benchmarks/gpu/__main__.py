@@ -44,13 +44,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.common import environment
 from benchmarks.gpu import arm, cases, results
 from benchmarks.gpu.cases import Case
 
+# asking whether there is a GPU must not set CUDA up in the process that is forked
+_ENVIRONMENT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 TIMEOUT_S = 150
 USUAL_S = 25.0  # of a case of which nothing is known
 
@@ -77,9 +84,6 @@ class Processes:
     a fresh interpreter each if a fork finds CUDA in use."""
 
     def __init__(self, fresh: bool) -> None:
-        # asking whether there is a GPU must not set CUDA up in the process that is forked
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
         self._context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
         if not fresh:
             self._context.set_forkserver_preload(["benchmarks.gpu.preload"])
@@ -96,7 +100,8 @@ class Processes:
     def _once(self, function: Any, job: Any, result: Path, log: Path, timeout: float) -> Any:
         result.unlink(missing_ok=True)
         process = self._context.Process(target=function, args=(job,))
-        process.start()
+        with mock.patch.dict(os.environ, _ENVIRONMENT):
+            process.start()
         process.join(timeout)
         if process.is_alive():
             process.kill()
@@ -217,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     rows = results.in_order(rows)
     print(results.table(rows))
-    if any(row["status"] == "measured" for row in rows):
+    if find_spec("matplotlib") and any(row["status"] == "measured" for row in rows):
         results.plot(folder / "gpu_steps.png", rows)
     for line in results.disagreeing(rows):
         print(line, file=sys.stderr)

@@ -224,10 +224,8 @@ def _quantised(work: Any, on_gpu: bool) -> Any:
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
-                    weight = Params4bit(
-                        child.weight.data, requires_grad=False, quant_type="nf4",
-                        compress_statistics=True,
-                    )  # fmt: skip
+                    options: Any = {"quant_type": "nf4", "compress_statistics": True}
+                    weight = Params4bit(child.weight.data, requires_grad=False, **options)
                     with torch.device("meta"):
                         small = Linear4bit(
                             child.in_features, child.out_features, bias=False,
@@ -321,7 +319,7 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
     import torch
     from transformers import TrainerCallback
 
-    from benchmarks.gpu.trace import Profile
+    from benchmarks.gpu.trace import DeviceWork, Profile
 
     def now() -> float:
         if on_gpu:
@@ -333,7 +331,8 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
             self.windows: list[tuple[float, ...]] = []  # start, first step begins, last ends, moved
             self.logs: list[dict[str, float]] = []
             self.start = self.first = self.end = 0.0
-            self.work = self.profile = None
+            self.work: DeviceWork | None = None
+            self.profile: Profile | None = None
             self.peak = self.reserved = 0
             self.last = False
             self.before, self.after = Before(), After()

@@ -66,17 +66,17 @@ def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             same.setdefault(_compared(row, case), row)
     done = []
     for row in rows:
-        whole = {column: _text(row.get(column)) for column in COLUMNS}
         theirs = same.get(_compared(row, parse(row["case"])))
-        whole["agrees_with_trl"] = _agreement(row, theirs)
-        done.append(whole)
+        done.append({**row, "agrees_with_trl": _agreement(row, theirs)})
+    replace_csv(path, done, COLUMNS)
+
+
+def replace_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Writes rows with these columns, as a whole or not at all; empty where a row has no value."""
     partial = path.with_suffix(".partial")
-    write_csv(partial, done)
+    filled = ({column: row.get(column) for column in columns} for row in rows)
+    write_csv(partial, [{k: "" if v is None else v for k, v in row.items()} for row in filled])
     os.replace(partial, path)
-
-
-def _text(value: Any) -> Any:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _compared(row: Mapping[str, Any], case: Case) -> tuple[str, ...]:
