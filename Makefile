@@ -54,12 +54,10 @@ bench-ops: $(VENV)/.dev
 	for axis in N V H; do $(BIN)/python -m benchmarks.ops --scaling $$axis || exit 1; done
 	$(BIN)/python -m benchmarks.ema
 
-# The same at the sizes of Llama-3-8B, into results/gpu_*; the card's name is in every row.
+# What a GPU is had for, into results/CARD/gpu_*: eight minutes a call, which goes on where the last
+# one stopped; card, versions and commit are in every row.
 bench-gpu: $(VENV)/.dev
-	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU here'"
-	$(MAKE) bench-ops
-	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.memory --measure
+	$(BIN)/python -m benchmarks.gpu.everything $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist

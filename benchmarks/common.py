@@ -49,7 +49,8 @@ def environment(packages: Sequence[str] = ("torch", "transformers", "trl")) -> d
 
 
 def commit() -> str:
-    """Short commit, with "+" if the code differs from it; "unknown" outside a git checkout."""
+    """Short commit, with "+" if the code differs from it; where there is no git or no checkout what
+    the environment's TRALIGN_COMMIT says, else "unknown"."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -60,7 +61,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--", *_CODE)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("TRALIGN_COMMIT") or "unknown"
 
 
 def _cpu_model() -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import device_name, environment, format_table, write_csv
+from benchmarks.ops.results import merge
 from tralign_fast.memory import MemoryReport, Workload, measure, trace, trace_trl
 from tralign_fast.memory.plan import GIB, NOTE, load_config
 
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--measure needs a GPU; without it the same is traced")
         about = environment(("torch", "transformers", "trl", "peft"))
         rows = [{**row, **about} for row in run_on_gpu(options.models)]
-        write_csv(options.out / "gpu_memory.csv", rows)
+        merge(options.out / "gpu_memory.csv", rows, "group")
         return 0
     rows = run(options.models)
     about = environment(("torch", "transformers", "trl", "peft", "bitsandbytes"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -39,13 +41,13 @@ def test_every_arm_is_called_checked_and_measured(runs):
 
 
 @pytest.mark.parametrize("name", ["tralign_fast", "tralign_fast_lean", "eager", "eager_scored",
-                                  "torch", "trl", "liger"])  # fmt: skip
+                                  "torch", "trl", "liger", "liger_scaled"])  # fmt: skip
 def test_arms_do_the_same_work(name):
     inputs = arms.make_inputs(CASE)
     if name == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no F.linear_cross_entropy")
-    if name in ("trl", "liger"):
-        pytest.importorskip({"trl": "trl", "liger": "liger_kernel"}[name])
+    if package := {"trl": "trl", "liger": "liger_kernel", "liger_scaled": "liger_kernel"}.get(name):
+        pytest.importorskip(package)
     loss = arms.ARMS[name][1](inputs)()
     loss.backward()
     exact = turns.exact_loss_and_gradients(inputs)
@@ -54,6 +56,27 @@ def test_arms_do_the_same_work(name):
     assert inputs.weight.grad is not None
     assert turns.relative_error(inputs.hidden.grad, exact[1]) < 1e-4
     assert turns.relative_error(inputs.weight.grad, exact[2]) < 1e-4
+
+
+def test_the_arm_that_has_only_a_mean_does_the_same_products(monkeypatch):
+    """quack's operator in place of itself: called on the scored rows, with and without gradient."""
+    called = []
+
+    def chunked_linear_cross_entropy(x, weight, target):
+        called.append((len(x), torch.is_grad_enabled()))
+        return torch.nn.functional.cross_entropy(x @ weight.t(), target)
+
+    fake = types.ModuleType("quack.linear_cross_entropy")
+    vars(fake)["chunked_linear_cross_entropy"] = chunked_linear_cross_entropy
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", fake)
+    inputs = arms.make_inputs(CASE)
+    arms.ARMS["quack"][1](inputs)().backward()
+    assert called == [(CASE.tokens, False), (CASE.tokens, True)]
+    assert inputs.hidden.grad is not None
+    assert inputs.weight.grad is not None
+    assert not inputs.hidden.grad.flatten(0, 1)[~inputs.mask.flatten()].any()
+    assert "quack" in arms.UNCHECKED
 
 
 def test_the_exact_gradients_are_autograds():

@@ -14,6 +14,10 @@ default sizes are those of Llama-3-8B, on a CPU smaller ones.
 noise of the machine hits all alike. An arm that has used up `--arm_seconds` leaves the round (at
 least one steady call is timed); `calls` says how many were.
 
+quack's operator gives the mean of cross entropies and no log-probs of tokens, which DPO needs: its
+arm computes that mean of policy and reference, forward and backward, and is not checked. An arm
+whose package is missing is a row with the reason.
+
 **The gate.** After the first call, loss and gradients are compared with exact ones from the same
 inputs (fp64 for fp32, fp32 for bf16). An arm outside the tolerance is marked wrong and timed on; if
 it is ours, the exit code is 1.
@@ -44,7 +48,7 @@ from benchmarks.ops.arms import ARMS, DTYPES, Case
 from benchmarks.ops.results import make_records, merge, plot_comparison, plot_scaling, table
 from benchmarks.ops.turns import ArmProcess, measure
 
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # Of the sweeps: what else takes seconds where these take one is left out.
 SCALING_ARMS = ("bare", "tralign_fast", "tralign_fast_lean", "cce", "eager_scored")
 

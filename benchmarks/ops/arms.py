@@ -186,6 +186,34 @@ def make_liger(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: loss(*arguments, inputs.ref_hidden, inputs.ref_weight)[0]
 
 
+def make_liger_scaled(inputs: Inputs) -> Callable[[], Tensor]:
+    # a kernel on Hopper, which needs liger-kernel[cutedsl]; elsewhere chunks in torch
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Liger
+
+    def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        nll: Any = Liger.apply(hidden, weight, targets)
+        return -nll
+
+    return lambda: _of_scored(inputs, score)
+
+
+def make_quack(inputs: Inputs) -> Callable[[], Tensor]:
+    # it has no log-probs of tokens: the same products and the same rows, to a mean
+    from quack.linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+        chunked_linear_cross_entropy,
+    )
+
+    def call() -> Tensor:
+        rows, ref_rows = (h.flatten(0, 1)[inputs.index] for h in (inputs.hidden, inputs.ref_hidden))
+        with torch.no_grad():
+            reference = chunked_linear_cross_entropy(
+                ref_rows, inputs.ref_weight, inputs.scored_targets
+            )
+        return chunked_linear_cross_entropy(rows, inputs.weight, inputs.scored_targets) - reference
+
+    return call
+
+
 def make_trl(inputs: Inputs) -> Callable[[], Tensor]:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -210,6 +238,10 @@ ARMS: dict[str, tuple[str, Callable[[Inputs], Callable[[], Tensor]]]] = {
     "eager_scored": ("eager, scored rows", make_eager_scored),
     "eager": ("eager, full logits", make_eager),
     "liger": ("Liger", make_liger),
+    "liger_scaled": ("Liger, per token", make_liger_scaled),
+    "quack": ("quack, the mean instead of DPO", make_quack),
     "trl": ("TRL", make_trl),
     "torch": ("F.linear_cross_entropy", make_torch),
 }
+# whose result is not the loss that is checked
+UNCHECKED = ("bare", "quack")

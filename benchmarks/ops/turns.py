@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ops.arms import ARMS, SEQUENCES, Case, Inputs, dpo, make_inputs
+from benchmarks.ops.arms import ARMS, SEQUENCES, UNCHECKED, Case, Inputs, dpo, make_inputs
 
 # Relative errors of loss and gradients (Frobenius). What rounding logits to the dtype makes of the
 # loss and, through its slope, of all gradients alike is 2e-5 in fp32 and 6e-3 in bf16 at N=1,024.
@@ -171,7 +171,7 @@ class Run:
     failed: str | None = None
 
     def verdict(self, dtype: str) -> str:
-        """ok, wrong, failed or unchecked (sweeps, and the bare products, which give no loss)."""
+        """ok, wrong, failed or unchecked (sweeps, and arms that give another loss or none)."""
         if self.failed is not None:
             return "failed"
         if self.errors is None:
@@ -244,7 +244,7 @@ def measure(
                         run.peak_mb.append(peak)
                         continue
                     run.first = seconds
-                    if gate and run.arm != "bare":
+                    if gate and run.arm not in UNCHECKED:
                         run.errors = (abs(value - loss) / abs(loss), *process.ask("check", path))
                 except Failed as error:
                     run.failed = str(error)

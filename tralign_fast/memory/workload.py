@@ -86,17 +86,22 @@ class Workload:
             )
         if self.base_bits == 4:
             _quantise(model)
-        if self.lora_rank is not None:
-            from peft import LoraConfig, get_peft_model
+        return self.with_adapters(model)
 
-            config = LoraConfig(
-                r=self.lora_rank, lora_alpha=self.lora_rank, target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )  # fmt: skip
-            model = get_peft_model(model, config)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))
+    def with_adapters(self, model: Any) -> Any:
+        """The model as a policy: with new adapters, if the workload trains some."""
+        if self.lora_rank is None:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.lora_rank, lora_alpha=self.lora_rank, target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        model = get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))
         return model
 
     def arguments(self, folder: str, on_gpu: bool = False) -> dict[str, Any]:

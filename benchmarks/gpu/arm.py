@@ -1,0 +1,474 @@
+"""One case in a process of its own: a trainer's `train()`, timed from window to window."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.cases import WINDOW, Case, Shape, flops_of
+
+SEED = 0
+WARM_UP = 1  # windows
+MOST = 5  # timed windows
+LEAST = 2
+ENOUGH_S = 6.0  # of timed windows, once there are LEAST of them
+CANNOT_FORK = "CannotFork"  # the error's name where a fork has no GPU
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that an arm's process is told."""
+
+    case: Case
+    result: str  # the file that it writes: a JSON object
+    log: str  # the file of its stdout and stderr
+    tiny: bool = False
+
+
+@dataclass(frozen=True)
+class RateJob:
+    result: str
+    log: str
+    tiny: bool = False
+
+
+def run(job: Job) -> None:
+    """Writes what was measured to `job.result`, or {"error": one line}."""
+    _tell(job, _measure)
+
+
+def run_rate(job: RateJob) -> None:
+    """As `run`, the card's rate."""
+    _tell(job, lambda job: measure_rate(job.tiny))
+
+
+def _tell(job: Any, measure: Callable[[Any], dict[str, Any]]) -> None:
+    _to_log(job.log)
+    try:
+        if not job.tiny:
+            _set_up_cuda()
+        found = measure(job)
+    except BaseException as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines()
+        found = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]}
+    partial = Path(f"{job.result}.partial")
+    partial.write_text(json.dumps(found))
+    partial.rename(job.result)
+
+
+def _to_log(path: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+
+
+class CannotFork(RuntimeError):
+    """CUDA cannot be used: where it was set up before the process was forked."""
+
+
+def _set_up_cuda() -> None:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        raise CannotFork(str(error).splitlines()[0]) from error
+
+
+def _measure(job: Job) -> dict[str, Any]:
+    import datasets
+    import torch
+
+    datasets.disable_caching()  # log-probs of a reference that an earlier case has left there
+    on_gpu = torch.cuda.is_available() and not job.tiny
+    if not on_gpu:
+        torch.set_num_threads(1)
+    from tralign_fast.memory.trace import quietly
+
+    work = make_work(job.case, job.tiny)
+    with tempfile.TemporaryDirectory() as folder, quietly():
+        trainer = make_trainer(job.case, work, folder, on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        clock = make_clock(on_gpu, ENOUGH_S / 20 if job.tiny else ENOUGH_S)
+        scoring = _time_scoring(trainer) if job.case.arm == "ours_frozen" else []
+        trainer.callback_handler.callbacks.insert(0, clock.before)
+        trainer.add_callback(clock.after)
+        trainer.train()
+    record = summarize(clock, shape_of(job), on_gpu)
+    if scoring:
+        _add_scoring(record, scoring, work.pairs)
+    flops = flops_of(work.model, shape_of(job), work.lora_rank)
+    return {
+        **record,
+        "pairs": work.pairs,
+        "packed_tokens": work.tokens,
+        "dtype": work.dtype,
+        "flops": flops.needed,
+        "recomputed_flops": flops.recomputed if job.case.checkpointing else 0.0,
+    }
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+def shape_of(job: Job) -> Shape:
+    """The case's, or with --tiny a 64th of it."""
+    shape = job.case.shape
+    return replace(shape, tokens=shape.tokens // 64) if job.tiny else shape
+
+
+def make_work(case: Case, tiny: bool) -> Any:
+    """The case as a `Workload` of distinct rows and seeded weights."""
+    from tralign_fast.memory import Workload
+    from tralign_fast.memory.plan import load_config
+
+    class Work(Workload):
+        def rows(self) -> list[dict[str, Any]]:
+            return make_rows(shape, self.model.vocab_size, self.options["max_steps"])
+
+        def build(self, on_gpu: bool = False) -> Any:
+            import torch
+
+            torch.manual_seed(SEED)  # the reference of TRL is a second model, with equal weights
+            model = _quantised(self, on_gpu) if self.base_bits == 4 else super().build(on_gpu)
+            if case.arm == "trl_liger":
+                from transformers.integrations.liger import apply_liger_kernel
+
+                apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
+            return model
+
+    shape = shape_of(Job(case, "", "", tiny))
+    config = _tiny_config() if tiny else load_config(case.model.preset)
+    return Work(
+        config,
+        pairs=shape.pairs,
+        tokens=shape.tokens,
+        dtype="float32" if tiny else "bfloat16",
+        lora_rank=case.model.lora_rank,
+        lora_dtype="float32" if tiny else "bfloat16",
+        base_bits=case.model.base_bits,
+        options=options_of(case),
+    )
+
+
+def _tiny_config() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+
+
+def make_rows(shape: Shape, vocab: int, steps: int) -> list[dict[str, Any]]:
+    """Random tokens, other ones in every row, so that a sweep has all rows of a window to score."""
+    draw = random.Random(SEED)
+
+    def ids(count: int) -> list[int]:
+        return draw.choices(range(1, vocab), k=count)  # 0 is padding
+
+    return [
+        {
+            "row": row,
+            "prompt_ids": ids(shape.prompt),
+            "chosen_ids": ids(shape.completion),
+            "rejected_ids": ids(shape.completion),
+        }
+        for row in range(steps * shape.pairs)
+    ]
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "max_steps": (WARM_UP + MOST + 1) * WINDOW,
+        "ref_model_sync_steps": WINDOW,
+        "ref_model_mixup_alpha": case.model.alpha,
+        "gradient_checkpointing": case.checkpointing,
+        "bf16": False,  # the weights are
+        "logging_strategy": "steps",
+        "logging_steps": WINDOW,
+    }
+    if case.model.released:
+        options |= {"optim": "adafactor", "max_grad_norm": 0.0}
+        options |= {} if case.is_trl else {"gradient_release": True}
+    if case.arm == "ours_liger":
+        options |= {"use_liger_kernel": True}
+    if case.arm == "ours_frozen":
+        options |= {"precompute_ref_log_probs": True, "sync_ref_model": False}
+    return options
+
+
+def _quantised(work: Any, on_gpu: bool) -> Any:
+    """NF4 layers of random weights with adapters. One layer at a time is there in 16 bits."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, work.dtype)
+    device = torch.device("cuda" if on_gpu else "cpu")
+
+    def quantise(layer: nn.Module) -> nn.Module:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    options: Any = {"quant_type": "nf4", "compress_statistics": True}
+                    weight = Params4bit(child.weight.data, requires_grad=False, **options)
+                    with torch.device("meta"):
+                        small = Linear4bit(
+                            child.in_features, child.out_features, bias=False,
+                            compute_dtype=dtype, quant_type="nf4",
+                        )  # fmt: skip
+                    small.weight = weight
+                    setattr(parent, name, small.to(device))
+        return layer
+
+    import copy
+
+    config = copy.deepcopy(work.model)
+    layers, config.num_hidden_layers = config.num_hidden_layers, 1
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    kind = type(model.model.layers[0])
+    quantise(model.model.layers)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            for index in range(1, layers):
+                model.model.layers.append(quantise(kind(model.config, index)))
+    finally:
+        torch.set_default_dtype(default)
+    model.config.num_hidden_layers = layers
+    model.is_loaded_in_4bit = True
+    return work.with_adapters(model)
+
+
+def make_trainer(case: Case, work: Any, folder: str, on_gpu: bool) -> Any:
+    from tralign_fast.memory import workload
+
+    make = workload.make_trl_trainer if case.is_trl else workload.make_trainer
+    trainer = make(work, folder, on_gpu=on_gpu)
+    if case.arm == "trl_liger_loss":
+        _use_liger_loss(trainer)
+    return trainer
+
+
+def _use_liger_loss(trainer: Any) -> None:
+    """Liger's head and loss as one, in place of TRL's head and loss: TRL 1.16 has no option for it.
+    TRL's metrics of tokens are left out."""
+    import contextlib
+
+    import torch
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=trainer.beta, compiled=torch.cuda.is_available())
+    policy = trainer.model
+    is_peft = hasattr(policy, "peft_config")
+    causal = policy.get_base_model() if is_peft else policy
+    reference = trainer.ref_model or causal
+
+    def adapter() -> Any:
+        if not is_peft:
+            return contextlib.nullcontext()
+        from trl.trainer.dpo_trainer import use_adapter
+
+        return use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+
+    def hidden(model: Any, inputs: Any) -> Any:
+        out = model.base_model(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
+        return out.last_hidden_state[:, :-1]
+
+    def compute(model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)[:, 1:]
+        rows = hidden(causal, inputs)
+        with torch.no_grad(), adapter():
+            ref_rows = hidden(reference, inputs)
+        value, metrics = loss(
+            causal.lm_head.weight, rows, labels, None, ref_rows, reference.lm_head.weight, None
+        )
+        names = ("logps/chosen", "logps/rejected")
+        for name, found in zip(names, metrics, strict=False):
+            trainer._metrics["train"][name].append(found.detach().mean().item())
+        return value
+
+    trainer.compute_loss = compute
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+
+
+def make_clock(on_gpu: bool, enough_s: float) -> Any:
+    """Callbacks `before` and `after` all others of a trainer, that note a window's times."""
+    import torch
+    from transformers import TrainerCallback
+
+    from benchmarks.gpu.trace import DeviceWork, Profile
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    class Clock:
+        def __init__(self) -> None:
+            self.windows: list[tuple[float, ...]] = []  # start, first step begins, last ends, moved
+            self.logs: list[dict[str, float]] = []
+            self.start = self.first = self.end = 0.0
+            self.work: DeviceWork | None = None
+            self.profile: Profile | None = None
+            self.peak = self.reserved = 0
+            self.last = False
+            self.before, self.after = Before(), After()
+
+        def is_enough(self) -> bool:
+            """Called between windows: whether no further one is to be timed."""
+            timed = self.windows[WARM_UP:]
+            seconds = sum(w[3] - w[0] for w in timed)
+            return len(timed) >= MOST or (len(timed) >= LEAST and seconds >= enough_s)
+
+        def next_window(self) -> None:
+            if self.last:
+                return
+            self.last = self.is_enough()
+            if self.last and on_gpu:
+                self.peak = torch.cuda.max_memory_allocated()
+                self.reserved = torch.cuda.max_memory_reserved()
+                self.profile = Profile()
+            self.start = now()
+
+    class Before(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if state.global_step % WINDOW == 0:
+                clock.end = now()
+                if clock.profile is not None:
+                    clock.work, clock.profile = clock.profile.stop(), None
+
+    class After(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            clock.next_window()
+
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step % WINDOW == 0:
+                clock.first = now()
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if state.global_step % WINDOW == 0:
+                clock.windows.append((clock.start, clock.first, clock.end, now()))
+                # without a GPU there is nothing to profile
+                control.should_training_stop |= clock.last or (not on_gpu and clock.is_enough())
+
+        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+            if logs and "loss" in logs:
+                clock.logs.append(dict(logs))
+                clock.next_window()
+
+    clock = Clock()
+    return clock
+
+
+def _time_scoring(trainer: Any) -> list[tuple[float, int]]:
+    """(seconds, pairs) of every batch that the precomputed reference scores before the training.
+    Each ends with a copy to the host, so nothing is waited for that the run does not wait for."""
+    reference, found = trainer.reference, []
+    score = reference._score
+
+    def timed(parts: Any) -> None:
+        begin = time.perf_counter()
+        score(parts)
+        pairs = sum(len(part.scored_lengths) for part in parts) // 2
+        found.append((time.perf_counter() - begin, pairs))
+
+    reference._score = timed
+    return found
+
+
+def summarize(clock: Any, shape: Shape, on_gpu: bool) -> dict[str, Any]:
+    """The columns that times give; seconds are medians over the timed windows."""
+    last = -1 if on_gpu else None  # the profiled one
+    timed = clock.windows[WARM_UP:last]
+
+    def median(begin: int, end: int, steps: int = WINDOW) -> float:
+        return statistics.median(w[end] - w[begin] for w in timed) / steps
+
+    totals = [(w[2] - w[0]) / WINDOW for w in timed]
+    first = clock.logs[0]  # in which every arm's reference is the start
+    record: dict[str, Any] = {
+        "windows": len(timed),
+        "step_s": statistics.median(totals),
+        "step_s_min": min(totals),
+        "step_s_max": max(totals),
+        "alone_s": median(1, 2),
+        "sweep_s": median(0, 1),
+        "move_ms": 1e3 * median(2, 3, 1),
+        "loss": first["loss"],
+        "grad_norm": first.get("grad_norm"),
+        "logps_chosen": first.get("logps/chosen"),
+        "logps_rejected": first.get("logps/rejected"),
+        "useful_tokens": shape.useful,
+    }
+    if on_gpu:
+        record |= {
+            "gpu_busy_s": clock.work.busy_s / WINDOW,
+            "kernels": clock.work.kernels / WINDOW,
+            "device_events": clock.work.events / WINDOW,
+            "peak_gib": clock.peak / 2**30,
+            "reserved_gib": clock.reserved / 2**30,
+        }
+    return record
+
+
+def _add_scoring(record: dict[str, Any], scoring: list[tuple[float, int]], step: int) -> None:
+    """A frozen reference's scoring of all rows: its median share of a step, first batch left out.
+
+    The window's own `sweep_s` holds the fetching of batches alone.
+    """
+    pairs = max(pairs for _, pairs in scoring)
+    seconds = statistics.median(s for s, n in scoring[1:] or scoring if n == pairs)
+    share = seconds / pairs * step  # `step`: pairs of a step
+    for column in ("step_s", "step_s_min", "step_s_max", "sweep_s"):
+        record[column] += share
+
+
+# --- the card's rate ------------------------------------------------------------------------------
+
+
+def measure_rate(tiny: bool) -> dict[str, Any]:
+    """Floating-point operations a second of a bf16 product of 8192 x 8192 x 8192; the card."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not tiny
+    size = 8192 if on_gpu else 256
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = []
+    for _ in range(60):
+        if on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            torch.mm(a, b, out=out)
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            seconds.append(time.perf_counter() - start)
+    return {"rate": 2 * size**3 / statistics.median(seconds[20:])}

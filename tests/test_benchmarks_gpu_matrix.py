@@ -1,0 +1,320 @@
+"""The matrix of steps on a GPU, tried out with tiny models on a CPU: rows, gate, resuming."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import LlamaConfig
+
+from benchmarks.common import read_csv
+from benchmarks.gpu import __main__ as matrix
+from benchmarks.gpu import arm, cases, everything, results, trace
+
+WORK = "1b-full/2p4k/nockpt"
+TRL_AND_OURS = [f"{WORK}/trl", f"{WORK}/ours"]
+
+
+def run(folder, names, *options):
+    return matrix.main(["--tiny", "--output_dir", str(folder), "--cases", *names, *options])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    pytest.importorskip("trl")
+    folder = tmp_path_factory.mktemp("matrix")
+    assert run(folder, [*TRL_AND_OURS, f"{WORK}/ours_frozen", f"{WORK}/trl_liger"]) == 0
+    return folder
+
+
+def test_every_case_is_a_row_and_a_failing_one_says_why(measured):
+    rows = {row["case"]: row for row in read_csv(measured / "gpu_steps.csv")}
+    assert list(rows) == [*TRL_AND_OURS, f"{WORK}/trl_liger", f"{WORK}/ours_frozen"]
+    # Liger's layers need a GPU; without Liger the import fails
+    failed = rows.pop(f"{WORK}/trl_liger")
+    assert failed["status"] == "failed"
+    assert failed["reason"]
+    assert not failed["step_s"]
+    for row in rows.values():
+        assert row["status"] == "measured"
+        assert float(row["alone_s"]) > 0
+        assert int(row["windows"]) >= arm.LEAST
+        assert float(row["tau512_s"]) <= float(row["tau4_s"])
+        assert float(row["mfu"]) == pytest.approx(
+            float(row["limit_s"]) / float(row["step_s"]), rel=1e-4
+        )
+        assert (row["packed_tokens"], row["useful_tokens"]) == ("64", "96")
+        assert row["commit"]
+        assert row["torch"]
+        assert row["device"] == "tiny models on a CPU"
+
+
+def test_all_arms_start_from_the_same_weights_and_rows(measured):
+    rows = {row["case"]: row for row in read_csv(measured / "gpu_steps.csv")}
+    trl, ours, frozen = (rows[f"{WORK}/{name}"] for name in ("trl", "ours", "ours_frozen"))
+    for row in (trl, ours, frozen):
+        assert row["agrees_with_trl"] == "yes"
+        assert float(row["loss"]) == pytest.approx(math.log(2), rel=1e-3)
+        for column in ("logps_chosen", "logps_rejected"):
+            assert float(row[column]) == pytest.approx(float(trl[column]), rel=1e-5)
+    assert trl["logps_chosen"] != trl["logps_rejected"]
+    # a whole forward of the reference for every step, also where it stands still
+    for row in (ours, frozen):
+        assert float(row["sweep_s"]) > 0.1 * float(row["alone_s"])
+    assert float(trl["sweep_s"]) < 0.1 * float(trl["alone_s"])
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(measured, monkeypatch, capsys):
+    path = measured / "gpu_steps.csv"
+    before = path.read_text()
+    called = []
+    monkeypatch.setattr(matrix.Processes, "call", lambda self, f, job, *_: called.append(job))
+    assert run(measured, [f"{WORK}/*liger", *TRL_AND_OURS], "--minutes", "0") == 0
+    assert path.read_text() == before
+    assert f"left, the minutes are spent: {WORK}/ours_liger" in capsys.readouterr().err
+    assert not called
+
+    monkeypatch.setattr(matrix.Processes, "call", lambda *_: {"error": "OutOfMemoryError: full"})
+    assert run(measured, [f"{WORK}/*liger", *TRL_AND_OURS]) == 0
+    rows = read_csv(path)
+    assert [row["case"] for row in rows if row["reason"] == "OutOfMemoryError: full"] == [
+        f"{WORK}/ours_liger"
+    ]
+    assert run(measured, [f"{WORK}/ours_liger"], "--again") == 0
+    assert len(read_csv(path)) == len(rows)
+    path.write_text(before)
+
+
+def test_rows_of_another_commit_or_card_stay_and_do_not_count(measured, monkeypatch):
+    path = measured / "gpu_steps.csv"
+    before = path.read_text()
+    asked = []
+
+    def fail(self, function, job, *_):
+        asked.append(job.case.name)
+        return {"error": "RuntimeError: no"}
+
+    monkeypatch.setattr(matrix.Processes, "call", fail)
+    monkeypatch.setattr(matrix, "environment", lambda _: {"commit": "other", "torch": "2"})
+    monkeypatch.setattr(matrix.Matrix, "_rate", lambda *_: 1e12)
+    assert run(measured, TRL_AND_OURS) == 0
+    assert asked == TRL_AND_OURS
+    assert path.read_text().startswith(before)
+    path.write_text(before)
+
+
+def test_the_table_and_the_bars(measured, capsys):
+    assert matrix.main(["--table", "--output_dir", str(measured)]) == 0
+    header, rule, *lines = capsys.readouterr().out.strip().splitlines()
+    assert all(line.count("|") == header.count("|") == rule.count("|") for line in lines)
+    assert len(lines) == 4
+    ours = next(line for line in lines if "| tralign-fast |" in line)
+    assert ours.startswith("| Llama-3.2-1B full, AdamW, 2 pairs, 4,096 tokens, no checkpointing |")
+    rows = {row["case"]: row for row in read_csv(measured / "gpu_steps.csv")}
+    trl, own = (float(rows[name]["step_s"]) for name in TRL_AND_OURS)
+    assert f"| {own:.3f} | {trl / own:.2f}x |" in ours
+    assert (measured / "gpu_steps.png").stat().st_size > 10_000
+
+
+def test_other_losses_than_trls_are_named_and_have_no_ratio(measured, tmp_path, capsys):
+    rows = results.load(measured / "gpu_steps.csv")
+    for row in rows:
+        if row["case"] == f"{WORK}/ours":
+            row["logps_rejected"] = str(1.001 * float(row["logps_rejected"]))
+    results.save(tmp_path / "gpu_steps.csv", rows)
+    assert matrix.main(["--table", "--output_dir", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert f"{WORK}/ours: no: logps_rejected" in told.err
+    assert told.out.count("other losses") == 1
+
+
+def test_the_other_kinds_of_models_train_too(tmp_path):
+    """Adapters, released gradients and, where it is installed, a quantised base."""
+    pytest.importorskip("peft")
+    pytest.importorskip("trl")
+    names = ["8b-lora64/8p4k/ckpt/ours", "8b-lora64/8p4k/ckpt/trl", "8b-release/2p4k/ckpt/ours"]
+    assert run(tmp_path, names) == 0
+    rows = {row["case"]: row for row in read_csv(tmp_path / "gpu_steps.csv")}
+    assert {row["status"] for row in rows.values()} == {"measured"}
+    assert [rows[name]["agrees_with_trl"] for name in names] == ["yes", "yes", ""]
+    assert rows[names[1]]["reference"] == "frozen: TRL refuses to move it with PEFT"
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(matrix, "card", lambda: None)
+    monkeypatch.setattr(everything.matrix, "card", lambda: None)
+    assert matrix.main(["--output_dir", str(tmp_path)]) == 1
+    assert everything.main(["--output_dir", str(tmp_path)]) == 1
+    assert [line[:12] for line in capsys.readouterr().err.splitlines()] == ["no GPU here:"] * 2
+    assert not list(tmp_path.iterdir())
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def _killed(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _sleeps(job):
+    time.sleep(60)
+
+
+def test_an_arm_that_dies_or_takes_too_long(tmp_path):
+    processes = matrix.Processes(fresh=False)
+    files = tmp_path / "result", tmp_path / "log"
+    died = processes.call(_killed, None, *files, 60)
+    assert died == {"error": "the process died: killed, by the system if memory ran out"}
+    assert processes.call(_sleeps, None, *files, 0.5) is None
+
+
+def test_a_fork_that_finds_cuda_in_use_is_started_anew(tmp_path, monkeypatch, capsys):
+    processes, methods = matrix.Processes(fresh=False), []
+
+    def once(*_):
+        methods.append(processes._context.get_start_method())
+        return {"error": "CannotFork: in use"} if len(methods) == 1 else {"step_s": 1.0}
+
+    monkeypatch.setattr(processes, "_once", once)
+    assert processes.call(arm.run, None, tmp_path, tmp_path, 1.0) == {"step_s": 1.0}
+    assert methods == ["forkserver", "spawn"]
+    assert "fresh process" in capsys.readouterr().err
+
+
+def test_parts_are_run_once_while_the_time_lasts(tmp_path, capfd):
+    here = {"commit": "abc", "device": "card"}
+    parts = [
+        everything.Part("benchmarks.gpu --list", 1.0),
+        everything.Part("benchmarks.gpu --cases nothing", 1.0),
+        everything.Part("benchmarks.gpu --list --cases *trl", 1e6),
+    ]
+    until = time.monotonic() + 60
+    assert everything.run_parts(parts, tmp_path, here, until) == parts[2:]
+    rows = read_csv(tmp_path / "gpu_parts.csv")
+    assert [row["status"][:6] for row in rows] == ["done", "failed"]
+    assert "matches no case" in rows[1]["status"]
+    capfd.readouterr()
+    assert everything.run_parts(parts[:2], tmp_path, here, until) == []
+    assert capfd.readouterr().out == ""  # neither was started
+    assert len(everything.run_parts(parts[:1], tmp_path, {**here, "commit": "d"}, 0.0)) == 1
+
+
+# --- what is computed and counted -----------------------------------------------------------------
+
+
+def test_rows_differ_in_every_step_and_are_the_same_in_every_run():
+    shape = cases.SHAPES["2p4k"]
+    rows = arm.make_rows(shape, vocab=128_256, steps=3)
+    assert len(rows) == 6
+    assert len({tuple(row["prompt_ids"][:8]) for row in rows}) == 6
+    assert rows == arm.make_rows(shape, vocab=128_256, steps=3)
+    for row in rows:
+        lengths = [len(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")]
+        assert lengths == [1024, 512, 512]
+        assert 0 not in row["prompt_ids"]
+
+
+def test_a_windows_times():
+    """Two windows after the warm-up: 0.4 s of sweep, 1.6 s of steps, a move of 0.1 s."""
+    clock = SimpleNamespace(
+        windows=[(0.0, 9.0, 9.5, 9.6), (10.0, 10.4, 12.0, 12.1), (13.0, 13.4, 15.0, 15.1)],
+        logs=[{"loss": 0.69, "grad_norm": 1.0}, {"loss": 0.5}],
+    )
+    record = arm.summarize(clock, cases.SHAPES["2p4k"], on_gpu=False)
+    assert record["windows"] == 2
+    assert record["step_s"] == pytest.approx(0.5)
+    assert record["alone_s"] == pytest.approx(0.4)
+    assert record["sweep_s"] == pytest.approx(0.1)
+    assert record["move_ms"] == pytest.approx(100)
+    assert record["loss"] == 0.69
+    # 2 pairs a step, 4 a batch of the sweep, which took 0.3 s each but for the first
+    arm._add_scoring(record, [(5.0, 4), (0.3, 4), (0.3, 4), (0.1, 1)], 2)
+    assert record["step_s"] == pytest.approx(0.65)
+
+
+def test_a_trace_counts_what_the_device_did():
+    """Kernels that overlap count once; ranges that annotate them are nothing of their own."""
+    events = [
+        {"cat": "kernel", "ts": 0.0, "dur": 10.0},
+        {"cat": "kernel", "ts": 5.0, "dur": 10.0},
+        {"cat": "kernel", "ts": 2.0, "dur": 1.0},
+        {"cat": "kernel", "ts": 100.0, "dur": 5.0},
+        {"cat": "gpu_memcpy", "ts": 20.0, "dur": 50.0},
+        {"cat": "gpu_memset", "ts": 80.0, "dur": 1.0},
+        {"cat": "gpu_user_annotation", "name": "Optimizer.step#AdamW", "ts": 0.0, "dur": 500.0},
+        {"cat": "cuda_runtime", "ts": 0.0, "dur": 500.0},
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert trace.device_work(events) == trace.DeviceWork(20e-6, kernels=4, events=6)
+
+
+def test_needed_operations_are_those_of_the_model():
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=24,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    shape = cases.Shape(pairs=1, tokens=64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, shape.tokens, dtype=torch.long))
+    counted = counter.get_flop_counts()["Global"]
+    products = counted[torch.ops.aten.mm]
+    head = 2 * shape.tokens * config.hidden_size * config.vocab_size
+    prompt, completion = shape.prompt, shape.completion
+    # a query of a completion sees the prompt and itself: half of the square that eager computes
+    share = (prompt**2 / 2 + 2 * completion * (prompt + completion / 2)) / shape.tokens**2
+    attention = share * counted[torch.ops.aten.bmm]
+    forward = products - head / 2 + attention  # half of the tokens are completions
+    full = cases.flops_of(config, shape, None)
+    assert full.needed == pytest.approx(4 * forward, rel=0.01)
+    assert full.recomputed == pytest.approx(forward - head / 2, rel=0.01)
+    # no gradients of the weights
+    lora = cases.flops_of(config, shape, 4)
+    adapters = (
+        2
+        * shape.tokens
+        * sum(4 * sum(w.shape) for name, w in model.model.named_parameters() if "proj" in name)
+    )
+    assert lora.needed == pytest.approx(
+        4 * forward - (products - head / 2) + 3 * adapters, rel=0.01
+    )
+
+
+def test_names_of_cases_and_cards():
+    assert len({case.name for case in cases.DEFAULT}) == len(cases.DEFAULT)
+    assert all(cases.is_case(case.name) for case in cases.DEFAULT)
+    assert not cases.is_case("8b-full/2p4k/ckpt/theirs")
+    assert [c.name for c in cases.choose(["8b-full/2p4k/ckpt/*"])][:2] == [
+        "8b-full/2p4k/ckpt/trl", "8b-full/2p4k/ckpt/ours",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"--cases 9b\*: matches no case; expected MODEL/SHAPE"):
+        cases.choose(["9b*"])
+    for name, folder in {
+        "NVIDIA H200": "h200",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA GeForce RTX 4090": "geforce-rtx-4090",
+    }.items():
+        assert matrix.folder_of(name) == folder
+
+
+def test_the_card_is_asked_of_the_driver(tmp_path: Path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        '#!/bin/sh\nfor a; do last=$a; done\n[ "$last" = --id=1 ] && echo "NVIDIA H200"'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert matrix.card() == "NVIDIA H200"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert matrix.card() is None
