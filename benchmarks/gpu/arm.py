@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -271,8 +272,6 @@ def make_trainer(case: Case, work: Any, folder: str, on_gpu: bool) -> Any:
 def _use_liger_loss(trainer: Any) -> None:
     """Liger's head and loss as one, in place of TRL's head and loss: TRL 1.16 has no option for it.
     TRL's metrics of tokens are left out."""
-    import contextlib
-
     import torch
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -333,6 +332,7 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
             self.start = self.first = self.end = 0.0
             self.work: DeviceWork | None = None
             self.profile: Profile | None = None
+            self.no_profile = ""  # why there is none
             self.peak = self.reserved = 0
             self.last = False
             self.before, self.after = Before(), After()
@@ -350,15 +350,25 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
             if self.last and on_gpu:
                 self.peak = torch.cuda.max_memory_allocated()
                 self.reserved = torch.cuda.max_memory_reserved()
-                self.profile = Profile()
+                with self.without_profile_if_it_fails():
+                    self.profile = Profile()
             self.start = now()
+
+        @contextlib.contextmanager
+        def without_profile_if_it_fails(self) -> Iterator[None]:
+            try:
+                yield
+            except (RuntimeError, AssertionError, OSError, ValueError) as error:
+                self.no_profile = f"no profile: {error}"  # the times are good without it
 
     class Before(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
             if state.global_step % WINDOW == 0:
                 clock.end = now()
                 if clock.profile is not None:
-                    clock.work, clock.profile = clock.profile.stop(), None
+                    with clock.without_profile_if_it_fails():
+                        clock.work = clock.profile.stop()
+                    clock.profile = None
 
     class After(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -425,11 +435,15 @@ def summarize(clock: Any, shape: Shape, on_gpu: bool) -> dict[str, Any]:
     }
     if on_gpu:
         record |= {
+            "peak_gib": clock.peak / 2**30,
+            "reserved_gib": clock.reserved / 2**30,
+            "reason": clock.no_profile,
+        }
+    if on_gpu and clock.work is not None:
+        record |= {
             "gpu_busy_s": clock.work.busy_s / WINDOW,
             "kernels": clock.work.kernels / WINDOW,
             "device_events": clock.work.events / WINDOW,
-            "peak_gib": clock.peak / 2**30,
-            "reserved_gib": clock.reserved / 2**30,
         }
     return record
 
