@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from benchmarks.common import commit, read_csv
 from benchmarks.gpu import __main__ as matrix
-from benchmarks.gpu import arm, cases, everything, results, trace
+from benchmarks.gpu import arm, cases, everything, results, trace, work
 
 WORK = "1b-full/2p4k/nockpt"
 TRL_AND_OURS = [f"{WORK}/trl", f"{WORK}/ours"]
@@ -209,10 +209,10 @@ def test_parts_are_run_once_while_the_time_lasts(tmp_path, capfd):
 
 def test_rows_differ_in_every_step_and_are_the_same_in_every_run():
     shape = cases.SHAPES["2p4k"]
-    rows = arm.make_rows(shape, vocab=128_256, steps=3)
+    rows = work.make_rows(shape, vocab=128_256, steps=3)
     assert len(rows) == 6
     assert len({tuple(row["prompt_ids"][:8]) for row in rows}) == 6
-    assert rows == arm.make_rows(shape, vocab=128_256, steps=3)
+    assert rows == work.make_rows(shape, vocab=128_256, steps=3)
     for row in rows:
         lengths = [len(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")]
         assert lengths == [1024, 512, 512]
@@ -258,7 +258,7 @@ def test_one_window_is_profiled_and_its_time_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(trace, "Profile", Profile)
     monkeypatch.setattr(arm, "MOST", arm.LEAST)
     case = cases.parse(f"{WORK}/trl")
-    trainer = arm.make_trainer(case, arm.make_work(case, tiny=True), str(tmp_path), on_gpu=False)
+    trainer = work.make_trainer(case, work.make_work(case, tiny=True), str(tmp_path), on_gpu=False)
     clock = arm.make_clock(on_gpu=True, enough_s=0.0)
     trainer.callback_handler.callbacks.insert(0, clock.before)
     trainer.add_callback(clock.after)
