@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig
 
-from benchmarks.common import read_csv
+from benchmarks.common import commit, read_csv
 from benchmarks.gpu import __main__ as matrix
-from benchmarks.gpu import arm, cases, everything, results, trace
+from benchmarks.gpu import arm, cases, everything, results, trace, work
 
 WORK = "1b-full/2p4k/nockpt"
 TRL_AND_OURS = [f"{WORK}/trl", f"{WORK}/ours"]
@@ -166,7 +166,7 @@ def _sleeps(job):
 
 
 def test_an_arm_that_dies_or_takes_too_long(tmp_path):
-    processes = matrix.Processes(fresh=False)
+    processes = matrix.Processes(fresh=False, on_gpu=False)
     files = tmp_path / "result", tmp_path / "log"
     died = processes.call(_killed, None, *files, 60)
     assert died == {"error": "the process died: killed, by the system if memory ran out"}
@@ -174,7 +174,7 @@ def test_an_arm_that_dies_or_takes_too_long(tmp_path):
 
 
 def test_a_fork_that_finds_cuda_in_use_is_started_anew(tmp_path, monkeypatch, capsys):
-    processes, methods = matrix.Processes(fresh=False), []
+    processes, methods = matrix.Processes(fresh=False, on_gpu=False), []
 
     def once(*_):
         methods.append(processes._context.get_start_method())
@@ -209,10 +209,10 @@ def test_parts_are_run_once_while_the_time_lasts(tmp_path, capfd):
 
 def test_rows_differ_in_every_step_and_are_the_same_in_every_run():
     shape = cases.SHAPES["2p4k"]
-    rows = arm.make_rows(shape, vocab=128_256, steps=3)
+    rows = work.make_rows(shape, vocab=128_256, steps=3)
     assert len(rows) == 6
     assert len({tuple(row["prompt_ids"][:8]) for row in rows}) == 6
-    assert rows == arm.make_rows(shape, vocab=128_256, steps=3)
+    assert rows == work.make_rows(shape, vocab=128_256, steps=3)
     for row in rows:
         lengths = [len(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")]
         assert lengths == [1024, 512, 512]
@@ -235,6 +235,65 @@ def test_a_windows_times():
     # 2 pairs a step, 4 a batch of the sweep, which took 0.3 s each but for the first
     arm._add_scoring(record, [(5.0, 4), (0.3, 4), (0.3, 4), (0.1, 1)], 2)
     assert record["step_s"] == pytest.approx(0.65)
+
+
+def test_one_window_is_profiled_and_its_time_is_left_out(tmp_path, monkeypatch):
+    """A GPU's clock, its calls replaced: where it waits, what it profiles, when the run ends."""
+    pytest.importorskip("trl")
+    import torch
+
+    events = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 4 << 30)
+
+    class Profile:
+        def __init__(self):
+            events.append("profile")
+
+        def stop(self):
+            events.append("stop")
+            return trace.DeviceWork(0.2, kernels=400, events=480)
+
+    monkeypatch.setattr(trace, "Profile", Profile)
+    monkeypatch.setattr(arm, "MOST", arm.LEAST)
+    case = cases.parse(f"{WORK}/trl")
+    trainer = work.make_trainer(case, work.make_work(case, tiny=True), str(tmp_path), on_gpu=False)
+    clock = arm.make_clock(on_gpu=True, enough_s=0.0)
+    trainer.callback_handler.callbacks.insert(0, clock.before)
+    trainer.add_callback(clock.after)
+    trainer.train()
+    # where a window starts, its first step begins, its last has ended, the reference has moved
+    window = ["wait"] * 4
+    profiled = ["profile", "wait", "wait", "wait", "stop", "wait"]
+    assert events == [*window * (1 + arm.LEAST), *profiled]
+    record = arm.summarize(clock, case.shape, on_gpu=True)
+    assert trainer.state.global_step == (2 + arm.LEAST) * cases.WINDOW
+    assert record["windows"] == arm.LEAST
+    assert record["gpu_busy_s"] == pytest.approx(0.05)
+    assert (record["kernels"], record["device_events"]) == (100, 120)
+    assert (record["peak_gib"], record["reserved_gib"]) == (3, 4)
+    row = results.make_row(
+        case,
+        {**record, "flops": 1e12, "recomputed_flops": 5e11, "packed_tokens": 64, "dtype": "b"},
+        rate=1e14,
+    )
+    assert row["gpu_busy_share"] == pytest.approx(0.05 / record["step_s"])
+    assert row["limit_s"] == pytest.approx(0.01)
+    assert row["limit_with_recomputation_s"] == pytest.approx(0.015)
+
+
+def test_a_profile_that_fails_leaves_the_times():
+    """On a CPU the profiler sees no kernel."""
+    clock = arm.make_clock(on_gpu=True, enough_s=0.0)
+    with clock.without_profile_if_it_fails():
+        trace.Profile()
+    clock.windows = [(0.0, 0.0, 1.0, 1.0), (1.0, 1.0, 2.0, 2.0), (2.0, 2.0, 3.0, 3.0)]
+    clock.logs = [{"loss": 0.69}]
+    record = arm.summarize(clock, cases.SHAPES["2p4k"], on_gpu=True)
+    assert record["reason"].startswith("no profile: ")
+    assert record["step_s"] == pytest.approx(0.25)
+    assert "gpu_busy_s" not in record
 
 
 def test_a_trace_counts_what_the_device_did():
@@ -305,6 +364,14 @@ def test_names_of_cases_and_cards():
         "NVIDIA GeForce RTX 4090": "geforce-rtx-4090",
     }.items():
         assert matrix.folder_of(name) == folder
+
+
+def test_without_git_the_environment_names_the_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("TRALIGN_COMMIT", raising=False)
+    assert commit() == "unknown"
+    monkeypatch.setenv("TRALIGN_COMMIT", "902c6f1")
+    assert commit() == "902c6f1"
 
 
 def test_the_card_is_asked_of_the_driver(tmp_path: Path, monkeypatch):

@@ -79,14 +79,24 @@ def folder_of(device: str) -> str:
     return "-".join(word for word in words if not noise.fullmatch(word))
 
 
+def imported_once(on_gpu: bool) -> list[str]:
+    """Modules that the process whose forks are the arms imports; what it leaves out a fork does."""
+    names = ["datasets", "transformers.models.llama.modeling_llama"]
+    # peft imports bitsandbytes where it is installed, which sets CUDA up: forks could not use it
+    if not on_gpu or not (find_spec("bitsandbytes") and find_spec("peft")):
+        names += ["peft", "trl.trainer.dpo_trainer", "tralign_fast.memory",
+                  "tralign_fast.training.trainer"]  # fmt: skip
+    return names
+
+
 class Processes:
     """Starts arms as forks of one process that has imported what they import, 10 s a case less; of
     a fresh interpreter each if a fork finds CUDA in use."""
 
-    def __init__(self, fresh: bool) -> None:
+    def __init__(self, fresh: bool, on_gpu: bool = True) -> None:
         self._context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
         if not fresh:
-            self._context.set_forkserver_preload(["benchmarks.gpu.preload"])
+            self._context.set_forkserver_preload(imported_once(on_gpu))
 
     def call(self, function: Any, job: Any, result: Path, log: Path, timeout: float) -> Any:
         """What the function wrote to `result`; {"error": ...} if it died; None: out of time."""
@@ -127,7 +137,7 @@ class Matrix:
         self.path = folder / "gpu_steps.csv"
         self.rows = results.load(self.path)
         self._until = time.monotonic() + 60 * options.minutes
-        self._processes = Processes(options.fresh)
+        self._processes = Processes(options.fresh, not options.tiny)
 
     def run(self, chosen: Sequence[Case]) -> list[Case]:
         """The cases that are left."""
@@ -173,8 +183,10 @@ class Matrix:
                 f"limit; alone {row['alone_s']:.3f}, sweep {row['sweep_s']:.3f}, move "
                 f"{row['move_ms']:.0f} ms"
             )
+            if row["gpu_busy_share"] is not None:
+                said += f"; busy {row['gpu_busy_share']:.0%}, {row['device_events']:,.0f} events"
             if "peak_gib" in row:
-                said += f"; busy {row['gpu_busy_share']:.0%}; peak {row['peak_gib']:.1f} GiB"
+                said += f"; peak {row['peak_gib']:.1f} GiB"
         print(f"{case.name}: {said} ({found['case_s']:.0f} s)", file=sys.stderr, flush=True)
 
     def _rate(self, scratch: Path) -> float:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import random
 import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.cases import WINDOW, Case, Shape, flops_of
+from benchmarks.gpu.work import MOST, WARM_UP, make_trainer, make_work, shape_of
 
-SEED = 0
-WARM_UP = 1  # windows
-MOST = 5  # timed windows
 LEAST = 2
 ENOUGH_S = 6.0  # of timed windows, once there are LEAST of them
 CANNOT_FORK = "CannotFork"  # the error's name where a fork has no GPU
@@ -106,10 +104,10 @@ def _measure(job: Job) -> dict[str, Any]:
         trainer.callback_handler.callbacks.insert(0, clock.before)
         trainer.add_callback(clock.after)
         trainer.train()
-    record = summarize(clock, shape_of(job), on_gpu)
+    record = summarize(clock, shape_of(job.case, job.tiny), on_gpu)
     if scoring:
         _add_scoring(record, scoring, work.pairs)
-    flops = flops_of(work.model, shape_of(job), work.lora_rank)
+    flops = flops_of(work.model, shape_of(job.case, job.tiny), work.lora_rank)
     return {
         **record,
         "pairs": work.pairs,
@@ -118,197 +116,6 @@ def _measure(job: Job) -> dict[str, Any]:
         "flops": flops.needed,
         "recomputed_flops": flops.recomputed if job.case.checkpointing else 0.0,
     }
-
-
-# --- what is trained ------------------------------------------------------------------------------
-
-
-def shape_of(job: Job) -> Shape:
-    """The case's, or with --tiny a 64th of it."""
-    shape = job.case.shape
-    return replace(shape, tokens=shape.tokens // 64) if job.tiny else shape
-
-
-def make_work(case: Case, tiny: bool) -> Any:
-    """The case as a `Workload` of distinct rows and seeded weights."""
-    from tralign_fast.memory import Workload
-    from tralign_fast.memory.plan import load_config
-
-    class Work(Workload):
-        def rows(self) -> list[dict[str, Any]]:
-            return make_rows(shape, self.model.vocab_size, self.options["max_steps"])
-
-        def build(self, on_gpu: bool = False) -> Any:
-            import torch
-
-            torch.manual_seed(SEED)  # the reference of TRL is a second model, with equal weights
-            model = _quantised(self, on_gpu) if self.base_bits == 4 else super().build(on_gpu)
-            if case.arm == "trl_liger":
-                from transformers.integrations.liger import apply_liger_kernel
-
-                apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
-            return model
-
-    shape = shape_of(Job(case, "", "", tiny))
-    config = _tiny_config() if tiny else load_config(case.model.preset)
-    return Work(
-        config,
-        pairs=shape.pairs,
-        tokens=shape.tokens,
-        dtype="float32" if tiny else "bfloat16",
-        lora_rank=case.model.lora_rank,
-        lora_dtype="float32" if tiny else "bfloat16",
-        base_bits=case.model.base_bits,
-        options=options_of(case),
-    )
-
-
-def _tiny_config() -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-
-
-def make_rows(shape: Shape, vocab: int, steps: int) -> list[dict[str, Any]]:
-    """Random tokens, other ones in every row, so that a sweep has all rows of a window to score."""
-    draw = random.Random(SEED)
-
-    def ids(count: int) -> list[int]:
-        return draw.choices(range(1, vocab), k=count)  # 0 is padding
-
-    return [
-        {
-            "row": row,
-            "prompt_ids": ids(shape.prompt),
-            "chosen_ids": ids(shape.completion),
-            "rejected_ids": ids(shape.completion),
-        }
-        for row in range(steps * shape.pairs)
-    ]
-
-
-def options_of(case: Case) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "max_steps": (WARM_UP + MOST + 1) * WINDOW,
-        "ref_model_sync_steps": WINDOW,
-        "ref_model_mixup_alpha": case.model.alpha,
-        "gradient_checkpointing": case.checkpointing,
-        "bf16": False,  # the weights are
-        "logging_strategy": "steps",
-        "logging_steps": WINDOW,
-    }
-    if case.model.released:
-        options |= {"optim": "adafactor", "max_grad_norm": 0.0}
-        options |= {} if case.is_trl else {"gradient_release": True}
-    if case.arm == "ours_liger":
-        options |= {"use_liger_kernel": True}
-    if case.arm == "ours_frozen":
-        options |= {"precompute_ref_log_probs": True, "sync_ref_model": False}
-    return options
-
-
-def _quantised(work: Any, on_gpu: bool) -> Any:
-    """NF4 layers of random weights with adapters. One layer at a time is there in 16 bits."""
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from torch import nn
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, work.dtype)
-    device = torch.device("cuda" if on_gpu else "cpu")
-
-    def quantise(layer: nn.Module) -> nn.Module:
-        for parent in list(layer.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
-                    options: Any = {"quant_type": "nf4", "compress_statistics": True}
-                    weight = Params4bit(child.weight.data, requires_grad=False, **options)
-                    with torch.device("meta"):
-                        small = Linear4bit(
-                            child.in_features, child.out_features, bias=False,
-                            compute_dtype=dtype, quant_type="nf4",
-                        )  # fmt: skip
-                    small.weight = weight
-                    setattr(parent, name, small.to(device))
-        return layer
-
-    import copy
-
-    config = copy.deepcopy(work.model)
-    layers, config.num_hidden_layers = config.num_hidden_layers, 1
-    with device:
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
-    kind = type(model.model.layers[0])
-    quantise(model.model.layers)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            for index in range(1, layers):
-                model.model.layers.append(quantise(kind(model.config, index)))
-    finally:
-        torch.set_default_dtype(default)
-    model.config.num_hidden_layers = layers
-    model.is_loaded_in_4bit = True
-    return work.with_adapters(model)
-
-
-def make_trainer(case: Case, work: Any, folder: str, on_gpu: bool) -> Any:
-    from tralign_fast.memory import workload
-
-    make = workload.make_trl_trainer if case.is_trl else workload.make_trainer
-    trainer = make(work, folder, on_gpu=on_gpu)
-    if case.arm == "trl_liger_loss":
-        _use_liger_loss(trainer)
-    return trainer
-
-
-def _use_liger_loss(trainer: Any) -> None:
-    """Liger's head and loss as one, in place of TRL's head and loss: TRL 1.16 has no option for it.
-    TRL's metrics of tokens are left out."""
-    import contextlib
-
-    import torch
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    loss = LigerFusedLinearDPOLoss(beta=trainer.beta, compiled=torch.cuda.is_available())
-    policy = trainer.model
-    is_peft = hasattr(policy, "peft_config")
-    causal = policy.get_base_model() if is_peft else policy
-    reference = trainer.ref_model or causal
-
-    def adapter() -> Any:
-        if not is_peft:
-            return contextlib.nullcontext()
-        from trl.trainer.dpo_trainer import use_adapter
-
-        return use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-
-    def hidden(model: Any, inputs: Any) -> Any:
-        out = model.base_model(
-            inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        )
-        return out.last_hidden_state[:, :-1]
-
-    def compute(model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)[:, 1:]
-        rows = hidden(causal, inputs)
-        with torch.no_grad(), adapter():
-            ref_rows = hidden(reference, inputs)
-        value, metrics = loss(
-            causal.lm_head.weight, rows, labels, None, ref_rows, reference.lm_head.weight, None
-        )
-        names = ("logps/chosen", "logps/rejected")
-        for name, found in zip(names, metrics, strict=False):
-            trainer._metrics["train"][name].append(found.detach().mean().item())
-        return value
-
-    trainer.compute_loss = compute
 
 
 # --- clocks ---------------------------------------------------------------------------------------
@@ -333,6 +140,7 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
             self.start = self.first = self.end = 0.0
             self.work: DeviceWork | None = None
             self.profile: Profile | None = None
+            self.no_profile = ""  # why there is none
             self.peak = self.reserved = 0
             self.last = False
             self.before, self.after = Before(), After()
@@ -350,15 +158,25 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
             if self.last and on_gpu:
                 self.peak = torch.cuda.max_memory_allocated()
                 self.reserved = torch.cuda.max_memory_reserved()
-                self.profile = Profile()
+                with self.without_profile_if_it_fails():
+                    self.profile = Profile()
             self.start = now()
+
+        @contextlib.contextmanager
+        def without_profile_if_it_fails(self) -> Iterator[None]:
+            try:
+                yield
+            except (RuntimeError, AssertionError, OSError, ValueError) as error:
+                self.no_profile = f"no profile: {error}"  # the times are good without it
 
     class Before(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
             if state.global_step % WINDOW == 0:
                 clock.end = now()
                 if clock.profile is not None:
-                    clock.work, clock.profile = clock.profile.stop(), None
+                    with clock.without_profile_if_it_fails():
+                        clock.work = clock.profile.stop()
+                    clock.profile = None
 
     class After(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -425,11 +243,15 @@ def summarize(clock: Any, shape: Shape, on_gpu: bool) -> dict[str, Any]:
     }
     if on_gpu:
         record |= {
+            "peak_gib": clock.peak / 2**30,
+            "reserved_gib": clock.reserved / 2**30,
+            "reason": clock.no_profile,
+        }
+    if on_gpu and clock.work is not None:
+        record |= {
             "gpu_busy_s": clock.work.busy_s / WINDOW,
             "kernels": clock.work.kernels / WINDOW,
             "device_events": clock.work.events / WINDOW,
-            "peak_gib": clock.peak / 2**30,
-            "reserved_gib": clock.reserved / 2**30,
         }
     return record
 

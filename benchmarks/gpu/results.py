@@ -11,11 +11,13 @@ from typing import Any
 from benchmarks.common import Summary, plot_bars, read_csv, write_csv
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import ARMS, SCHEDULE, WINDOW, Case, parse
-from benchmarks.step import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from benchmarks.step import GRADIENT_TOLERANCE
 
-# Summed log-probs of completions, relative: where rows of random weights give 6,000 with a standard
-# deviation of 30, bf16 rounds the sum by less than 1.
+# Relative. Random weights give completions of 512 tokens -6,000, with a standard deviation of 30,
+# of which bf16 rounds less than 1: log-probs tell a wrong path, means of 8 pairs differ by 10.
 LOGPS_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-4}
+# The loss is of differences of such sums, and stays near log 2: that less than 1, times beta.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 COLUMNS = [

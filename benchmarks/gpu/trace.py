@@ -37,7 +37,11 @@ def device_work(events: Iterable[Mapping[str, Any]]) -> DeviceWork:
 
 
 class Profile:
-    """Kernels alone are recorded: with the host's operators the host would be slower."""
+    """Kernels alone are recorded: with the host's operators the host would be slower.
+
+    Raises:
+        RuntimeError: by `stop`, the profiler has seen no kernel.
+    """
 
     def __init__(self) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -50,4 +54,7 @@ class Profile:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             self._profile.export_chrome_trace(str(path))
-            return device_work(json.loads(path.read_text())["traceEvents"])
+            work = device_work(json.loads(path.read_text())["traceEvents"])
+        if work.kernels == 0:
+            raise RuntimeError("the profiler has seen no kernel")
+        return work
