@@ -67,7 +67,6 @@ class LayerDelta:
         factors = terms * (up.numel() + down.numel())
         return factors > up[..., :1].numel() * down.shape[-1]
 
-    @torch.no_grad()
     def fetch(self, terms: int) -> None:
         """Before a move to so many adapters: starts the copies of the policy's factors. Where those
         lie on a GPU, nobody may read this from the host before they are done."""
@@ -76,7 +75,6 @@ class LayerDelta:
             del self._sets[terms - 1 :]
         self._coming = self._kept(self._current())
 
-    @torch.no_grad()
     def move(self, weights: list[float]) -> None:
         """Puts the policy's factors in front; `weights`: theirs, then those of the kept ones."""
         assert self._coming is not None

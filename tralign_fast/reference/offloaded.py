@@ -114,6 +114,8 @@ class OffloadedReference(WindowedReference):
 
     @torch.no_grad()
     def move(self) -> None:
+        if not self._host:  # as in `_swap`
+            return
         self._shard_host()
         for name, parameter in self.mixed_parameters().items():
             host, theta = self._host[name], local_shard(parameter)
