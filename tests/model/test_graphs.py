@@ -15,10 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig
 
 from tests.conftest import DEVICE
 from tests.model.test_attention import build
 from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.memory import Workload
+from tralign_fast.memory.workload import make_trainer
 from tralign_fast.model import attention, graphs
 from tralign_fast.model.patching import causal_lm_of, decoder_of
 from tralign_fast.model.prepare import prepare_model
@@ -100,7 +103,9 @@ def make(kind="llama", **options) -> Any:
     if ON_GPU:
         model = model.bfloat16()
     if options.get("lora"):
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        config = LoraConfig(
+            r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         model = get_peft_model(model, config)
     if options.get("checkpoints"):
         model.gradient_checkpointing_enable()
@@ -368,3 +373,35 @@ def test_a_static_row_holds_every_index_that_attention_reads():
     assert set(layout.scored_rows(torch.device("cpu")).tolist()) <= set(scored.tolist())
     assert own.cu_seqlens_q[-1] == T
     assert own.cu_seqlens_k[-1] == keys + T - t <= shape.keys
+
+
+@pytest.mark.parametrize("kind", ["full", "resident", "lora"])
+def test_a_run_has_the_losses_that_it_has_without_graphs(captures, kind, tmp_path):
+    """Windows, moves of the reference, accumulation and an optimizer, by the trainer itself."""
+    losses = {}
+    for on in (True, False):
+        options = {
+            "ref_model_sync_steps": 3, "max_steps": 9, "logging_strategy": "steps",
+            "logging_steps": 1, "cuda_graphs": on, "bf16": False, "learning_rate": 1e-2,
+            "gradient_accumulation_steps": 2, "use_cpu": not ON_GPU,
+        }  # fmt: skip
+        options |= {"ref_model_mixup_alpha": 1.0} if kind == "full" else {}
+        options |= {"reference": "resident"} if kind == "resident" else {}
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2,
+        )  # fmt: skip
+        dtype = "bfloat16" if ON_GPU else "float32"
+        work = Workload(
+            config, pairs=2, tokens=64, dtype=dtype, lora_dtype=dtype, options=options,
+            lora_rank=4 if kind == "lora" else None,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer = make_trainer(work, str(tmp_path / f"{kind}-{on}"), on_gpu=ON_GPU)
+        trainer.train()
+        losses[on] = torch.tensor([log["loss"] for log in trainer.state.log_history[:9]])
+        if on:
+            assert runner(trainer.model).captured > 0
+            assert runner(trainer.model).replayed > 6
+    assert losses[False].std() > 1e-3
+    assert_same(losses[True], losses[False])

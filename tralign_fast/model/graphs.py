@@ -68,9 +68,10 @@ def graph_decoder(model: nn.Module, always: bool = False) -> Callable[[], None]:
     graphs = DecoderGraphs(decoder, always)
 
     def forward(own_forward: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if module is not graphs.decoder or args or not graphs.can_run(kwargs):  # or a deep copy
+        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT's: None
+        if module is not graphs.decoder or args or not graphs.can_run(given):  # or a deep copy
             return own_forward(module, *args, **kwargs)
-        return graphs.run(functools.partial(own_forward, module), kwargs)
+        return graphs.run(functools.partial(own_forward, module), given)
 
     patches.forward(decoder, GRAPHS, forward)
 
@@ -133,8 +134,6 @@ class DecoderGraphs:
     def can_run(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call with these keywords may be replayed."""
         if self._failed or _paused or kwargs.keys() != _KEYWORDS:
-            return False
-        if kwargs["prefix_layout"] is None:
             return False
         ids, positions = kwargs["input_ids"], kwargs["position_ids"]
         if (
