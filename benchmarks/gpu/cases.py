@@ -66,7 +66,7 @@ ARMS = {
     "trl_liger": "TRL, Liger's layer kernels",
     "trl_liger_loss": "TRL, Liger's loss",
     "ours": "tralign-fast",
-    "ours_liger": "tralign-fast, Liger's layer kernels",
+    "ours_plain": "tralign-fast without layer kernels and CUDA graphs",
     "ours_frozen": "tralign-fast, reference frozen, precomputed",
 }
 
@@ -129,9 +129,9 @@ _DEFAULT = [
     ("8b-full/2p4k/ckpt", "trl ours"),
     ("8b-release/2p4k/ckpt", "trl ours"),
     ("8b-lora64/8p16k/ckpt", "trl ours"),
-    ("8b-lora64/2p4k/ckpt", "trl_liger ours_liger ours_frozen"),
+    ("8b-lora64/2p4k/ckpt", "trl_liger ours_frozen ours_plain"),
     ("8b-full/2p4k/ckpt", "trl_liger ours_frozen"),
-    ("1b-full/2p4k/nockpt", "trl_liger ours_frozen"),
+    ("1b-full/2p4k/nockpt", "trl_liger ours_frozen ours_plain"),
     ("8b-lora64/2p4k/nockpt", "trl_liger"),
     ("8b-lora16/2p4k/ckpt", "trl ours"),
     ("8b-qlora64/2p4k/ckpt", "trl ours"),

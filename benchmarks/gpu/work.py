@@ -94,8 +94,8 @@ def options_of(case: Case) -> dict[str, Any]:
     if case.model.released:
         options |= {"optim": "adafactor", "max_grad_norm": 0.0}
         options |= {} if case.is_trl else {"gradient_release": True}
-    if case.arm == "ours_liger":
-        options |= {"use_liger_kernel": True}
+    if case.arm == "ours_plain":
+        options |= {"layer_kernels": "none", "cuda_graphs": False}
     if case.arm == "ours_frozen":
         options |= {"precompute_ref_log_probs": True, "sync_ref_model": False}
     return options
