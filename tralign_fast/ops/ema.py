@@ -35,7 +35,8 @@ def ema_update_(
     It is `torch._foreach_lerp_(ref_tensors, tensors, alpha)`, but the arithmetic is fp32 whatever
     the dtypes (fp32, bf16, fp16; a pair may differ; fp64 if one of a pair is), with one rounding at
     the end. A bf16 weight has 8 bits: a movement under 1/512 of the weight rounds to nothing, so
-    with small α a reference in bf16 hardly moves (with α = 0.01 it makes about a tenth of its way).
+    with small α a reference in bf16 stops short (α = 0.01: after a third of its way, where weights
+    are a tenth of their size apart).
     `rounding="stochastic"` rounds up with probability equal to the part that is cut off, so that
     the expected update is exact; α = 1 copies, with no rounding noise. Infinities (a masked bias)
     are those of (1-α)·ref + α·θ: what is equal stays.

@@ -12,7 +12,6 @@ import contextlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -72,7 +71,12 @@ class WindowedReference(ReferencePolicy):
         who holds none keeps what going on would need."""
 
     def score_window(
-        self, batches: Iterable[Sequence[PackedBatch]], total: int | None, *, merge: int = 1
+        self,
+        batches: Iterable[Sequence[PackedBatch]],
+        total: int | None,
+        *,
+        merge: int = 1,
+        by_tokens: bool = False,
     ) -> None:
         """Scores what the steps until the next update will see. Called before the first of them.
 
@@ -80,14 +84,17 @@ class WindowedReference(ReferencePolicy):
             batches: the parts of every batch; as many on every process.
             total: how many batches that is, for the progress bar; None: no bar.
             merge: batches that run as one packed row; without a gradient nothing is kept of them.
+            by_tokens: as many batches as have the tokens of `merge` times the largest so far, so
+                that short rows, which wait for launches, are more of them. One process only:
+                several must run the model equally often.
         """
-        iterator = iter(batches)
+        by_tokens = by_tokens and process_count() == 1
         with (
             self.weights(),
             self._evaluating(),
             tqdm(desc=self.desc, total=total, leave=False, disable=total is None) as bar,
         ):
-            while group := list(islice(iterator, merge)):
+            for group in _groups(batches, merge, by_tokens):
                 self._score([part for parts in group for part in parts])
                 bar.update(len(group))
             reshard(self.scorer)
@@ -169,6 +176,22 @@ class WindowedReference(ReferencePolicy):
             self._scores = {int(k): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             self.needs_window = json.loads(file.metadata()["needs_window"])
             self.scored_until = json.loads(file.metadata()["scored_until"])
+
+
+def _groups(
+    batches: Iterable[Sequence[PackedBatch]], merge: int, by_tokens: bool
+) -> Iterator[list[Sequence[PackedBatch]]]:
+    group, held, largest = [], 0, 0
+    for parts in batches:
+        size = sum(part.num_tokens for part in parts) if by_tokens else 1
+        largest = max(largest, size)
+        if group and held + size > merge * largest:
+            yield group
+            group, held = [], 0
+        group.append(parts)
+        held += size
+    if group:
+        yield group
 
 
 def few(rows: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from tralign_fast.data.tokenization import ON_BAD_ROWS
 from tralign_fast.model.layer_kernels import LAYER_KERNELS, kinds_of_liger
-from tralign_fast.ops.backend import warn_once
+from tralign_fast.ops.backend import device_kind, warn_once
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.objective import DIVERGENCES, Objective, Range, objective_of
 from tralign_fast.reference import REFERENCES, TrustRegion
@@ -177,8 +177,9 @@ class TRConfig(TrainingArguments):
     )
     precompute_ref_batch_size: Annotated[int | None, AT_LEAST_ONE] = _option(
         None,
-        "Examples of a no-grad batch when rows or a window are scored. None: two training batches' "
-        "on an accelerator, one on a CPU and with a token_budget.",
+        "Examples of a no-grad batch when rows or a window are scored. None: as many as have the "
+        "tokens of four training batches on an accelerator, one batch's on a CPU and with a "
+        "token_budget.",
     )
     ema_rounding: Annotated[str, OneOf("nearest", "stochastic")] = _option(
         "stochastic", "How bf16 and fp16 reference weights are rounded."
@@ -317,8 +318,9 @@ class TRConfig(TrainingArguments):
         if self.token_budget is not None:
             return 1
         size = self.per_device_train_batch_size
-        # a CPU's cores are busy with one batch, and its cache holds the activations of no more
-        default = size if self.device.type == "cpu" else 2 * size
+        # a CPU's cores are busy with one batch, and its cache holds the activations of no more; a
+        # step of training holds more of a batch than a forward of four does (traced)
+        default = size if device_kind(self.device) == "cpu" else 4 * size
         return max(1, (self.precompute_ref_batch_size or default) // size)
 
     @property

@@ -63,12 +63,15 @@ class Lookahead:
         every = int(schedule.every)  # steps: the run has begun
         window = None if schedule.is_frozen else every - step % every
         steps = left if window is None else min(left, window)
+        by_tokens = args.precompute_ref_batch_size is None and args.merged_batches > 1
         # a window of one step is swept at every step: no bar for it
         bar = trainer.is_world_process_zero() and not args.disable_tqdm and steps > 1
 
         def score(batches: Iterable[Any], total: int | None) -> None:
             parts = map(trainer.parts_of, batches)
-            reference.score_window(parts, total if bar else None, merge=args.merged_batches)
+            reference.score_window(
+                parts, total if bar else None, merge=args.merged_batches, by_tokens=by_tokens
+            )
 
         reference.wrapped = trainer.model_wrapped
         if isinstance(reference, PrecomputedReference):
