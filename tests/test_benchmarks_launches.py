@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.util import find_spec
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from benchmarks import launches
 from benchmarks.launches import CASES
 
-needs_peft = pytest.mark.skipif(not find_spec("peft"), reason="peft")
+needs_both = pytest.mark.skipif(
+    not (find_spec("peft") and find_spec("liger_kernel")), reason="PEFT and Liger"
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_peft) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_both) for n in CASES])
 def test_a_step_dispatches_no_more_operators_than_it_did(name):
     """At real size. A step that needs fewer: lower `bound`, towards the goal."""
     case = CASES[name]
@@ -35,3 +38,18 @@ def test_views_and_allocations_are_no_launches():
     for op in (aten.mm.default, aten.add_.Tensor, aten.copy_.default, aten.slice_backward.default,
                aten._fused_adamw_.default):  # fmt: skip
         assert launches._computes(op)
+
+
+@needs_both
+def test_a_kernel_of_ligers_is_one_operator():
+    """Of two layers' norms, MLPs and rotary embeddings, in a forward without gradient, one that is
+    run again, and a backward."""
+    case = CASES["8B LoRA 64"]
+    (one, two) = (launches.count(case, layers=n) for n in (1, 2))
+    added = {phase: two[phase, "Liger's kernel"] - one[phase, "Liger's kernel"]
+             for phase in ("reference", "forward", "backward")}  # fmt: skip
+    assert added == {"reference": 2, "forward": 4, "backward": 8}
+    plain = {**case.fields, "options": {"layer_kernels": "none"}}
+    without = launches.count(dataclasses.replace(case, fields=plain), layers=2)
+    assert not [key for key in without if key[1] == "Liger's kernel"]
+    assert without.total() > two.total() + 2 * 80
