@@ -331,8 +331,8 @@ class PreferenceCollator:
         if self.vocab_size is None:
             return
         for prompt, pair, row in zip(prompts, completions, rows, strict=True):
-            ids = [*prompt, *(token for completion in pair for token in completion)]
-            low, high = min(ids), max(ids)
+            pieces = [ids for ids in (prompt, *pair) if ids]
+            low, high = min(map(min, pieces)), max(map(max, pieces))
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(
                     f"row {row}: token id {low if low < 0 else high} is outside the model's "

@@ -121,10 +121,10 @@ class PrecomputedReference(OffloadedReference):
         """Rows stay scored: the reference has not moved."""
 
     def score_window(
-        self, batches: Iterable[Sequence[PackedBatch]], total: int | None, *, merge: int = 1
+        self, batches: Iterable[Sequence[PackedBatch]], total: int | None, **options: Any
     ) -> None:
         """Scores what is not known of these batches; `finish` ends the last sweep."""
-        super().score_window(batches, total, merge=merge)
+        super().score_window(batches, total, **options)
         self.needs_window = True
 
     def _unknown(self, parts: list[PackedBatch]) -> list[PackedBatch]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,6 +36,7 @@ class WindowedReference(ReferencePolicy):
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         super().__init__(policy, schedule)
         self._scores: dict[int, Tensor] = {}  # fingerprint -> (S,) float32 on the host
+        self._launched: set[int] = set()  # fingerprints of what is being scored
         self.wrapped: nn.Module | None = None
         self._is_evaluating = False
         self.needs_window = True  # true from an update until the next window is scored
@@ -55,7 +56,7 @@ class WindowedReference(ReferencePolicy):
 
     def sync(self) -> None:
         self.move()
-        self._scores = {}
+        self._scores, self._launched = {}, set()
         self.needs_window = True
 
     def must_score(self, step: int) -> bool:
@@ -64,7 +65,7 @@ class WindowedReference(ReferencePolicy):
         return self.needs_window or step >= self.scored_until
 
     def restart(self) -> None:
-        self._scores, self.scored_until = {}, 0
+        self._scores, self._launched, self.scored_until = {}, set(), 0
 
     def keep_weights(self) -> None:
         """Called before a window that the end of the run cuts short, while `weights` are at hand:
@@ -94,25 +95,47 @@ class WindowedReference(ReferencePolicy):
             self._evaluating(),
             tqdm(desc=self.desc, total=total, leave=False, disable=total is None) as bar,
         ):
+            keep: Callable[[], None] | None = None
             for group in _groups(batches, merge, by_tokens):
-                self._score([part for parts in group for part in parts])
+                keep, earlier = self._score(group), keep
+                if earlier is not None:  # a GPU computes while the next batches are collated
+                    earlier()
                 bar.update(len(group))
+            if keep is not None:
+                keep()
             reshard(self.scorer)
         self.needs_window = False
 
-    def _score(self, parts: list[PackedBatch]) -> None:
-        parts = self._unknown(parts)
-        mergeable = len(parts) > 1 and all(part.layout is not None for part in parts)
-        for group in [parts] if mergeable else [[part] for part in parts]:
-            batch = group[0] if len(group) == 1 else merge_packed(group)
-            sizes = [len(part.scored_lengths) for part in group]
-            for part, logps in zip(group, self._run(batch).cpu().split(sizes), strict=True):
-                self._keep(part, logps)
+    def _score(self, batches: Sequence[Sequence[PackedBatch]]) -> Callable[[], None]:
+        """Launches what is not known of some batches; what it returns waits and keeps it."""
+        parts = self._unknown([part for batch in batches for part in batch])
+        # the parts of a split batch stay apart: a row has no more tokens than a budget
+        whole = all(len(batch) == 1 for batch in batches)
+        mergeable = whole and len(parts) > 1 and all(part.layout is not None for part in parts)
+        self._launched |= {part.fingerprint for part in parts}
+        groups = [parts] if mergeable else [[part] for part in parts]
+        scored = [
+            (group, self._run(group[0] if len(group) == 1 else merge_packed(group)))
+            for group in groups
+        ]
+
+        def keep() -> None:
+            for group, logps in scored:
+                sizes = [len(part.scored_lengths) for part in group]
+                for part, own in zip(group, logps.cpu().split(sizes), strict=True):
+                    self._keep(part, own)
+                    self._launched.discard(part.fingerprint)
+
+        return keep
 
     def _unknown(self, parts: list[PackedBatch]) -> list[PackedBatch]:
         if process_count() > 1:  # all must run the model equally often
             return parts
-        return [part for part in parts if part.fingerprint not in self._scores]
+        return [
+            part
+            for part in parts
+            if part.fingerprint not in self._scores and part.fingerprint not in self._launched
+        ]
 
     def _keep(self, part: PackedBatch, logps: Tensor) -> None:
         self._scores[part.fingerprint] = logps.clone()
