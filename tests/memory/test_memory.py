@@ -247,3 +247,20 @@ def test_options_have_the_names_of_the_trainer_too():
     assert training["sync_ref_model"] is False
     assert training["loss_type"] == "ipo"
     assert training["max_grad_norm"] == 0.0
+
+
+@pytest.mark.skipif(not find_spec("liger_kernel"), reason="Liger")
+def test_a_trace_counts_what_layer_kernels_save():
+    """Without checkpointing: norms keep their input alone, and MLPs no activated gate."""
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+
+    def activations(layer_kernels: str) -> int:
+        options = {"gradient_checkpointing": False, "layer_kernels": layer_kernels}
+        return trace(Workload(config, tokens=2048, options=options)).activations
+
+    kernels, plain = activations("auto"), activations("none")
+    assert kernels < 0.75 * plain, (kernels, plain)
+    assert activations("liger") == kernels
