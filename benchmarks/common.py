@@ -49,19 +49,21 @@ def environment(packages: Sequence[str] = ("torch", "transformers", "trl")) -> d
 
 
 def commit() -> str:
-    """Short commit, with "+" if the code differs from it; where there is no git or no checkout what
-    the environment's TRALIGN_COMMIT says, else "unknown"."""
+    """What the environment's TRALIGN_COMMIT says, for a copy of a commit's files; else the short
+    commit, with "+" if the code differs from it; where there is no git or no checkout "unknown"."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", "-C", str(_ROOT), *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
 
+    if given := os.environ.get("TRALIGN_COMMIT"):
+        return given
     try:
         changed = git("status", "--porcelain", "--", *_CODE)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("TRALIGN_COMMIT") or "unknown"
+        return "unknown"
 
 
 def _cpu_model() -> str:

@@ -227,6 +227,7 @@ def test_a_run_has_the_same_losses(reference, tiny_llama, small_tokenizer, tmp_p
 
     def losses(layer_kernels):
         args = {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "max_steps": 4}
+        args["use_cpu"] = device.type == "cpu"
         trainer = TRTrainer(
             copy.deepcopy(start),
             args=TRConfig(

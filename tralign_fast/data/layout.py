@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,26 +57,26 @@ class PrefixLayout:
             first, again = [], defaultdict(lambda: ([], []))
             length = 0  # of the keys so far
             for start, prompt, completions in self.groups:
-                shared, begin = torch.arange(start, start + prompt), start + prompt
+                shared, begin = np.arange(start, start + prompt), start + prompt
                 for k, own in enumerate(completions):
                     queries.append(prompt + own if k == 0 else own)
                     keys.append(prompt + own)
                     end = length + prompt
-                    first.append(torch.arange(length if k == 0 else end, end + own))
+                    first.append(np.arange(length if k == 0 else end, end + own))
                     if k > 0:
                         again[k][0].append(shared)
-                        again[k][1].append(torch.arange(length, end))
-                    index += [shared, torch.arange(begin, begin + own)]
+                        again[k][1].append(np.arange(length, end))
+                    index += [shared, np.arange(begin, begin + own)]
                     begin, length = begin + own, end + own
             self._cache[device] = VarlenArguments(
                 torch.tensor(list(accumulate(queries)), dtype=torch.int32).to(device),
                 torch.tensor(list(accumulate(keys)), dtype=torch.int32).to(device),
                 max(queries),
                 max(keys),
-                torch.cat(index).to(device),
-                torch.cat(first).to(device),
+                _joined(index).to(device),
+                _joined(first).to(device),
                 tuple(
-                    (torch.cat(tokens).to(device), torch.cat(places).to(device))
+                    (_joined(tokens).to(device), _joined(places).to(device))
                     for tokens, places in again.values()
                 ),
             )
@@ -89,10 +90,10 @@ class PrefixLayout:
         key = ("scored", device)
         if key not in self._cache:
             rows = [
-                torch.arange(start + max(prompt - 1, 0), start + prompt + sum(completions))
+                np.arange(start + max(prompt - 1, 0), start + prompt + sum(completions))
                 for start, prompt, completions in self.groups
             ]
-            self._cache[key] = torch.cat(rows).to(device)
+            self._cache[key] = _joined(rows).to(device)
         return self._cache[key]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -187,6 +188,10 @@ def lay_padded(
         None,
         scored,
     )
+
+
+def _joined(ranges: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(ranges).astype(np.int64, copy=False))
 
 
 def int64(values: list[int]) -> Tensor:

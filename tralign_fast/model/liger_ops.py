@@ -96,7 +96,9 @@ _USED = (
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, launchers: Any) -> Tensor:
-        gate, up, out = launchers[0](gate.contiguous(), up.contiguous())
+        gate, up = gate.contiguous(), up.contiguous()
+        out = launchers[0](gate, up)[2]
+        # not the views that it returns: autograd refuses those by another message
         ctx.save_for_backward(gate, up)
         ctx.consumption = Consumption(gate)
         ctx.launcher = launchers[1]
@@ -109,7 +111,9 @@ class _Product(torch.autograd.Function):
         ctx.consumption.check(gate, _USED)
         # a kernel's writes are not seen
         torch.autograd.graph.increment_version((gate, up))
-        return *ctx.launcher(gate, up, grad.contiguous()), None
+        rows = (t.view(-1, t.shape[-1]) for t in (gate, up, grad.contiguous()))
+        grads = ctx.launcher(*rows)
+        return *(t.view(gate.shape) for t in grads), None
 
 
 # --- rotary embeddings ----------------------------------------------------------------------------
