@@ -83,7 +83,8 @@ class Drawing:
         width, height = self.size
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-            f' width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif" role="img">'
+            f' width="{width}" height="{height}" role="img"'
+            ' font-family="Helvetica, Arial, sans-serif">'
             f"<title>{html.escape(self.title)}</title>"
             f'<rect width="{width}" height="{height}" fill="#ffffff"/>{"".join(self.parts)}</svg>\n'
         )
@@ -156,8 +157,8 @@ def window() -> Drawing:
     d.text(
         429, 192, "the reference moves: it is the policy again", colour=REFERENCE, anchor="middle"
     )
-    kept = "While the policy is the reference, it scores the batches to come. One number a completion is kept."
-    d.text(20, 212, kept, colour=SOFT, size=13)
+    kept = "While the policy is the reference, it scores the batches to come."
+    d.text(20, 212, f"{kept} One number a completion is kept.", colour=SOFT, size=13)
     return d
 
 
