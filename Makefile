@@ -76,7 +76,7 @@ $(VENV)/bin/python:
 
 # The site reads the sources and imports nothing: PyTorch is not needed for it.
 $(VENV)/.docs: pyproject.toml $(PINS) | $(VENV)/bin/python
-	$(PIP_INSTALL) $(shell grep -E "^mkdocs|^griffelib" $(PINS))
+	$(PIP_INSTALL) $(shell grep -E "^(mkdocs|griffelib|ruff)" $(PINS))
 	touch $@
 
 $(VENV)/.demo: pyproject.toml $(PINS) | $(VENV)/bin/python
