@@ -162,7 +162,8 @@ def test_liger_gives_the_same(reader, monkeypatch):
 
 def test_the_commands_are_understood(tmp_path, monkeypatch):
     """The command with the options of each row of the table, and of each row what is planned."""
-    from tralign_fast.cli import TrainOptions, _parse
+    from tralign_fast.command_line import parse
+    from tralign_fast.training.train_options import TrainOptions
 
     text = README.read_text()
     (command,) = re.findall(r"^tralign-fast train (.*)$", text, re.M)
@@ -175,7 +176,7 @@ def test_the_commands_are_understood(tmp_path, monkeypatch):
         options = options.strip("`") if options.startswith("`--") else ""
         line = command.replace("MODEL", model).replace("OPTIONS", options)
         arguments = [*shlex.split(line), "--use_cpu", "true", "--bf16", "false"]
-        train, config = _parse("train", [TrainOptions, TRConfig], arguments)
+        train, config = parse("train", [TrainOptions, TRConfig], arguments)
         assert train.model == model
         assert config.gradient_release == ("release" in options)
         assert float(planned) + 1 <= int(memory)
