@@ -179,3 +179,28 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert out.returncode == 0, out.stderr[-4000:]
     assert (tmp_path / "site" / "search" / "search_index.json").is_file()
     assert "linear_logprobs" in (tmp_path / "site" / "api" / "ops" / "index.html").read_text()
+
+
+def test_the_notebook_runs(monkeypatch, tmp_path, tiny_llama, small_tokenizer):
+    """On a tiny model, for sixteen steps; what begins with % is the notebook's own."""
+    import json
+
+    plt = pytest.importorskip("matplotlib.pyplot")
+    from tralign_fast.demo import smollm2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda: (tiny_llama, small_tokenizer))
+    plt.switch_backend("Agg")
+    notebook = json.loads((DOCS / "notebooks" / "demo.ipynb").read_text())
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    shorter = {"max_steps=32": "max_steps=16", "max_length=256": "max_length=512"}
+    scope: dict = {}
+    for text in code:
+        if text.startswith("%"):
+            continue
+        for old, new in shorter.items():
+            text = text.replace(old, new)
+        exec(compile(text, "demo.ipynb", "exec"), scope)
+    assert len(scope["after"]) == len(scope["before"]) == 3
+    history = scope["trainer"].state.log_history
+    assert [log["tr/syncs"] for log in history if "tr/syncs" in log][-1] == 2
