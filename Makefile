@@ -11,7 +11,7 @@ ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py \
 WORKERS ?= $(if $(filter cuda,$(TRALIGN_TEST_DEVICE)),0,2)
 PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 
-.PHONY: demo test test-slow test-oldest test-gpu check docs-config format bench bench-ops bench-gpu clean
+.PHONY: demo test test-slow test-oldest test-gpu check docs docs-serve walk docs-config format bench bench-ops bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
@@ -36,6 +36,17 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The wheel as a newcomer installs it, in a venv of its own; every block of the README.
+walk:
+	$(PYTHON) .ci/walk.py $(ARGS)
+
+# The site, into build/site; a broken link or anchor ends it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve $(ARGS)
 
 # docs/configuration.md; a test compares it with the config.
 docs-config: $(VENV)/.dev
@@ -64,6 +75,11 @@ clean:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+# The site reads the sources and imports nothing: PyTorch is not needed for it.
+$(VENV)/.docs: pyproject.toml $(PINS) | $(VENV)/bin/python
+	$(PIP_INSTALL) $(shell grep -E "^(mkdocs|griffelib|ruff)" $(PINS))
+	touch $@
 
 $(VENV)/.demo: pyproject.toml $(PINS) | $(VENV)/bin/python
 	$(PIP_INSTALL) $(shell grep ^torch== $(PINS))

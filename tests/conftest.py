@@ -143,3 +143,38 @@ def recipe(tmp_path, tiny_llama, small_tokenizer):
         "report_to: none\nlogging_steps: 1\nlearning_rate: 1.0e-3\n"
     )
     return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, small_tokenizer):
+    """What a reader has who pastes a block of a document: `model`, `rows`, `tokenizer`, and in the
+    folder `rows.jsonl`. Runs of TRL's and this library's trainers take two steps here."""
+    import functools
+
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    import tralign_fast
+
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "use_cpu": True, "max_steps": 2, "report_to": [], "per_device_train_batch_size": 2,
+        "bf16": False, "disable_tqdm": True,
+    }  # fmt: skip
+    for module, name in ((trl, "DPOConfig"), (tralign_fast, "TRConfig")):
+        config = getattr(module, name)
+
+        def made(*args, _config=config, **options):
+            return _config(*args, **{**options, **small})
+
+        monkeypatch.setattr(module, name, functools.wraps(config, updated=())(made))
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {key: words(n, generator) for key, n in (("prompt", 6), ("chosen", 5), ("rejected", 5))}
+        for _ in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_tiny_llama(small_tokenizer).save_pretrained("start")  # TRL loads its reference from there
+    model = AutoModelForCausalLM.from_pretrained("start")
+    return {"model": model, "rows": Dataset.from_list(rows), "tokenizer": small_tokenizer}

@@ -1,11 +1,13 @@
 """Fused kernels, reference policies and a trainer for preference alignment with a moving reference.
 
 The ops need torch alone; transformers is imported when the trainer is asked for, and torch's
-compiler, which any custom operator of Python code loads, with `linear_logprobs`.
+compiler, which any custom operator of Python code loads, with `linear_logprobs`. The trainer's
+packages come with `pip install 'tralign-fast[train]'`.
 """
 
 from typing import TYPE_CHECKING
 
+from tralign_fast.extras import explained
 from tralign_fast.ops.ema import ema_update_, lora_merge_
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.preference import preference_loss
@@ -72,5 +74,8 @@ def __getattr__(name: str):
     if name in _LAZY:
         import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        try:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            raise explained(name, error) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,12 @@ def test_the_demo_trains_measures_and_saves(tmp_path, refused):
     out = run_cli("demo", *options)
     assert out.returncode == 0, out.stderr
     summary = json.loads((folder / "summary.json").read_text())
+    first, *_, last = out.stdout.strip().splitlines()
+    assert first.startswith("TR-DPO of SmolLM2-135M-Instruct towards positive sentiment")
+    assert "2 steps of 1 pairs in which the reference moves 2 times" in first
+    assert "It took" not in first  # with other options than those that were timed
+    assert out.stdout.count("  before: ") == out.stdout.count("  after:  ") == 2
+    assert last.split()[:2] == ["other", "trainers"]
     assert summary["syncs"] == summary["steps"] == 2
     assert summary["before"]["kl_to_start"] == summary["before"]["reward_margin"] == 0
     assert summary["after"]["reward_margin"] != 0
@@ -35,6 +41,18 @@ def test_the_demo_trains_measures_and_saves(tmp_path, refused):
     )["input_ids"]
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
     assert "holds another run" in refused("demo", *options).splitlines()[-1]
+
+
+def test_what_is_said_of_the_time_is_what_was_measured():
+    from pathlib import Path
+
+    from tralign_fast.demo.run import DemoOptions, _announcement
+
+    text = _announcement(DemoOptions(output_dir="elsewhere"))
+    page = " ".join((Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text().split())
+    assert "It took 215 s and 4.5 GiB" in text
+    assert "32 steps of 4 pairs with 4 reference updates in 215 s, 124 tokens/s, 4.5 GiB" in page
+    assert "32 steps of 4 pairs in which the reference moves 4 times" in text
 
 
 def test_the_demo_refuses_a_loss_that_its_pairs_cannot_have(tmp_path, refused):

@@ -1,5 +1,6 @@
-"""The blocks of the README and of docs/drop-in.md run as they stand there; its table of losses is
-that of `LOSSES`, and what the documents link to and name is there."""
+"""The blocks of the README and of docs/drop-in.md run as they stand there, with nothing given but
+`model`, `rows` and `tokenizer`; docs/losses.md is the table of `LOSSES`; what the documents link to
+and name is there."""
 
 from __future__ import annotations
 
@@ -14,17 +15,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import make_tiny_llama, words
+from tests.conftest import make_tiny_llama
 from tralign_fast import LOSSES, TRConfig
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+LOSS_PAGE = ROOT / "docs" / "losses.md"
+COMMUNITY = [
+    ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT")
+]
+DOCUMENTS = [*COMMUNITY, *(ROOT / "docs").rglob("*.md")]
+# as pyproject.toml has it; the package index shows the README, and wants whole links
+REPOSITORY = "https://github.com/tralign-fast/tralign-fast"
+RAW = REPOSITORY.replace("github.com", "raw.githubusercontent.com") + "/main/"
 # what shows in a block which one it is
 README_BLOCKS = {
     "script": "trainer.save_model()",
     "trl": "use_fast_logprobs(trainer)",
-    "any_trainer": "ref_model=trainer.ref_model",
+    "any_trainer": "class PairTrainer",
     "loop": "should_sync",
     "liger": "FusedLinearDPOLoss",
 }
@@ -56,41 +64,16 @@ def side(name: str, mark: str) -> str:
     return "\n".join(line[1:] for line in lines if line[:1] in (mark, " "))
 
 
-@pytest.fixture
-def names(tmp_path, monkeypatch, small_tokenizer):
-    """What a reader has who pastes a block: a model, rows, a tokenizer. Runs take no time here."""
-    trl = pytest.importorskip("trl")
-    import tralign_fast
-
-    monkeypatch.chdir(tmp_path)
-    small = {
-        "use_cpu": True, "max_steps": 2, "report_to": [], "per_device_train_batch_size": 2,
-        "bf16": False, "disable_tqdm": True,
-    }  # fmt: skip
-    for module, config in ((trl, "DPOConfig"), (tralign_fast, "TRConfig")):
-        monkeypatch.setattr(module, config, functools.partial(getattr(module, config), **small))
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        {key: words(n, generator) for key, n in (("prompt", 6), ("chosen", 5), ("rejected", 5))}
-        for _ in range(8)
-    ]
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-
-    make_tiny_llama(small_tokenizer).save_pretrained("start")  # TRL loads its reference from there
-    model = AutoModelForCausalLM.from_pretrained("start")
-    return {"model": model, "rows": Dataset.from_list(rows), "tokenizer": small_tokenizer}
-
-
 # --- README: blocks -------------------------------------------------------------------------------
 
 
 def test_the_script_runs_as_it_is(tmp_path, monkeypatch, small_tokenizer):
     """Unchanged: a tiny model lies in a folder of the name that the script gives."""
     monkeypatch.chdir(tmp_path)
-    (model,) = re.findall(r'model = "(.*?)"', block("script"))
+    (model,) = re.findall(r'TRTrainer\("(.*?)"', block("script"))
     make_tiny_llama(small_tokenizer).save_pretrained(model)
     small_tokenizer.save_pretrained(model)
+    assert len(block("script").splitlines()) == 10
     scope: dict[str, Any] = {}
     exec(block("script"), scope)
     assert scope["trainer"].state.global_step == 8
@@ -101,101 +84,112 @@ def test_the_script_runs_as_it_is(tmp_path, monkeypatch, small_tokenizer):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_trl(names):
-    exec(block("trl"), names)
-    assert names["trainer"].state.global_step == 2
+def test_trl(reader):
+    exec(block("trl"), reader)
+    assert reader["trainer"].state.global_step == 2
     from tralign_fast.integrations.trl import use_fast_logprobs
 
     with pytest.raises(ValueError, match="in use already"):
-        use_fast_logprobs(names["model"])
-    names["undo"]()
-    use_fast_logprobs(names["model"])()
+        use_fast_logprobs(reader["model"])
+    reader["undo"]()
+    use_fast_logprobs(reader["model"])()
 
 
-def test_any_trainer(names, tmp_path):
-    from transformers import TrainingArguments
+def test_any_trainer(reader, monkeypatch):
+    """Its loss is DPO against the reference, which the callback moves."""
+    import transformers
 
-    from tests.integrations.test_any_trainer import ROWS, PairTrainer
-    from tralign_fast.model.scoring import enable_logprobs
+    small = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "num_train_epochs": 1}
+    small |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_strategy": "no"}
+    arguments = functools.partial(transformers.TrainingArguments, **small)
+    monkeypatch.setattr(transformers, "TrainingArguments", arguments)
+    text = block("any_trainer").replace("(0.6, 512,", "(0.6, 2,")
+    assert text != block("any_trainer")
+    start = copy.deepcopy(reader["model"])
+    exec(text, reader)
+    trainer, reference = reader["trainer"], reader["reference"]
+    assert trainer.state.global_step == 4
+    moved = [
+        not torch.equal(now, first)
+        for now, first in zip(reference.parameters(), start.parameters(), strict=True)
+    ]
+    assert all(moved)
+    pair = [[row["prompt"] + row[key] for row in reader["rows"]] for key in ("chosen", "rejected")]
+    with torch.no_grad():
+        ours = [reader["logps"](start, texts) for texts in pair]
+        ids = reader["tokenizer"](pair[0][0], return_tensors="pt")["input_ids"]
+        rows = start(ids).logits[0].log_softmax(-1)
+        whole = sum(rows[t - 1, ids[0, t]] for t in range(1, ids.shape[1]))
+    torch.testing.assert_close(ours[0][0], whole)
+    with torch.no_grad():
+        loss = trainer.compute_loss(reference, reader["rows"].to_list())
+    torch.testing.assert_close(loss, torch.tensor(2.0).log())
 
-    enable_logprobs(names["model"])
-    args = TrainingArguments(
-        str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=1, report_to=[],
-        remove_unused_columns=False, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = PairTrainer(
-        names["model"], args, data_collator=lambda rows: rows[0], train_dataset=ROWS
-    )
-    trainer.ref_model = copy.deepcopy(names["model"])
-    exec(block("any_trainer"), {"trainer": trainer})
-    assert trainer.state.global_step == 2
 
-
-def test_a_loop_of_ones_own(names):
+def test_a_loop_of_ones_own(reader):
     """The reference moves after the last step; the log-prob of an answer is PyTorch's."""
-    start = copy.deepcopy(names["model"])
-    names["rows"] = [names["rows"][i % 8] for i in range(64)]
-    exec(block("loop"), names)
-    assert names["step"] == 64
+    start = copy.deepcopy(reader["model"])
+    reader["rows"] = [reader["rows"][i % 8] for i in range(64)]
+    exec(block("loop"), reader)
+    assert reader["step"] == 64
     for moved, theta, first in zip(
-        names["reference"].parameters(),
-        names["model"].parameters(),
+        reader["reference"].parameters(),
+        reader["model"].parameters(),
         start.parameters(),
         strict=True,
     ):
         torch.testing.assert_close(moved, 0.6 * theta + 0.4 * first)
         assert not torch.equal(theta, first)
-    row = names["rows"][0]
+    row = reader["rows"][0]
     prompt, whole = (
-        names["tokenizer"](text, return_tensors="pt")["input_ids"]
+        reader["tokenizer"](text, return_tensors="pt")["input_ids"]
         for text in (row["prompt"], row["prompt"] + row["chosen"])
     )
     rows = start(whole).logits[0].log_softmax(-1)
     expected = sum(rows[t - 1, whole[0, t]] for t in range(prompt.shape[1], whole.shape[1]))
-    torch.testing.assert_close(names["logps"](start, row["prompt"], row["chosen"])[0], expected)
+    torch.testing.assert_close(reader["logps"](start, row["prompt"], row["chosen"])[0], expected)
 
 
-def test_liger_gives_the_same(monkeypatch):
+def test_liger_gives_the_same(reader, monkeypatch):
     liger = pytest.importorskip("liger_kernel.chunked_loss")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # wants a C++ compiler
-    torch.manual_seed(0)
-    given = {
-        "weight": torch.randn(50, 8), "hidden": torch.randn(4, 6, 8),
-        "target": torch.randint(0, 50, (4, 6)), "ref_weight": torch.randn(50, 8),
-        "ref_hidden": torch.randn(4, 6, 8),
-    }  # fmt: skip
-    scope = {key: value.clone() for key, value in given.items()}
-    exec(block("liger"), scope)
-    call = block("liger").split("loss, metrics = ")[1]
-    scope_of_liger = {"FusedLinearDPOLoss": liger.LigerFusedLinearDPOLoss, **given}
-    theirs = eval(call, scope_of_liger)
-    torch.testing.assert_close((scope["loss"], scope["metrics"]), theirs)  # and every metric
+    exec(block("liger"), reader)
+    assert reader["model"].lm_head.weight.grad is not None
+    call = block("liger").split("loss, metrics = ")[1].splitlines()[0]
+    theirs = eval(call, {**reader, "FusedLinearDPOLoss": liger.LigerFusedLinearDPOLoss})
+    torch.testing.assert_close((reader["loss"], reader["metrics"]), theirs)  # and every metric
 
 
-def test_the_commands_are_understood():
-    from tralign_fast.cli import TrainOptions, _parse
-    from tralign_fast.memory.plan import PlanOptions
-    from tralign_fast.migrate.command import migration_options
+def test_the_commands_are_understood(tmp_path, monkeypatch):
+    """The command with the options of each row of the table, and of each row what is planned."""
+    from tralign_fast.command_line import parse
+    from tralign_fast.training.train_options import TrainOptions
 
-    classes = {"train": [TrainOptions, TRConfig], "plan": [PlanOptions]}
-    commands = re.findall(r"^tralign-fast (\w+) (.*)$", README.read_text(), re.M)
-    assert [verb for verb, _ in commands] == ["train", "train", "plan", "migrate"]
-    for verb, rest in commands:
-        arguments = shlex.split(rest.replace("recipes/", f"{ROOT}/recipes/"), comments=True)
-        if verb == "migrate":
-            assert migration_options(arguments).file == "dpo.py"
-            continue
-        if "--config" in arguments:  # bf16 is asked for there
-            arguments += ["--bf16", "false", "--use_cpu", "true"]
-        assert _parse(verb, classes[verb], arguments)
+    text = README.read_text()
+    (command,) = re.findall(r"^tralign-fast train (.*)$", text, re.M)
+    rows = re.findall(r"^\| (\d+) GB \| (.*) \| (.*) \| ([\d.]+) GiB \|$", text, re.M)
+    assert len(rows) == 5
+    monkeypatch.chdir(tmp_path)
+    model = None
+    for memory, name, options, planned in rows:
+        model = model if name == "the same" else name.strip("`")
+        options = options.strip("`") if options.startswith("`--") else ""
+        line = command.replace("MODEL", model).replace("OPTIONS", options)
+        arguments = [*shlex.split(line), "--use_cpu", "true", "--bf16", "false"]
+        train, config = parse("train", [TrainOptions, TRConfig], arguments)
+        assert train.model == model
+        assert config.gradient_release == ("release" in options)
+        assert float(planned) + 1 <= int(memory)
+    (migrate,) = re.findall(r"`tralign-fast migrate (\S+)`", text)
+    assert migrate == "dpo.py"
 
 
-# --- README: the losses ---------------------------------------------------------------------------
+# --- the losses ---------------------------------------------------------------------------------
 
 
 def loss_table() -> dict[str, list[str]]:
     """A loss's name -> the other cells of its row."""
-    text = README.read_text().split("| `loss_type` |")[1].split("\n\n")[0]
+    text = LOSS_PAGE.read_text().split("| `loss_type` |")[1].split("\n\n")[0]
     table = {}
     for line in text.splitlines()[2:]:
         first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
@@ -235,7 +229,7 @@ def test_the_table_of_losses_is_the_registry():
 
 
 def test_the_sum_of_losses_is_taken():
-    (call,) = re.findall(r'`(TRConfig\("out", loss_type=\[.*?\))`', README.read_text())
+    (call,) = re.findall(r'`(TRConfig\("out", loss_type=\[.*?\))`', LOSS_PAGE.read_text())
     config = eval(call, {"TRConfig": functools.partial(TRConfig, use_cpu=True, bf16=False)})
     assert config.objective.names == ("sigmoid", "bco_pair", "sft")
     assert config.objective.weights == (0.8, 0.2, 1.0)
@@ -251,25 +245,25 @@ def test_every_diff_has_at_most_eight_lines_of_either_kind():
 
 
 @pytest.mark.parametrize("mark", ["-", "+"])
-def test_trl_before_and_after(mark, names):
-    exec(side("trl_user", mark), names)
-    assert names["trainer"].state.global_step == 2
+def test_trl_before_and_after(mark, reader):
+    exec(side("trl_user", mark), reader)
+    assert reader["trainer"].state.global_step == 2
 
 
-def test_peft(names):
+def test_peft(reader):
     peft = pytest.importorskip("peft")
     import trl
 
     import tralign_fast
 
-    names |= {k: getattr(trl, k) for k in ("DPOConfig", "DPOTrainer")}
-    names |= {k: getattr(tralign_fast, k) for k in ("TRConfig", "TRTrainer")}
-    names |= {k: getattr(peft, k) for k in ("LoraConfig", "get_peft_model")}
+    reader |= {k: getattr(trl, k) for k in ("DPOConfig", "DPOTrainer")}
+    reader |= {k: getattr(tralign_fast, k) for k in ("TRConfig", "TRTrainer")}
+    reader |= {k: getattr(peft, k) for k in ("LoraConfig", "get_peft_model")}
     with pytest.raises(NotImplementedError):
-        exec(side("peft", "-"), {**names, "model": copy.deepcopy(names["model"])})
-    exec(side("peft", "+"), names)
-    assert names["trainer"].state.global_step == 2
-    peft.PeftModel.from_pretrained(make_tiny_llama(names["tokenizer"]), "out/adapter")
+        exec(side("peft", "-"), {**reader, "model": copy.deepcopy(reader["model"])})
+    exec(side("peft", "+"), reader)
+    assert reader["trainer"].state.global_step == 2
+    peft.PeftModel.from_pretrained(make_tiny_llama(reader["tokenizer"]), "out/adapter")
 
 
 def test_ops_before_and_after_are_equal():
@@ -322,17 +316,31 @@ def anchors(file: Path) -> set[str]:
 def test_no_link_is_broken(file):
     links = re.findall(r"\]\(([^)\s]+)\)", file.read_text())
     for link in links:
+        folder = file.parent
+        for start in (f"{REPOSITORY}/blob/main/", f"{REPOSITORY}/tree/main/", RAW):
+            if link.startswith(start):
+                link, folder = link.removeprefix(start), ROOT
         if "://" in link:
             continue
         name, _, anchor = link.partition("#")
-        target = (file.parent / name).resolve() if name else file
+        target = (folder / name).resolve() if name else file
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 
 
+def test_the_readme_has_whole_links_to_the_repository():
+    assert f'Homepage = "{REPOSITORY}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"repo_url: {REPOSITORY}" in (ROOT / "mkdocs.yml").read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", README.read_text())
+    assert len(links) > 12
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
 def test_files_that_the_documents_name_are_there():
     roots = r"(?:tralign_fast|kernels|tests|benchmarks|recipes)"
-    for file in (README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "decisions.md"):
+    for file in DOCUMENTS:
+        if file.name == "comparison.md":  # which names TRL's tests
+            continue
         for path in re.findall(rf"\b{roots}/[\w/.-]+\.(?:py|md|yaml|csv)\b", file.read_text()):
             assert (ROOT / path).is_file(), (file.name, path)
 

@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from tralign_fast.extras import explained
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference import TrustRegion
-from tralign_fast.reference.adapter import AdapterReference
-from tralign_fast.reference.base import load_generator, save_generator
 from tralign_fast.reference.merged import follow_merged_, has_adapters, merged_weights
-from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.sharding import is_sharded, own_file, process_count, reshard
+
+try:
+    from safetensors.torch import load_file, save_file
+    from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+    from tralign_fast.reference.adapter import AdapterReference
+    from tralign_fast.reference.base import load_generator, save_generator
+    from tralign_fast.reference.offloaded import OffloadedReference
+except ModuleNotFoundError as error:
+    raise explained("TrustRegionCallback", error) from None
 
 # Inside a checkpoint, beside the policy: TRL forgets where its reference was.
 FOLDER = "reference"

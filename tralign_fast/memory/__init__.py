@@ -12,10 +12,15 @@ the workspaces of kernels, nor the CUDA context (about 0.5 GiB).
 `measure` runs the same on a GPU, with data.
 """
 
-from tralign_fast.memory.live import LiveTensors, MemoryReport
-from tralign_fast.memory.measure import Measured, measure
-from tralign_fast.memory.trace import trace, trace_trl
-from tralign_fast.memory.workload import Workload
+from tralign_fast.extras import explained
+
+try:
+    from tralign_fast.memory.live import LiveTensors, MemoryReport
+    from tralign_fast.memory.measure import Measured, measure
+    from tralign_fast.memory.trace import trace, trace_trl
+    from tralign_fast.memory.workload import Workload
+except ModuleNotFoundError as error:
+    raise explained(__name__, error) from None
 
 __all__ = [
     "LiveTensors",

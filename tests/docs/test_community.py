@@ -1,0 +1,70 @@
+"""Files for those who take part: they parse, and name what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+GITHUB = ROOT / ".github"
+VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+
+
+def test_there_is_one_version():
+    import tralign_fast
+
+    assert VERSION is not None
+    assert tralign_fast.__version__ == VERSION[1]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == VERSION[1]
+
+
+@pytest.mark.parametrize("file", sorted(GITHUB.glob("workflows/*.yml")), ids=lambda f: f.name)
+def test_workflows_call_targets_that_are_there(file):
+    workflow = yaml.safe_load(file.read_text())
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert workflow["permissions"]["contents"] == "read"
+    for job in workflow["jobs"].values():
+        given = [case.get("target") for case in _cases(job)]
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step)
+            for target in re.findall(r"\bmake ([\w-]+)", step.get("run", "")):
+                assert target in targets, target
+            if "make ${{ matrix.target }}" in step.get("run", ""):
+                assert {*given} <= targets
+
+
+def _cases(job: dict) -> list[dict]:
+    return job.get("strategy", {}).get("matrix", {}).get("include", [])
+
+
+def test_the_ends_of_the_range_of_pythons_are_tested():
+    workflow = yaml.safe_load((GITHUB / "workflows" / "tests.yml").read_text())
+    tested = {case["python"] for case in _cases(workflow["jobs"]["test"])}
+    text = (ROOT / "pyproject.toml").read_text()
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
+    assert {named[0], named[-1]} <= tested
+    assert f'requires-python = ">={named[0]}"' in text
+
+
+@pytest.mark.parametrize(
+    "file", sorted(GITHUB.glob("ISSUE_TEMPLATE/[bw]*.yml")), ids=lambda f: f.name
+)
+def test_forms_have_what_github_wants(file):
+    form = yaml.safe_load(file.read_text())
+    assert form["name"]
+    assert form["description"]
+    names = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+    assert len(names) == len({*names}) > 1
+    assert all(part["attributes"] for part in form["body"])
+
+
+def test_the_authors_are_those_of_the_model_card():
+    from tralign_fast.training import model_card
+
+    (line,) = re.findall(r"author\s+= \{(.*)\}", Path(model_card.__file__).read_text())
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"][0]["authors"]
+    names = [f"{author['given-names']} {author['family-names']}" for author in cited]
+    assert " and ".join(names) == line
