@@ -10,6 +10,7 @@ import tempfile
 import pytest
 
 from tralign_fast import cli
+from tralign_fast.training.train_options import TrainOptions
 
 
 def last(text):
@@ -141,7 +142,7 @@ def test_what_a_recipe_says_is_read(recipe):
 
     recipe.write_text(recipe.read_text() + "beta: 1e-2\npacking: off\nloss_type: [dpo, sft]\n")
     arguments = ["--config", str(recipe), "--max_steps", "7", "--no_prefix_sharing"]
-    config = cli._parse("train", [cli.TrainOptions, TRConfig], arguments)[1]
+    config = cli._parse("train", [TrainOptions, TRConfig], arguments)[1]
     assert (config.beta, config.packing, config.loss_type) == (0.01, False, ["dpo", "sft"])
     assert (config.max_steps, config.prefix_sharing) == (7, False)
 

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tralign_fast.training.train_options import TrainOptions
-
 _COMMANDS = {
     "demo": "align a small chat model on this machine's CPU, in minutes",
     "train": "align a model of yours: --config recipe.yaml [--option value]",
@@ -131,45 +129,9 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from tralign_fast import TRConfig, TRTrainer
-    from tralign_fast.data import load_rows
-    from tralign_fast.training.checkpoints import check_output_dir, check_writable
-    from tralign_fast.training.option_conflicts import check_evaluation, check_trackers
-    from tralign_fast.training.train_options import bits_config, lora_config
+    from tralign_fast.commands.train import run_train
 
-    options, config = _parse("train", [TrainOptions, TRConfig], arguments)
-    # before hours of loading
-    checkpoint = _checkpoint(options.resume, config.resume_from_checkpoint)
-    check_trackers(config.report_to)
-    check_evaluation(config, options.eval_dataset)
-    check_writable(config.output_dir)
-    adapter = lora_config(options.peft_config)
-    bits = bits_config(options.quantization_config)
-    if not checkpoint and not config.overwrite_output_dir:
-        check_output_dir(config.output_dir)
-    rows = load_rows(options.dataset, options.dataset_split)
-    held_out = load_rows(options.eval_dataset, options.eval_split) if options.eval_dataset else None
-    trainer = TRTrainer(
-        options.model, args=config, train_dataset=rows, eval_dataset=held_out,
-        peft_config=adapter, quantization_config=bits,
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.create_model_card()
-    return 0
-
-
-def _checkpoint(resume: bool, given: str | bool | None) -> str | bool | None:
-    """What to go on from: a folder, True for the newest whole checkpoint, None for nothing."""
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    named = words.get(given.lower(), given) if isinstance(given, str) else given
-    if resume and named is False:
-        raise ValueError("resume: expected one answer, got true, and resume_from_checkpoint false")
-    if isinstance(named, str) and not Path(named).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint: expected true or a checkpoint's folder, got {named!r}"
-        )
-    return named or (True if resume else None)
+    return run_train(arguments)
 
 
 def _plan(arguments: list[str]) -> int:
