@@ -22,7 +22,7 @@ def last(text):
 
 
 BEFORE_LOADING = {
-    "no command": ([], "expected a command, demo or train or plan or migrate, got"),
+    "no command": ([], "expected a command, demo or train or plan"),
     "a misspelt command": (["trian"], "did you mean train?"),
     "nothing to train": (["train"], "required: --model, --dataset"),
     "a recipe by itself": (["train", "r.yaml"], "r.yaml: expected --option value; a recipe is"),

@@ -17,6 +17,7 @@ _COMMANDS = {
     "demo": "align a small chat model on this machine's CPU, in minutes",
     "train": "align a model of yours: --config recipe.yaml [--option value]",
     "plan": "does a training fit a GPU? --model llama-3.1-8b --gpu-memory 24GiB",
+    "report": "what came of a run, or of several side by side: RUN [RUN ...]",
     "migrate": "a script of TRL, a YAML of axolotl or LLaMA-Factory, as one of this library",
 }
 _HELP = (
@@ -54,7 +55,9 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command, _COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else " (tralign-fast --help)"
         raise ValueError(f"expected a command, {' or '.join(_COMMANDS)}, got {command!r}{hint}")
-    return {"demo": _demo, "train": _train, "plan": _plan, "migrate": _migrate}[command](rest)
+    return {
+        "demo": _demo, "train": _train, "plan": _plan, "report": _report, "migrate": _migrate,
+    }[command](rest)  # fmt: skip
 
 
 def _message_of(error: Exception) -> str | None:
@@ -138,6 +141,12 @@ def _plan(arguments: list[str]) -> int:
     from tralign_fast.memory.plan import PlanOptions, run_plan
 
     return run_plan(_parse("plan", [PlanOptions], arguments)[0])
+
+
+def _report(arguments: list[str]) -> int:
+    from tralign_fast.commands.report import run_report
+
+    return run_report(arguments)
 
 
 def _migrate(arguments: list[str]) -> int:

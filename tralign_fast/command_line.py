@@ -98,6 +98,21 @@ class _OnlyConfig(argparse.ArgumentParser):
         raise ValueError(re.sub(r"^argument (\S+): ", r"\1: ", message))
 
 
+class PositionalParser(argparse.ArgumentParser):
+    """Of commands that take files; a mistake is a ValueError of one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        what = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            meant = nearest(unknown[1], self._option_string_actions)
+            what = f"{unknown[1]}: no such option" + (f"; did you mean {meant}?" if meant else "")
+        raise ValueError(f"{what} ({self.prog} --help)")
+
+
 class _Parser(HfArgumentParser):
     """An option for every field of the dataclasses and for every option of the losses."""
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 from tralign_fast.command_line import Given
-from tralign_fast.training.option_types import shown
+from tralign_fast.commands.progress import show
+from tralign_fast.commands.report import finish
+from tralign_fast.commands.resolved import recipe_of
+from tralign_fast.commands.samples import Samples
+from tralign_fast.training.option_types import shown as brief
 from tralign_fast.training.train_options import (
     TrainOptions,
     adapter_of,
@@ -68,9 +73,21 @@ def _run(options: TrainOptions, config: Any) -> int:
         options.model, args=config, train_dataset=rows, eval_dataset=held_out,
         peft_config=adapter, quantization_config=bits,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=checkpoint)
+    recipe = recipe_of(options, config)  # of all processes' arguments the first one's are written
+    samples = Samples(trainer, options)
+    shown = show(trainer)
+    samples.take("before")
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        shown.bar.close()
+    seconds = time.perf_counter() - started
     trainer.save_model()
     trainer.create_model_card()
+    samples.take("after")
+    if line := finish(trainer, options, recipe, samples.rows, seconds, shown.seen):
+        shown.write(line)
     return 0
 
 
@@ -105,7 +122,7 @@ def renamed(rows: Any, columns: dict[str, str], source: str) -> Any:
     for theirs in columns.values():
         if theirs not in rows.column_names:
             found = ", ".join(rows.column_names)
-            raise ValueError(f"columns: {source} has no column {shown(theirs)}; found {found}")
+            raise ValueError(f"columns: {source} has no column {brief(theirs)}; found {found}")
     if not changes:
         return rows
     replaced = [name for name in changes.values() if name in rows.column_names]

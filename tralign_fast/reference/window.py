@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -33,6 +33,7 @@ class WindowedReference(ReferencePolicy):
     """Scores of a window; a subclass says where the reference's weights are while it is scored."""
 
     desc: ClassVar[str] = "reference window"  # of the progress bar
+    make_bar: Callable[..., Any] = tqdm  # a command line has a bar of its own
 
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         super().__init__(policy, schedule)
@@ -85,7 +86,7 @@ class WindowedReference(ReferencePolicy):
         with (
             self.weights(),
             self._evaluating(),
-            tqdm(desc=self.desc, total=total, leave=False, disable=total is None) as bar,
+            self.make_bar(desc=self.desc, total=total, leave=False, disable=total is None) as bar,
         ):
             while group := list(islice(iterator, merge)):
                 self._score([part for parts in group for part in parts])
