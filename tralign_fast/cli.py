@@ -139,8 +139,12 @@ def _train(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     from tralign_fast.memory.plan import PlanOptions, run_plan
+    from tralign_fast.memory.plan_recipe import plan_arguments
 
-    return run_plan(_parse("plan", [PlanOptions], arguments)[0])
+    arguments, more = plan_arguments(arguments)
+    options = _parse("plan", [PlanOptions], arguments)[0]
+    options.more = more
+    return run_plan(options)
 
 
 def _report(arguments: list[str]) -> int:

@@ -301,6 +301,14 @@ def one_line_errors(where: Any) -> Iterator[None]:
         raise ValueError(f"{where}: {reason[0]}; expected lines of `option: value`") from None
 
 
+def options_in(path: str) -> set[str]:
+    """The names that stand in a recipe; none of what is no recipe, which `parse` refuses."""
+    try:
+        return {str(name) for name in _read_recipe(path)[0]}
+    except ValueError:
+        return set()
+
+
 SHIPPED = Path(__file__).parent / "recipes"
 
 
