@@ -244,7 +244,7 @@ def test_version_and_help(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"tralign-fast {version('tralign-fast')}\n"
     assert cli.main(["--help"]) == 0
-    assert "train   align a model of yours" in capsys.readouterr().out
+    assert "train     align a model of yours" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
