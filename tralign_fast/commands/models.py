@@ -86,7 +86,7 @@ def load_model(
         except (RuntimeError, ValueError, KeyError) as error:  # of another model
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{name} does not fit its base {start}: {reason}") from error
-        model = wrapped.merge_and_unload()
+        model = wrapped.merge_and_unload().requires_grad_(True)  # as a model that is loaded
     return (model if device is None else model.to(device)).eval()
 
 
