@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from tralign_fast.command_line import PositionalParser
-from tralign_fast.commands.models import base_of, best_device, load_model, load_tokenizer
+from tralign_fast.commands.models import (
+    base_of,
+    best_device,
+    check_model,
+    load_model,
+    load_tokenizer,
+)
 from tralign_fast.commands.samples import complete
 
 
@@ -35,6 +41,8 @@ def run_generate(arguments: list[str]) -> int:
         raise ValueError(f"generate: expected one or two models, got {len(given.models)}")
     if given.max_new_tokens < 1 or given.count < 1 or given.temperature < 0:
         raise ValueError("generate: expected --max_new_tokens and --count ≥ 1, --temperature ≥ 0")
+    for name in given.models:
+        check_model(name)
     start = base_of(given.models[0])
     names = [start, *given.models] if len(given.models) == 1 and start else given.models
     prompts = prompts_of(given.prompt, given.prompts, given.split, given.count)

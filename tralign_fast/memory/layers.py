@@ -17,7 +17,10 @@ from tralign_fast.memory.live import MemoryReport
 from tralign_fast.memory.trace import trace, trace_segments
 from tralign_fast.memory.workload import Workload
 
-SHALLOW = {1: (5, 7), 2: (6, 8)}  # by how many kinds of layers take turns
+SHALLOW: dict[int | None, tuple[int, int]] = {
+    1: (5, 7),
+    2: (6, 8),
+}  # by how many kinds of layers take turns
 _LEAST = 16  # layers from which it is faster than the whole
 _EDGE = 2  # layers at either end of a pass that may hold something of their own
 

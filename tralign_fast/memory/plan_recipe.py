@@ -70,6 +70,5 @@ def of_recipe(given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if given.num_processes and given.parallel in ("fsdp2", "zero3"):
         plan["gpus"] = given.num_processes
     more = {name: getattr(given, name) for name in _MORE if name in given.names}
-    if "bf16" in given.names:
-        more["bf16"] = given.bf16
+    more["bf16"] = given.bf16 is not False  # left out, it is on where there is a GPU
     return plan, more

@@ -28,6 +28,7 @@ _ROWS = [f.name for f in dataclasses.fields(MemoryReport)]
 _DEFAULTS = {
     "loss_type": "dpo", "reference": "auto", "sync_ref_model": True, "logits_budget_mb": 1024,
     "gradient_checkpointing": True, "gradient_release": False, "max_grad_norm": 1.0,
+    "bf16": True,  # where there is a GPU
 }  # fmt: skip
 
 
@@ -42,10 +43,7 @@ def recipe_of(options: PlanOptions, work: Workload) -> dict[str, Any]:
         "per_device_train_batch_size": work.pairs,
         "max_length": pair - pair // 4,  # half of a pair is prompt, a quarter each completion
     }
-    training = {**work.options}
-    if work.options.get("bf16") is False and work.dtype != "bfloat16":
-        training.pop("bf16")
-    recipe |= {n: v for n, v in training.items() if _DEFAULTS.get(n) != v or n == "bf16"}
+    recipe |= {n: v for n, v in work.options.items() if _DEFAULTS.get(n) != v}
     if work.lora_rank is not None:
         recipe |= {"use_peft": True, "lora_r": work.lora_rank, "lora_alpha": work.lora_rank}
     if work.base_bits == 4:

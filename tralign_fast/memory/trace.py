@@ -69,7 +69,7 @@ def _traced(work: Workload, as_on_gpu: bool, fake: bool) -> Iterator[tuple[LiveT
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
     """The longest list of modules of one type, which a causal LM's decoder layers are."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    return max(lists, key=len, default=[])
+    return [*max(lists, key=len, default=nn.ModuleList())]
 
 
 def _mark(live: LiveTensors, layer: nn.Module, index: int) -> None:
