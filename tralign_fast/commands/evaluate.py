@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tralign_fast.command_line import PositionalParser
 from tralign_fast.commands.generate import prompt_ids, prompt_text
@@ -103,10 +103,10 @@ def judge_of(place: str) -> Callable[[str, str], float]:
         raise ValueError(f"--judge {file}: expected a file of Python")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function: Any = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--judge {place}: {file} has no function {name}")
-    return function
+    return cast("Callable[[str, str], float]", function)
 
 
 def judged(
@@ -114,7 +114,7 @@ def judged(
 ) -> dict[str, float]:
     """Means of the judge's numbers of greedy completions of both models, and how often the first
     is better; a draw is a half."""
-    prompts = [row["prompt"] for row in rows.select(range(min(given.judge_prompts, len(rows))))]
+    prompts = rows[: given.judge_prompts]["prompt"]
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     scores = []
     for model in models:

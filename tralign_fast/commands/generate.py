@@ -78,7 +78,7 @@ def prompts_of(words: Sequence[str], rows: str | None, split: str, count: int) -
         if "prompt" not in table.column_names:
             have = ", ".join(table.column_names)
             raise ValueError(f"--prompts {rows}: expected a column prompt, found {have}")
-        found += [row["prompt"] for row in table.select(range(min(count, len(table))))]
+        found += table[:count]["prompt"]
     if not found:
         raise ValueError('generate: expected --prompt "TEXT" or --prompts ROWS')
     return found
