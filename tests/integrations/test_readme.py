@@ -173,9 +173,10 @@ def test_liger_gives_the_same(monkeypatch):
 
 
 def test_the_commands_are_understood():
-    from tralign_fast.cli import TrainOptions, _parse
+    from tralign_fast.cli import _parse
     from tralign_fast.memory.plan import PlanOptions
     from tralign_fast.migrate.command import migration_options
+    from tralign_fast.training.train_options import TrainOptions
 
     classes = {"train": [TrainOptions, TRConfig], "plan": [PlanOptions]}
     commands = re.findall(r"^tralign-fast (\w+) (.*)$", README.read_text(), re.M)
