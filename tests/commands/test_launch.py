@@ -64,6 +64,11 @@ def test_presets_are_options_of_a_run(parallel, monkeypatch, tmp_path):
         assert given.deepspeed["zero_optimization"]["stage"] == 3
 
 
+def test_the_exit_code_is_of_the_process_that_ended_by_itself():
+    assert launch.code_of([-15, 2]) == 2
+    assert launch.code_of([-9, -15]) == 143
+
+
 def test_a_process_of_a_launcher_starts_no_others(monkeypatch):
     assert launch.is_asked_for(2, None)
     assert not launch.is_asked_for(None, "fsdp2")

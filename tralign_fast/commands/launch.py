@@ -42,7 +42,8 @@ def options_of(parallel: str | None) -> dict[str, Any]:
 
 
 def launch(processes: int, parallel: str, arguments: list[str]) -> int:
-    """Starts `train` with these arguments in so many processes; the exit code is the worst of them.
+    """Starts `train` with these arguments in so many processes; the exit code is that of one that
+    ended by itself.
 
     Raises:
         ValueError: as `options_of`.
@@ -63,9 +64,14 @@ def launch(processes: int, parallel: str, arguments: list[str]) -> int:
     try:
         accelerate.multi_gpu_launcher(args)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return max(code if code > 0 else 128 - code for code in codes)
+        return code_of([failure.exitcode for failure in error.failures.values()])
     return 0
+
+
+def code_of(codes: list[int]) -> int:
+    """Of processes of which one ended by itself and the launcher ended the rest (SIGTERM)."""
+    own = [code for code in codes if code > 0]
+    return max(own) if own else max(128 - code for code in codes)
 
 
 def quieten_other_ranks() -> None:
