@@ -170,7 +170,7 @@ def test_train_from_a_recipe(recipe, tmp_path):
 
     out = run_cli("train", "--config", str(recipe), "--max_steps", "3", "--save_steps", "2")
     assert out.returncode == 0, out.stderr
-    assert "'tr/syncs': 3" in out.stdout
+    assert [line.split()[-1] for line in out.stdout.splitlines()[1:4]] == ["1", "2", "3"]  # moves
     assert (tmp_path / "run" / "checkpoint-2" / "reference" / "reference.json").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     again = run_cli("train", "--config", str(recipe))
@@ -179,8 +179,8 @@ def test_train_from_a_recipe(recipe, tmp_path):
     assert "Traceback" not in again.stderr
     resumed = run_cli("train", "--config", str(recipe), "--max_steps", "4", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert "'tr/syncs': 4" in resumed.stdout
-    assert "'tr/syncs': 2" not in resumed.stdout
+    rows = [line.split() for line in resumed.stdout.splitlines()[1:-1]]
+    assert [(row[0], row[-1]) for row in rows] == [("4", "4")]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""`tralign-fast demo | train | plan | migrate`: one line and exit code 2 for what cannot be run."""
+"""`tralign-fast COMMAND`: one line and exit code 2 for what cannot be run."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import hashlib
+import importlib
 import linecache
 import os
 import sys
@@ -13,18 +14,35 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tralign_fast.training.train_options import TrainOptions
-
+# command -> (what it does, where: a function of its arguments)
 _COMMANDS = {
-    "demo": "align a small chat model on this machine's CPU, in minutes",
-    "train": "align a model of yours: --config recipe.yaml [--option value]",
-    "plan": "does a training fit a GPU? --model llama-3.1-8b --gpu-memory 24GiB",
-    "migrate": "a script of TRL, a YAML of axolotl or LLaMA-Factory, as one of this library",
+    "demo": ("align a small chat model on this machine's CPU, in minutes", ""),
+    "train": (
+        "align a model of yours: --config recipe.yaml [--option value]",
+        "commands.train:run_train",
+    ),
+    "plan": ("does a training fit a GPU? --model llama-3.1-8b --gpu-memory 24GiB", ""),
+    "recipes": ("recipes that ship: ls, cp NAME, check FILE", "commands.recipes:run_recipes"),
+    "report": (
+        "what came of a run, or of several side by side: RUN [RUN ...]",
+        "commands.report:run_report",
+    ),
+    "eval": (
+        "a model against its start: RUN --dataset ROWS [--judge FILE.py:FUNCTION]",
+        "commands.evaluate:run_eval",
+    ),
+    "generate": (
+        'completions before and after, side by side: RUN --prompt "..."',
+        "commands.generate:run_generate",
+    ),
+    "merge": ("an adapter into its base: RUN --output FOLDER", "commands.merge:run_merge"),
+    "migrate": (
+        "a script of TRL, a YAML of axolotl or LLaMA-Factory, as one of this library",
+        "migrate.command:run_migrate",
+    ),
+    "env": ("versions, GPUs and paths, for a report of a bug", "commands.env:run_env"),
 }
-_HELP = (
-    "tralign-fast demo | train | plan | migrate [--help]: preference alignment with a moving "
-    "reference\n"
-)
+_HELP = "usage: tralign-fast COMMAND [--help]: preference alignment with a moving reference\n"
 _STARTED = time.time()
 
 
@@ -45,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command, rest = (arguments[0] if arguments else ""), arguments[1:]
     if command in ("-h", "--help"):
-        print(_HELP + "".join(f"\n  {name:8}{help}" for name, help in _COMMANDS.items()))
+        print(_HELP + "".join(f"\n  {name:10}{help}" for name, (help, _) in _COMMANDS.items()))
         return 0
     if command == "--version":
         from importlib.metadata import version
@@ -56,7 +74,12 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command, _COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else " (tralign-fast --help)"
         raise ValueError(f"expected a command, {' or '.join(_COMMANDS)}, got {command!r}{hint}")
-    return {"demo": _demo, "train": _train, "plan": _plan, "migrate": _migrate}[command](rest)
+    if command == "demo":
+        return _demo(rest)
+    if command == "plan":
+        return _plan(rest)
+    module, _, function = _COMMANDS[command][1].partition(":")
+    return getattr(importlib.import_module(f"tralign_fast.{module}"), function)(rest)
 
 
 def _message_of(error: Exception) -> str | None:
@@ -130,58 +153,14 @@ def _demo(arguments: list[str]) -> int:
     return run_demo(_parse("demo", [DemoOptions], arguments)[0])
 
 
-def _train(arguments: list[str]) -> int:
-    from tralign_fast import TRConfig, TRTrainer
-    from tralign_fast.data import load_rows
-    from tralign_fast.training.checkpoints import check_output_dir, check_writable
-    from tralign_fast.training.option_conflicts import check_evaluation, check_trackers
-    from tralign_fast.training.train_options import bits_config, lora_config
-
-    options, config = _parse("train", [TrainOptions, TRConfig], arguments)
-    # before hours of loading
-    checkpoint = _checkpoint(options.resume, config.resume_from_checkpoint)
-    check_trackers(config.report_to)
-    check_evaluation(config, options.eval_dataset)
-    check_writable(config.output_dir)
-    adapter = lora_config(options.peft_config)
-    bits = bits_config(options.quantization_config)
-    if not checkpoint and not config.overwrite_output_dir:
-        check_output_dir(config.output_dir)
-    rows = load_rows(options.dataset, options.dataset_split)
-    held_out = load_rows(options.eval_dataset, options.eval_split) if options.eval_dataset else None
-    trainer = TRTrainer(
-        options.model, args=config, train_dataset=rows, eval_dataset=held_out,
-        peft_config=adapter, quantization_config=bits,
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.create_model_card()
-    return 0
-
-
-def _checkpoint(resume: bool, given: str | bool | None) -> str | bool | None:
-    """What to go on from: a folder, True for the newest whole checkpoint, None for nothing."""
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    named = words.get(given.lower(), given) if isinstance(given, str) else given
-    if resume and named is False:
-        raise ValueError("resume: expected one answer, got true, and resume_from_checkpoint false")
-    if isinstance(named, str) and not Path(named).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint: expected true or a checkpoint's folder, got {named!r}"
-        )
-    return named or (True if resume else None)
-
-
 def _plan(arguments: list[str]) -> int:
     from tralign_fast.memory.plan import PlanOptions, run_plan
+    from tralign_fast.memory.plan_recipe import plan_arguments
 
-    return run_plan(_parse("plan", [PlanOptions], arguments)[0])
-
-
-def _migrate(arguments: list[str]) -> int:
-    from tralign_fast.migrate.command import run_migrate
-
-    return run_migrate(arguments)
+    arguments, more = plan_arguments(arguments)
+    options = _parse("plan", [PlanOptions], arguments)[0]
+    options.more = more
+    return run_plan(options)
 
 
 def _parse(command: str, classes: list[Any], arguments: list[str]) -> Any:

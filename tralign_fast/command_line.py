@@ -36,19 +36,61 @@ def parse(command: str, classes: Sequence[type], arguments: Sequence[str]) -> li
         ValueError: one line that names the option, its value and what was expected, and for a
             recipe the line.
     """
-    parser = _Parser(classes, command)
-    if arguments and not arguments[0].startswith("-"):
-        hint = "; a recipe is given as --config" if Path(arguments[0]).suffix else ""
-        raise ValueError(f"{arguments[0]}: expected --option value{hint}")
-    parser.check_names(arguments)
-    first = _OnlyConfig(prog=parser.prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    if (path := first.parse_known_args(arguments)[0].config) is not None:
-        parser.read(path)
-    given, rest = parser.parse_known_args(arguments)
-    if rest:
-        raise ValueError(f"{rest[0]}: expected --option value")
-    return parser.built(given)
+    return Given(command, classes, arguments).built()
+
+
+class Given:
+    """Options as they were given, before the dataclasses are made of them.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+
+    def __init__(self, command: str, classes: Sequence[type], arguments: Sequence[str]) -> None:
+        self._parser = parser = _Parser(classes, command)
+        if arguments and not arguments[0].startswith("-"):
+            hint = "; a recipe is given as --config" if Path(arguments[0]).suffix else ""
+            raise ValueError(f"{arguments[0]}: expected --option value{hint}")
+        parser.check_names(arguments)
+        first = _OnlyConfig(prog=parser.prog, add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        if (path := first.parse_known_args(arguments)[0].config) is not None:
+            parser.read(path)
+        self._values, rest = parser.parse_known_args(arguments)
+        if rest:
+            raise ValueError(f"{rest[0]}: expected --option value")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._values, name)
+
+    @property
+    def names(self) -> set[str]:
+        """Those that a recipe or the command line has."""
+        return self._parser.given
+
+    def default(self, name: str, value: Any) -> None:
+        """Sets an option that was not given."""
+        if name not in self.names:
+            setattr(self._values, name, value)
+
+    def built(self) -> list[Any]:
+        return self._parser.built(self._values)
+
+
+_NO_OPTIONS = ("help", "help_all", "config")
+
+
+class _Help(argparse.Action):
+    """Prints the options in groups, and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help, default=argparse.SUPPRESS)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        from tralign_fast.command_help import page
+
+        print(page(parser, everything=self.dest == "help_all"))
+        parser.exit()
 
 
 class _OnlyConfig(argparse.ArgumentParser):
@@ -56,19 +98,41 @@ class _OnlyConfig(argparse.ArgumentParser):
         raise ValueError(re.sub(r"^argument (\S+): ", r"\1: ", message))
 
 
+class PositionalParser(argparse.ArgumentParser):
+    """Of commands that take files; a mistake is a ValueError of one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        what = re.sub(r"^argument (\S+): ", r"\1: ", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            meant = nearest(unknown[1], self._option_string_actions)
+            what = f"{unknown[1]}: no such option" + (f"; did you mean {meant}?" if meant else "")
+        raise ValueError(f"{what} ({self.prog} --help)")
+
+
 class _Parser(HfArgumentParser):
     """An option for every field of the dataclasses and for every option of the losses."""
 
     def __init__(self, classes: Sequence[Any], command: str) -> None:
-        super().__init__(list(classes), prog=f"tralign-fast {command}", allow_abbrev=False)
+        super().__init__(
+            list(classes), prog=f"tralign-fast {command}", allow_abbrev=False, add_help=False
+        )
+        self.given: set[str] = set()
         self.hints = {name: hint for c in classes for name, hint in _hints(c).items()}
         for action in self._actions:  # what stands in a range is in the help, too
             rule = rule_of(self.hints.get(action.dest))
             if rule is not None and action.help:
                 words = str(rule) if isinstance(rule, OneOf) else bounds_of(rule)
                 action.help = f"{action.help} Expected: {words}.".replace("%", "%%")
-        self.add_argument("--config", help="A recipe: lines of `option: value` (YAML).")
+        self.add_argument(
+            "--config", help="A recipe: a file of lines `option: value` (YAML), or one that ships."
+        )
         self.losses = self._add_loss_options() if "loss_options" in self.hints else []
+        self.add_argument("-h", "--help", action=_Help, help="These options.")
+        self.add_argument("--help-all", "--help_all", action=_Help, help="Those of Trainer, too.")
 
     def _add_loss_options(self) -> list[str]:
         """Those of registered losses without a field of their own; `loss_options` holds them."""
@@ -86,13 +150,20 @@ class _Parser(HfArgumentParser):
         """What argparse has found, without its page of usage."""
         found = re.match(r"argument (?:.*?/)*?(--\w+)\S*: (.*)", message, re.DOTALL)
         if found is None:
-            raise ValueError(f"{message} (see {self.prog} --help)")
+            message = re.sub(r"/--\w+", "", message)  # other names of an option
+            raise ValueError(f"{message} ({self._example()}{self.prog} --help)")
         name, what = found[1], found[2]
         value = re.match(r"invalid .*?(?:value|choice): ('.*?'|\".*?\")|.*got (.*?) but", what)
         hint = self.hints.get(name.removeprefix("--"))
         if value is not None and hint is not None:
             raise ValueError(refusal(name, value[2] or value[1][1:-1], hint))
         raise ValueError(f"{name}: {what}")
+
+    def _example(self) -> str:
+        """A short command that would do, where something is required."""
+        needed = [action for action in self._actions if action.required]
+        words = " ".join(f"--{action.dest} {action.dest.upper()}" for action in needed)
+        return f"{self.prog} {words}; " if needed else ""
 
     def check_names(self, arguments: Sequence[str]) -> None:
         """Raises ValueError for options that are not there, or there twice."""
@@ -109,6 +180,7 @@ class _Parser(HfArgumentParser):
                 both = name if before == name else f"{before} and {name}"
                 raise ValueError(f"{both}: expected once, got it twice")
             seen[action.dest] = name
+        self.given.update(seen)
 
     def _meant(self, name: str, dashes: str = "") -> str:
         known = {action.dest for action in self._actions}
@@ -121,11 +193,16 @@ class _Parser(HfArgumentParser):
         """Takes the values of a recipe for defaults."""
         where = f"--config {path}"
         recipe, lines = _read_recipe(path)
-        known = {action.dest: action for action in self._actions if action.dest != "help"}
-        for name, value in recipe.items():
-            place = f"{where}: line {lines[name]}: "
-            if name not in known or name == "config":
-                raise ValueError(f"{place}{name}: no such option{self._meant(str(name))}")
+        known = {action.dest: action for action in self._actions if action.dest not in _NO_OPTIONS}
+        written, recipe = recipe, {}
+        for word, value in written.items():
+            place = f"{where}: line {lines[word]}: "
+            alias = self._option_string_actions.get(f"--{word}")
+            name = word if word in known or alias is None else alias.dest  # TRL's name of one
+            if name not in known or (alias is not None and alias.const is False):
+                raise ValueError(f"{place}{word}: no such option{self._meant(str(word))}")
+            if name in recipe:
+                raise ValueError(f"{place}{word}: expected once, {name} is the same option")
             try:
                 recipe[name] = self._taken(known[name], value)
             except ValueError as error:
@@ -134,6 +211,7 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             action.required = action.required and action.dest not in recipe
         self.set_defaults(**recipe)
+        self.given.update(recipe)
 
     def _taken(self, action: argparse.Action, value: Any) -> Any:
         """A recipe's value in the option's type."""
@@ -166,6 +244,8 @@ class _Parser(HfArgumentParser):
                     free = value is actions[name].const or _is_default(field, value)
                     values[name] = value if free else checked(name, value, self.hints[name])
             made.append(dataclass(**values))
+            if "given" in dataclass.__dataclass_fields__:
+                made[-1].given = frozenset(self.given)
         return made
 
 
@@ -221,11 +301,28 @@ def one_line_errors(where: Any) -> Iterator[None]:
         raise ValueError(f"{where}: {reason[0]}; expected lines of `option: value`") from None
 
 
+def options_in(path: str) -> set[str]:
+    """The names that stand in a recipe; none of what is no recipe, which `parse` refuses."""
+    try:
+        return {str(name) for name in _read_recipe(path)[0]}
+    except ValueError:
+        return set()
+
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+def recipe_file(path: str) -> Path:
+    """The file itself, or the recipe of that name that ships with the package."""
+    shipped = SHIPPED / f"{path.removesuffix('.yaml')}.yaml"
+    return shipped if not Path(path).exists() and shipped.is_file() else Path(path)
+
+
 def _read_recipe(path: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The options of a recipe, and the lines where they stand."""
     where = f"--config {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = recipe_file(path).read_text(encoding="utf-8-sig")
         with one_line_errors(where):
             loader = _Loader(text)
             node = loader.get_single_node()

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "transformers", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy",
-        "pyarrow", "tokenizers", "tqdm", "xxhash", "yaml",
+        "pyarrow", "tokenizers", "packaging", "tqdm", "xxhash", "yaml", "rich", "matplotlib",
     ),
-    "demo": ("gguf", "vaderSentiment", "matplotlib"),
+    "demo": ("gguf", "vaderSentiment"),
     "peft": ("peft", "bitsandbytes"),
     "trl": ("trl",),
     "liger": ("liger_kernel",),

@@ -18,7 +18,19 @@ from tralign_fast import ema_update_, linear_logprobs
 from tralign_fast.cli import main
 from tralign_fast.memory import LiveTensors, MemoryReport, Workload, measure, trace, trace_trl
 from tralign_fast.memory.as_on_gpu import as_on_gpu
-from tralign_fast.memory.plan import GIB, PlanOptions, _as_text, load_config, parse_memory, workload
+from tralign_fast.memory.layers import trace_deep
+from tralign_fast.memory.plan import (
+    GIB,
+    Alternative,
+    Plan,
+    PlanOptions,
+    load_config,
+    parse_memory,
+    workload,
+)
+from tralign_fast.memory.plan_text import as_text, recipe_of
+from tralign_fast.memory.presets import MODELS, PRESETS
+from tralign_fast.memory.sharding import per_gpu
 from tralign_fast.model import attention
 from tralign_fast.ops import backend, tiles
 
@@ -206,7 +218,7 @@ def test_plan_prints_json_and_a_change_that_fits(tmp_path, capsys):
     tiny(vocab_size=50_000).save_pretrained(tmp_path)
     memory = 1 + 35 / 1024  # GiB, of which 1 is left for what a trace does not see
     arguments = ["--model", str(tmp_path / "config.json"), "--alpha", "1.0", "--tokens", "256"]
-    code = main(["plan", *arguments, "--trl", "false", "--json", "--gpu-memory", str(memory)])
+    code = main(["plan", *arguments, "--json", "--gpu-memory", str(memory)])
     plan = json.loads(capsys.readouterr().out)
     ours, remedy = plan["tralign_fast"], plan["remedy"]
     assert code == 0
@@ -215,12 +227,31 @@ def test_plan_prints_json_and_a_change_that_fits(tmp_path, capsys):
     assert ours["peak"] > memory * GIB - GIB >= remedy["tralign_fast"]["peak"]
     # AdamW's states do not fit, and Adafactor's kernels hold no more than its statistics
     assert remedy["change"] == "--gradient_release true --optim adafactor"
-    options, report = PlanOptions("tiny", trl=False), MemoryReport(**ours)
-    text = _as_text(options, GIB, report, None, None, (remedy["change"], report))
-    assert f"4096 packed tokens; it fits with {remedy['change']}" in text
+    assert plan["command"].startswith("tralign-fast train")
+    assert plan["recipe"]["optim"] == "adafactor"
+    assert plan["alternatives"][remedy["change"]] == remedy["tralign_fast"]["peak"]
+
+
+def test_a_plan_in_text():
+    options = PlanOptions(str(MODELS["llama-3.2-1b"][0]))
+    work = workload(options)
+    big = MemoryReport(**dict.fromkeys(_NAMES, 2 * GIB), peak=12 * GIB)
+    small = MemoryReport(**dict.fromkeys(_NAMES, GIB // 2), peak=3 * GIB)
+    tried = [Alternative("", work, big), Alternative("--optim adafactor", work, small)]
+    text = as_text(options, Plan(8 * GIB, tried, tried[1], None, None))
+    assert "4096 packed tokens; it fits with --optim adafactor" in text
     assert "Traced tensors only" in text
     assert all(row in text for row in ("parameters", "logits tile", "peak"))
-    assert "fits 24 GiB" in _as_text(options, 24 * GIB, report, None, None, None)
+    bars = [line for line in text.splitlines() if "│" in line]
+    assert {line.index("│") for line in bars} == {bars[0].index("│")}
+    assert [line.endswith("fits") for line in bars] == [False, True]
+    assert bars[0].count("█") > 3 * bars[1].count("█")
+    assert " 12 GiB  --optim adafactor (3.0 GiB)" in text
+    assert " 16 GiB  as asked (12.0 GiB)" in text
+    assert "fits 24 GiB" in as_text(options, Plan(24 * GIB, tried, None, None, None))
+
+
+_NAMES = [f.name for f in dataclasses.fields(MemoryReport) if f.name != "peak"]
 
 
 @pytest.mark.parametrize(
@@ -264,3 +295,113 @@ def test_a_trace_counts_what_layer_kernels_save():
     kernels, plain = activations("auto"), activations("none")
     assert kernels < 0.75 * plain, (kernels, plain)
     assert activations("liger") == kernels
+
+
+DEEP = {
+    "adamw": Workload(tiny(num_hidden_layers=16), tokens=512, options=HARD),
+    "release": Workload(tiny(num_hidden_layers=16), tokens=512, options=RELEASE),
+    "lora": Workload(
+        tiny(num_hidden_layers=16), tokens=512, lora_rank=4,
+        options={**HARD, "gradient_checkpointing": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_two_shallow_models_say_what_a_deep_one_holds(case, monkeypatch):
+    from tralign_fast.memory import layers
+
+    def whole(_):
+        raise AssertionError("traced whole")
+
+    monkeypatch.setattr(layers, "trace", whole)
+    assert trace_deep(DEEP[case]) == trace(DEEP[case])
+
+
+def test_layers_in_no_order_are_traced_whole(monkeypatch):
+    from transformers import Qwen3Config
+
+    from tralign_fast.memory import layers
+
+    kinds = ["full_attention"] * 15 + ["sliding_attention"]
+    config = Qwen3Config(num_hidden_layers=16, layer_types=kinds, sliding_window=8)
+    monkeypatch.setattr(layers, "trace", lambda work: "whole")
+    assert trace_deep(Workload(config)) == "whole"
+
+
+def test_presets_have_the_sizes_of_their_names():
+    for name in PRESETS:
+        with torch.device("meta"):
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_config(load_config(name))
+        stated = {"phi-4-mini": 3.8, "phi-4": 14.7, "gemma-2-2b": 2.6}.get(name)
+        if stated is None:
+            size = name.rsplit("-", 1)[1]
+            stated = float(size[:-1]) / (1000 if size.endswith("m") else 1)
+        weights = sum(p.numel() for p in model.parameters()) / 1e9
+        assert weights == pytest.approx(stated, rel=0.25), name
+    assert load_config(MODELS["qwen3-8b"][0]).hidden_size == 4096
+
+
+def test_shards_of_several_gpus():
+    work = Workload(tiny(), tokens=256, options=HARD)
+    alone = trace(work)
+    assert per_gpu(alone, work, 1) == alone
+    report = per_gpu(alone, work, 4)
+    assert report.parameters == -(-alone.parameters // 4)
+    assert report.optimizer == -(-alone.optimizer // 4)
+    model = LlamaForCausalLM(tiny())
+    layer = 2 * sum(p.numel() for p in model.model.layers[0].parameters())
+    head = 2 * 2 * 1000 * 64 + 2 * 64
+    assert report.activations - alone.activations == 3 * layer + 2 * head
+    assert report.peak == sum(getattr(report, name) for name in _NAMES)
+    options = PlanOptions("tiny", gpus=4)
+    recipe = recipe_of(options, work)
+    assert (recipe["num_processes"], recipe["parallel"]) == (4, "fsdp2")
+
+
+@pytest.mark.parametrize("how", ["command", "recipe"])
+@pytest.mark.parametrize(
+    "asked", [[], ["--lora_rank", "4", "--base_bits", "4"], ["--gradient_release"]]
+)
+def test_what_a_plan_answers_with_starts(how, asked, recipe, capsys):
+    """The very words that are printed, on a model of the same shape as the planned one."""
+    import shlex
+
+    import yaml
+
+    folder = recipe.parent
+    model, rows = str(folder / "model"), str(folder / "rows.jsonl")
+    arguments = ["--model", model, "--dataset", rows, "--tokens", "256", "--no_alternatives"]
+    assert main(["plan", *arguments, "--json", *asked]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    here = ["--output_dir", str(folder / "out"), "--max_steps", "2", "--use_cpu", "--report_to",
+            "none", "--logging_steps", "1"]  # fmt: skip
+    if how == "command":
+        words = shlex.split(plan["command"].replace("\\\n", " "))
+        assert words[:2] == ["tralign-fast", "train"]
+        words = words[2:]
+    else:
+        file = folder / "planned.yaml"
+        file.write_text(yaml.safe_dump(plan["recipe"]))
+        words = ["--config", str(file)]
+    words = [w for i, w in enumerate(words) if "--output_dir" not in (w, words[i - 1])]
+    assert main(["train", *words, *here]) == 0
+
+
+def test_the_plan_of_a_recipe(recipe, capsys):
+    recipe.write_text(
+        recipe.read_text() + "use_peft: true\nlora_r: 4\ndtype: bfloat16\nmax_length: 192\n"
+        "loss_type: ipo\n"
+    )
+    more = ["--json", "--no_alternatives", "--pairs", "1"]
+    assert main(["plan", "--config", str(recipe), *more]) == 0
+    setup = json.loads(capsys.readouterr().out)["setup"]
+    assert (setup["lora_rank"], setup["method"], setup["dtype"]) == (4, "ipo", "bfloat16")
+    assert setup["tokens"] == 2 * 192 * 4 // 3
+    assert setup["pairs"] == 1
+    assert setup["model"] == str(recipe.parent / "model")
+    recipe.write_text(recipe.read_text() + "betta: 1\n")
+    assert main(["plan", "--config", str(recipe)]) == 2
+    assert "betta: no such option; did you mean beta?" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tralign_fast import TRConfig, cli
+from tralign_fast.training.train_options import TrainOptions
 
 AXOLOTL = """\
 # of axolotl's examples
@@ -89,7 +90,7 @@ def migrated(text, tmp_path, capsys, *arguments):
 
 
 def options(file):
-    return cli._parse("train", [cli.TrainOptions, TRConfig], ["--config", str(file)])
+    return cli._parse("train", [TrainOptions, TRConfig], ["--config", str(file)])
 
 
 def filled(text, tmp_path):

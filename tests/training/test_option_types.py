@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tralign_fast import TRConfig
-from tralign_fast.cli import TrainOptions
 from tralign_fast.command_line import parse
 from tralign_fast.training import option_table
 from tralign_fast.training.option_types import TAKEN, own_options
+from tralign_fast.training.train_options import TrainOptions
 
 ROOT = Path(__file__).parents[2]
 QUICK = {

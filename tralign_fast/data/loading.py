@@ -27,7 +27,7 @@ _SPLITS = {
 _ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
-def load_rows(source: str | Path, split: str = "train") -> Dataset:
+def load_rows(source: str | Path, split: str = "train", config: str | None = None) -> Dataset:
     """Load the rows of a dataset.
 
     Args:
@@ -38,6 +38,7 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
             In a folder, files and folders named train, validation or test are these splits; without
             such names all files are train. Slices such as "train[:100]" work, except on what
             `save_to_disk` made.
+        config: the configuration of a hub dataset that has several.
 
     Returns:
         The rows, at least one. In a .csv, cells keep their text: an empty cell, "NA", "yes" or
@@ -49,6 +50,8 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
     """
     source = str(source)
     path = Path(source).expanduser()
+    if config is not None and (path.exists() or _looks_like_path(source)):
+        raise ValueError(f"{source}: datasets of the hub have configurations, got {config!r}")
     if path.is_dir():
         dataset = _load_folder(path, source, split)
     elif path.is_file():
@@ -56,7 +59,7 @@ def load_rows(source: str | Path, split: str = "train") -> Dataset:
     elif _looks_like_path(source):
         raise ValueError(f"{source}: no such file or folder; expected {_EXPECTED}")
     else:
-        dataset = _load(source, f"{_EXPECTED} (not on disk)", source, split)
+        dataset = _load(source, f"{_EXPECTED} (not on disk)", source, split, name=config)
     if not len(dataset):
         raise ValueError(f"{source}: no rows in the split {split}; expected at least one")
     return dataset

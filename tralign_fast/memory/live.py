@@ -52,6 +52,7 @@ class LiveTensors(TorchDispatchMode):
         self._tags: dict[int, str] = {}
         self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._start = 0
+        self._marks: list[tuple[int, Any]] = []  # (events by then, what begins)
 
     def add(self, tensor: Tensor) -> int:
         """Counts a tensor's storage, once; returns its serial number."""
@@ -97,17 +98,38 @@ class LiveTensors(TorchDispatchMode):
         """The peak is looked for from here on."""
         self._start = len(self._events)
 
+    def mark(self, label: Any) -> None:
+        """A segment of the run begins here."""
+        self._marks.append((len(self._events), label))
+
     def report(self) -> MemoryReport:
+        """The peak since the start."""
+        return max(self._peaks([]), key=lambda found: found[1].peak)[1]
+
+    def segments(self) -> list[tuple[Any, MemoryReport]]:
+        """(its label, the peak in it) of every segment since the start; the first has None."""
+        return self._peaks(self._marks)
+
+    def _peaks(self, marks: list[tuple[int, Any]]) -> list[tuple[Any, MemoryReport]]:
         sums: dict[str, int] = dict.fromkeys((*CATEGORIES, HOST), 0)
-        peak, at_peak = -1, sums
+        starts = iter([(i, label) for i, label in marks if i >= self._start])
+        bound, label = next(starts, (None, None))
+        found: list[tuple[Any, MemoryReport]] = []
+        current, total, peak, at_peak = None, 0, -1, sums
         for index, (serial, size) in enumerate(self._events):
-            sums[self._tags[serial]] += size
-            total = sum(sums.values()) - sums[HOST]
+            while index == bound:
+                if peak >= 0:
+                    found.append((current, _report(at_peak, peak)))
+                current, peak = label, -1
+                if index >= self._start:  # what is alive as it begins
+                    peak, at_peak = total, sums.copy()
+                bound, label = next(starts, (None, None))
+            tag = self._tags[serial]
+            sums[tag] += size
+            total += 0 if tag == HOST else size
             if index >= self._start - 1 and total > peak:
                 peak, at_peak = total, sums.copy()
-        return MemoryReport(
-            **{name.replace(" ", "_"): at_peak[name] for name in CATEGORIES}, peak=peak
-        )
+        return [*found, (current, _report(at_peak, peak))]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -129,6 +151,10 @@ class LiveTensors(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         return output
+
+
+def _report(sums: dict[str, int], peak: int) -> MemoryReport:
+    return MemoryReport(**{name.replace(" ", "_"): sums[name] for name in CATEGORIES}, peak=peak)
 
 
 _BODIES: dict[Any, Callable[..., Any]] = {

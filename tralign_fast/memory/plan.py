@@ -1,4 +1,4 @@
-"""`tralign-fast plan`: does a training fit a GPU, what would TRL hold, and what makes it fit?"""
+"""`tralign-fast plan`: does a training fit a GPU, what makes it fit, and with which command."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
-from tralign_fast.memory import MemoryReport, Workload, trace, trace_trl
-from tralign_fast.memory.presets import PRESETS
+from tralign_fast.memory import MemoryReport, Workload, trace_trl
+from tralign_fast.memory.layers import trace_deep
+from tralign_fast.memory.presets import MODELS, PRESETS, preset_of
+from tralign_fast.memory.sharding import per_gpu
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.reference import REFERENCES, reference_class
+from tralign_fast.training.option_types import AT_LEAST_ONE
 
 GIB = 1 << 30
 # What a trace of tensors does not see: the CUDA context, workspaces of kernels, fragmentation.
@@ -36,7 +39,11 @@ class PlanOptions:
     model: str = field(
         metadata={"help": f"{', '.join(PRESETS)}; a config.json, a folder or a hub id."}
     )
+    dataset: str = _option("trl-lib/ultrafeedback_binarized", "For the command that is printed.")
     gpu_memory: str = _option("24GiB", "Memory of the GPU: 24GiB, 80GB, or a number of GiB.")
+    gpus: Annotated[int, AT_LEAST_ONE] = _option(
+        1, "GPUs among which FSDP2 shards weights, gradients and optimizer states."
+    )
     method: str = _option("dpo", f"The loss: {', '.join(LOSSES)}.", "--loss_type")
     reference: str = _option("auto", f"auto, {', '.join(REFERENCES)}.")
     alpha: float = _option(
@@ -51,12 +58,47 @@ class PlanOptions:
     gradient_release: bool = _option(False, "Free every gradient inside the backward.")
     dtype: str = _option("bfloat16", "Of the weights: bfloat16, or float32 under bf16 autocast.")
     gradient_checkpointing: bool = _option(True, "Compute activations again in the backward.")
-    lora_rank: int | None = _option(None, "Adapters on every linear layer; None: full fine-tuning.")
-    lora_dtype: str = _option("bfloat16", "Of the adapters (PEFT's default is float32).")
+    lora_rank: int | None = _option(
+        None, "Adapters on every linear layer; None: full fine-tuning.", "--lora_r"
+    )
+    lora_dtype: str | None = _option(
+        None, "Of the adapters. None: as train has it, float32, on a quantised base bfloat16."
+    )
     base_bits: int = _option(16, "4: the base of the adapters is quantised (NF4).")
     logits_budget_mb: float = _option(1024, "MiB of logits that may exist at a time.")
-    trl: bool = _option(True, "Trace TRL on the same work, too.")
+    alternatives: bool = _option(True, "Trace what else there is, and what fits which GPU.")
+    trl: bool = _option(False, "Trace TRL on the same work, too; it takes as long again.")
     json: bool = _option(False, "Print JSON, in bytes.")
+    more: dict[str, Any] = field(default_factory=dict, init=False)  # options of a recipe
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A change of the work and what it holds; `change` is empty for what was asked."""
+
+    change: str
+    work: Workload
+    report: MemoryReport
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Answers of `tralign-fast plan`."""
+
+    memory: int
+    tried: list[Alternative]  # the first is what was asked
+    remedy: Alternative | None
+    theirs: MemoryReport | None
+    why: str | None
+
+    @property
+    def asked(self) -> Alternative:
+        return self.tried[0]
+
+    @property
+    def chosen(self) -> Alternative | None:
+        """What fits: as it was asked, or changed."""
+        return self.asked if fits(self.asked.report, self.memory) else self.remedy
 
 
 def run_plan(options: PlanOptions) -> int:
@@ -65,17 +107,38 @@ def run_plan(options: PlanOptions) -> int:
     Raises:
         ValueError: an option that cannot be; the message names it and what was expected.
     """
-    memory = parse_memory(options.gpu_memory)
-    work = workload(options)
-    asked = _traced("as asked", trace, work)
-    theirs, why = _trace_trl(work) if options.trl else (None, "not asked for")
-    fits = _fits(asked, memory)
-    remedy = None if fits else find_remedy(work, memory)
-    if options.json:
-        print(json.dumps(_as_json(options, memory, asked, theirs, why, remedy), indent=2))
-    else:
-        print(_as_text(options, memory, asked, theirs, why, remedy))
+    from tralign_fast.memory.plan_text import as_json, as_text
+
+    plan = make_plan(options)
+    print(json.dumps(as_json(options, plan), indent=2) if options.json else as_text(options, plan))
     return 0
+
+
+def make_plan(options: PlanOptions) -> Plan:
+    """Traces what was asked and, if it does not fit or the options say so, what else there is."""
+    memory, work = parse_memory(options.gpu_memory), workload(options)
+    tried = [Alternative("", work, _measured("as asked", work, options.gpus))]
+    theirs, why = _trace_trl(work) if options.trl else (None, None)
+    weights, asked_fits = _weights(work), fits(tried[0].report, memory)
+    remedy = None
+    for change, changed in changes(work, options.gpus):
+        smaller = changed.tokens < work.tokens
+        if smaller and (asked_fits or remedy is not None):
+            break
+        hopeless = _floor(changed, weights) / options.gpus + HEADROOM > memory
+        if hopeless and (smaller or not options.alternatives):
+            continue
+        if not options.alternatives and (asked_fits or remedy is not None):
+            break
+        found = Alternative(change, changed, _measured(change, changed, options.gpus))
+        tried.append(found)
+        if remedy is None and not asked_fits and fits(found.report, memory):
+            remedy = found
+    return Plan(memory, tried, remedy, theirs, why)
+
+
+def _measured(what: str, work: Workload, gpus: int) -> MemoryReport:
+    return per_gpu(_traced(what, trace_deep, work), work, gpus)
 
 
 def workload(options: PlanOptions) -> Workload:
@@ -92,13 +155,16 @@ def workload(options: PlanOptions) -> Workload:
         training |= schedule
     if options.gradient_release:
         training |= _RELEASE
+    lora_dtype = options.lora_dtype or ("bfloat16" if options.base_bits == 4 else "float32")
+    training |= _autocast(options.dtype, options.lora_rank, lora_dtype)
+    training |= options.more
     return Workload(
         load_config(options.model),
         pairs=options.pairs,
         tokens=options.tokens,
         dtype=options.dtype,
         lora_rank=options.lora_rank,
-        lora_dtype=options.lora_dtype,
+        lora_dtype=lora_dtype,
         base_bits=options.base_bits,
         options=training,
     )
@@ -112,8 +178,8 @@ def load_config(model: str) -> Any:
     """
     from transformers import AutoConfig
 
-    if model in PRESETS:
-        preset = dict(PRESETS[model])
+    if (name := preset_of(model)) is not None:
+        preset = dict(PRESETS[name])
         return AutoConfig.for_model(preset.pop("model_type"), **preset)
     try:
         return AutoConfig.from_pretrained(model)
@@ -123,6 +189,16 @@ def load_config(model: str) -> Any:
             f"--model {model}: expected {', '.join(PRESETS)}, a config.json, a folder or a hub id "
             f"({reason})"
         ) from error
+
+
+def hub_id(model: str) -> str:
+    """What `train --model` takes for a preset."""
+    return MODELS[model][0] if model in MODELS else model
+
+
+def _autocast(dtype: str, rank: int | None, lora_dtype: str) -> dict[str, Any]:
+    """fp32 weights, of a model or of its adapters, are computed with in bf16."""
+    return {"bf16": dtype == "float32" or (rank is not None and lora_dtype == "float32")}
 
 
 def parse_memory(text: str) -> int:
@@ -147,9 +223,10 @@ def _with(work: Workload, options: dict[str, Any], **fields: Any) -> Workload:
     return dataclasses.replace(work, options={**work.options, **options}, **fields)
 
 
-def changes(work: Workload) -> Iterator[tuple[str, Workload]]:
+def changes(work: Workload, gpus: int = 1) -> Iterator[tuple[str, Workload]]:
     """(what to change, the changed work), the least intrusive first: first what changes no loss,
-    then the optimizer, then what is trained, then the batch."""
+    then the optimizer, then what is trained, then the batch. Gradients are released in one process
+    alone."""
     options = work.options
     if not options["gradient_checkpointing"]:
         work = _with(work, {"gradient_checkpointing": True})
@@ -159,7 +236,7 @@ def changes(work: Workload) -> Iterator[tuple[str, Workload]]:
         work = _with(work, {"reference": "auto"})
         yield "--reference auto", work
     full = work.lora_rank is None
-    if full:
+    if full and gpus == 1:
         if not options.get("gradient_release") and "adamw" in options["optim"]:
             yield "--gradient_release true", _with(work, _RELEASE)
         if find_spec("bitsandbytes"):
@@ -172,27 +249,17 @@ def changes(work: Workload) -> Iterator[tuple[str, Workload]]:
     rank = 16 if work.lora_rank is None else work.lora_rank
     adamw = {**_NO_RELEASE, "optim": "adamw_torch_fused"}
     if full:
-        yield f"--lora_rank {rank}", _with(work, adamw, lora_rank=rank)
+        autocast = _autocast(work.dtype, rank, "float32")
+        lora = _with(work, {**adamw, **autocast}, lora_rank=rank, lora_dtype="float32")
+        yield f"--lora_rank {rank}", lora
     if work.base_bits == 16 and find_spec("bitsandbytes"):
-        work = _with(work, adamw, lora_rank=rank, base_bits=4)
+        few = {**adamw, **_autocast(work.dtype, rank, "bfloat16")}
+        work = _with(work, few, lora_rank=rank, base_bits=4, lora_dtype="bfloat16")
         yield f"--lora_rank {rank} --base_bits 4", work
     arguments = f"--lora_rank {rank} --base_bits {work.base_bits}"
     while work.tokens >= 512 * work.pairs:
         work = dataclasses.replace(work, tokens=work.tokens // 2)
         yield f"{arguments} --tokens {work.tokens}", work
-
-
-def find_remedy(work: Workload, memory: int) -> tuple[str, MemoryReport] | None:
-    """The first of `changes` that fits, traced; those whose weights and states alone do not fit are
-    not traced."""
-    weights = _weights(work)
-    for change, changed in changes(work):
-        if _floor(changed, weights) + HEADROOM > memory:
-            continue
-        report = _traced(change, trace, changed)
-        if _fits(report, memory):
-            return change, report
-    return None
 
 
 def _weights(work: Workload) -> tuple[int, int]:
@@ -218,11 +285,8 @@ def _floor(work: Workload, weights: tuple[int, int]) -> int:
     return int(held)
 
 
-def _fits(report: MemoryReport, memory: int) -> bool:
+def fits(report: MemoryReport, memory: int) -> bool:
     return report.peak + HEADROOM <= memory
-
-
-# --- what is printed ------------------------------------------------------------------------------
 
 
 def _traced(what: str, function: Callable[[Workload], MemoryReport], work: Workload) -> Any:
@@ -243,45 +307,3 @@ def _trace_trl(work: Workload) -> tuple[MemoryReport | None, str | None]:
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, f"TRL could not be traced: {reason}"
-
-
-_ROWS = [f.name for f in dataclasses.fields(MemoryReport)]
-
-
-def _as_json(options, memory, asked, theirs, why, remedy) -> dict[str, Any]:
-    return {
-        "setup": dataclasses.asdict(options),
-        "gpu_memory": memory,
-        "headroom": HEADROOM,
-        "tralign_fast": dataclasses.asdict(asked),
-        "trl": None if theirs is None else dataclasses.asdict(theirs),
-        "trl_note": why,
-        "fits": _fits(asked, memory),
-        "remedy": None
-        if remedy is None
-        else {"change": remedy[0], "tralign_fast": dataclasses.asdict(remedy[1])},
-        "note": NOTE,
-    }
-
-
-def _as_text(options, memory, asked, theirs, why, remedy) -> str:
-    columns = {"tralign-fast": asked}
-    if theirs is not None:
-        columns["TRL"] = theirs
-    if remedy is not None:
-        columns["changed"] = remedy[1]
-    lines = [f"{'GiB':<14}" + "".join(f"{name:>14}" for name in columns)]
-    for row in _ROWS:
-        values = "".join(f"{getattr(r, row) / GIB:>14.2f}" for r in columns.values())
-        lines.append(f"{row.replace('_', ' '):<14}{values}")
-    lines.insert(-1, "-" * len(lines[0]))
-    if why is not None and options.trl:
-        lines.append(why)
-    what = f"{options.model}, {options.pairs} pairs, {options.tokens} packed tokens"
-    if _fits(asked, memory):
-        lines.append(f"fits {memory / GIB:g} GiB: {what}")
-    elif remedy is not None:
-        lines.append(f"does not fit {memory / GIB:g} GiB: {what}; it fits with {remedy[0]}")
-    else:
-        lines.append(f"does not fit {memory / GIB:g} GiB: {what}; no change that was tried fits")
-    return "\n".join([*lines, NOTE])

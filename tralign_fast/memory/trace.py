@@ -37,6 +37,23 @@ def trace(work: Workload, *, as_on_gpu: bool = True, fake: bool = True) -> Memor
     Raises:
         ValueError: as `TRConfig` and `TRTrainer` do.
     """
+    with _traced(work, as_on_gpu, fake) as (live, trainer):
+        _count_training(live, trainer)
+        return live.report()
+
+
+def trace_segments(work: Workload) -> list[tuple[Any, MemoryReport]]:
+    """The peaks of `trace` between the moments when a decoder layer begins, ends, or has the
+    gradient of its output, or the optimizer steps: (what begins, which layer or None)."""
+    with _traced(work, True, True) as (live, trainer):
+        for index, layer in enumerate(decoder_layers(trainer.model)):
+            _mark(live, layer, index)
+        _count_training(live, trainer)
+        return live.segments()
+
+
+@contextlib.contextmanager
+def _traced(work: Workload, as_on_gpu: bool, fake: bool) -> Iterator[tuple[LiveTensors, Any]]:
     with (
         tempfile.TemporaryDirectory() as folder,
         quietly(),
@@ -46,7 +63,24 @@ def trace(work: Workload, *, as_on_gpu: bool = True, fake: bool = True) -> Memor
     ):
         trainer = make_trainer(work, folder)
         trainer.add_callback(_TagReference(trainer.reference, live))
-        return _count_training(live, trainer)
+        yield live, trainer
+
+
+def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The longest list of modules of one type, which a causal LM's decoder layers are."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    return [*max(lists, key=len, default=nn.ModuleList())]
+
+
+def _mark(live: LiveTensors, layer: nn.Module, index: int) -> None:
+    def ends(module: nn.Module, args: Any, output: Any) -> None:
+        live.mark(("ends", index))
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: live.mark(("gradient", index)))
+
+    layer.register_forward_pre_hook(lambda *_: live.mark(("begins", index)))
+    layer.register_forward_hook(ends)
 
 
 def trace_trl(work: Workload) -> MemoryReport:
@@ -66,12 +100,11 @@ def trace_trl(work: Workload) -> MemoryReport:
         trainer = make_trl_trainer(work, folder)
         held = [p for name, p in trainer.model.named_parameters() if ".ref." in name]  # PEFT
         held += [] if trainer.ref_model is None else trainer.ref_model.parameters()
-        return _count_training(live, trainer, held)
+        _count_training(live, trainer, held)
+        return live.report()
 
 
-def _count_training(
-    live: LiveTensors, trainer: Trainer, reference: Sequence[Tensor] = ()
-) -> MemoryReport:
+def _count_training(live: LiveTensors, trainer: Trainer, reference: Sequence[Tensor] = ()) -> None:
     model: Any = trainer.model
     live.tag([*model.parameters(), *model.buffers()], "parameters")
     live.tag(reference, "reference")
@@ -83,7 +116,11 @@ def _count_training(
     live.start()
 
     def tags(tag: str) -> Callable[..., None]:
-        return lambda *_: setattr(live, "tag_now", tag)
+        def begin(*_: Any) -> None:
+            live.tag_now = tag
+            live.mark((tag, None))
+
+        return begin
 
     handles = [
         torch_optimizer.register_optimizer_step_pre_hook(tags("optimizer")),
@@ -94,7 +131,6 @@ def _count_training(
     finally:
         for handle in handles:
             handle.remove()
-    return live.report()
 
 
 class _TagReference(TrainerCallback):

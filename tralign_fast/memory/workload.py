@@ -82,7 +82,7 @@ class Workload:
         dtype = getattr(torch, self.dtype)
         with torch.device("cuda") if on_gpu else contextlib.nullcontext():
             model = AutoModelForCausalLM.from_config(
-                self.model, dtype=dtype, attn_implementation="sdpa"
+                self.model, dtype=dtype, attn_implementation=_attention(self.model)
             )
         if self.base_bits == 4:
             _quantise(model)
@@ -122,6 +122,14 @@ class Workload:
             "disable_tqdm": True,
             **self.options,
         }
+
+
+def _attention(config: Any) -> str | None:
+    """sdpa, or what transformers takes where a model, such as Gemma 2, has none."""
+    from transformers import AutoModelForCausalLM
+
+    kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else None
 
 
 def make_trainer(work: Workload, folder: str, *, on_gpu: bool = False) -> Any:

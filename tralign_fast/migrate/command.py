@@ -10,18 +10,12 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import NoReturn
 
+from tralign_fast.command_line import PositionalParser
 from tralign_fast.migrate.report import Migration
 from tralign_fast.migrate.source import read
 
 _SUFFIXES = (".py", ".yaml", ".yml")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        what = re.sub(r"^argument (\S+): ", r"\1: ", message)
-        raise ValueError(f"{what} ({self.prog} --help)")
 
 
 def run_migrate(arguments: list[str]) -> int:
@@ -62,7 +56,7 @@ def run_migrate(arguments: list[str]) -> int:
 
 
 def migration_options(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="tralign-fast migrate", description=__doc__, allow_abbrev=False)
+    parser = PositionalParser(prog="tralign-fast migrate", description=__doc__)
     parser.add_argument("file", help="A script of TRL, or a YAML of axolotl or LLaMA-Factory.")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(

@@ -13,7 +13,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -32,6 +32,7 @@ class WindowedReference(ReferencePolicy):
     """Scores of a window; a subclass says where the reference's weights are while it is scored."""
 
     desc: ClassVar[str] = "reference window"  # of the progress bar
+    make_bar: Callable[..., Any] = tqdm  # a command line has a bar of its own
 
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         super().__init__(policy, schedule)
@@ -93,7 +94,7 @@ class WindowedReference(ReferencePolicy):
         with (
             self.weights(),
             self._evaluating(),
-            tqdm(desc=self.desc, total=total, leave=False, disable=total is None) as bar,
+            self.make_bar(desc=self.desc, total=total, leave=False, disable=total is None) as bar,
         ):
             keep: Callable[[], None] | None = None
             for group in _groups(batches, merge, by_tokens):

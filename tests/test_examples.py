@@ -1,0 +1,85 @@
+"""Every example runs as it stands, on a tiny model, and is short."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS = {
+    "lora": ("peft", "bitsandbytes"),
+    "trl_drop_in": ("trl",),
+    "liger_drop_in": ("liger_kernel",),
+}
+
+
+@pytest.fixture
+def arguments(recipe, tmp_path, monkeypatch):
+    """model, rows and folder; unpaired rows for KTO."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+    def of(name: str) -> list[str]:
+        rows = tmp_path / "rows.jsonl"
+        pairs = [json.loads(line) for line in rows.read_text().splitlines()]
+        if name == "kto":
+            for i, row in enumerate(pairs):
+                row["label"] = i % 2 == 0
+                row["completion"] = row.pop("chosen" if row["label"] else "rejected")
+                row.pop("rejected" if row["label"] else "chosen")
+        rows.write_text("".join(json.dumps(row) + "\n" for row in pairs * 8))
+        return [str(tmp_path / "model"), str(rows), str(tmp_path / "out")]
+
+    return of
+
+
+@pytest.mark.parametrize("name", [e.stem for e in EXAMPLES if e.stem != "two_processes"])
+def test_an_example_runs(name, arguments, tmp_path, monkeypatch, capsys):
+    for package in NEEDS.get(name, ()):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    monkeypatch.setattr(sys, "argv", [name, *arguments(name)])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    losses = [float(x) for x in re.findall(r"loss'?:? '?([0-9.]+)", out)]
+    assert len(losses) >= 2
+    if name == "lora":
+        saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert any(w.any() for n, w in saved.items() if "lora_B" in n)  # which starts as zeros
+    elif name in ("dpo", "kto"):
+        after = load_file(tmp_path / "out" / "model.safetensors")
+        before = load_file(tmp_path / "model" / "model.safetensors")
+        assert any((after[n] != w).any() for n, w in before.items())
+    else:
+        assert len(set(losses)) > 1
+
+
+def test_two_processes(arguments):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(ROOT / "examples" / "two_processes.py"), *arguments("two_processes"),
+    ]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.stdout.count("2 processes") == 1
+
+
+def test_examples_are_short_and_say_how_they_are_called():
+    names = {example.stem for example in EXAMPLES}
+    assert {"dpo", "kto", "lora", "hand_written_loop", "trl_drop_in", "liger_drop_in",
+            "two_processes"} == names  # fmt: skip
+    for example in EXAMPLES:
+        text = example.read_text()
+        assert len(text.splitlines()) <= 40, example.name
+        assert f"examples/{example.name}" in text

@@ -1,0 +1,1 @@
+"""What `tralign-fast` does, one file a command."""
