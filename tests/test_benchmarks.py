@@ -117,7 +117,7 @@ def test_rows_keep_the_stated_lengths():
                 assert completion.startswith(" ")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_ablations_compute_the_same_with_less_and_less_work(runs, warm):
     pairs = step.COMPARISONS["step_ablations"].values()
     arms = {arm for pair in pairs for arm in pair} - {run.arm for run in runs}
@@ -159,6 +159,7 @@ def test_trl_with_fast_logprobs_takes_the_same_steps(runs, warm):
     assert ours.computed == theirs.computed
 
 
+@pytest.mark.matrix
 def test_places_of_the_reference_agree_and_the_sweep_is_timed(warm):
     four = [
         step.Job(arm, "chat", steps=5, pairs=1, dtype="fp32", model="tiny")

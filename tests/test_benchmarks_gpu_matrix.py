@@ -133,6 +133,7 @@ def test_other_losses_than_trls_are_named_and_have_no_ratio(measured, tmp_path, 
     assert told.out.count("other losses") == 1
 
 
+@pytest.mark.matrix
 def test_the_other_kinds_of_models_train_too(tmp_path):
     """Adapters, released gradients and, where it is installed, a quantised base."""
     pytest.importorskip("peft")

@@ -63,6 +63,7 @@ def test_an_example_runs(name, arguments, tmp_path, monkeypatch, capsys):
         assert len(set(losses)) > 1
 
 
+@pytest.mark.matrix  # tests/commands/test_launch.py starts two for `make test`
 def test_two_processes(arguments):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -25,6 +25,15 @@ LONG = (
     "tests/memory/test_memory.py",
     "tests/data/test_tokenization.py",
     "tests/integrations/test_distributed.py",
+    "tests/reference/test_precomputed.py",
+    "tests/test_benchmarks_launches.py",
+    "tests/test_benchmarks_gpu_matrix.py",
+    "tests/training/test_trl_surface.py",
+    "tests/test_package.py",
+    "tests/model/test_layer_kernels.py",
+    "tests/model/test_graphs.py",
+    "tests/test_benchmarks_ops.py",
+    "tests/test_examples.py",
     "tests/kernels/test_interpreter.py",
 )
 # A file whose tests share nothing: workers take them one by one.

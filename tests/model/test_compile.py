@@ -40,7 +40,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("snapshot", "adapter")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.matrix) for c in CASES]
+)
 def test_a_compiled_run_has_the_losses_of_an_eager_one(case, tiny_llama, small_tokenizer, tmp_path):
     extra = {"max_steps": 5, "ref_model_sync_steps": 2, **CASES[case]}
     method = extra.pop("loss_type", "dpo")
