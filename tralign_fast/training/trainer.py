@@ -56,6 +56,7 @@ from tralign_fast.training.metrics import PreferenceMetrics, statistics_of, toke
 from tralign_fast.training.model_card import add_trust_region
 from tralign_fast.training.models import RunModels, activation_offloading
 from tralign_fast.training.once import OncePerRun
+from tralign_fast.training.out_of_memory import out_of_memory_explained
 from tralign_fast.training.pretrained import given_models, vocabulary_size
 from tralign_fast.training.processing import processing_of
 from tralign_fast.training.resumable import ResumableTrainer
@@ -236,6 +237,7 @@ class TRTrainer(ResumableTrainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """Forward and backward of a micro-batch, part after part where it is split."""
+        self.largest_batch = max(self.largest_batch, *(part.num_tokens for part in inputs.parts))
         parts = self._whole_batch_terms(model, inputs)
         losses = []
         state = self.accelerator.gradient_state
@@ -414,7 +416,9 @@ class TRTrainer(ResumableTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._check_not_released()
         self._once.restart()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self.largest_batch = 0  # tokens
+        with out_of_memory_explained(self):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _hp_search_setup(self, trial) -> None:
         super()._hp_search_setup(trial)
