@@ -112,6 +112,7 @@ class DecoderGraphs:
         self._always = always
         self._entries: OrderedDict[_Key, _Seen | _Graph] = OrderedDict()
         self._buffers: dict[nn.Parameter, Tensor] = {}
+        self._shared: dict[str, Tensor] = {}
         # graphs of one pool share its memory: one with a backward and one without lie apart, since
         # a reference may be scored between a forward and its backward
         self._pools: dict[bool, Any] = {}
@@ -129,6 +130,7 @@ class DecoderGraphs:
         """Frees the graphs; gradients that lie in their buffers stay."""
         self._entries.clear()
         self._buffers.clear()
+        self._shared.clear()
         self._pools.clear()
 
     def can_run(self, kwargs: dict[str, Any]) -> bool:
@@ -250,6 +252,14 @@ class DecoderGraphs:
             self._buffers[parameter] = torch.zeros_like(parameter)
         return self._buffers[parameter]
 
+    def shared(self, name: str, like: Tensor) -> Tensor:
+        """A tensor of that shape in memory that all graphs use in turn: but one is in use."""
+        held = self._shared.get(name)
+        if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
+            # graphs that have been captured keep the one before
+            held = self._shared[name] = like.new_empty(like.numel())
+        return held[: like.numel()].view(like.shape)
+
     def _take_buffers(self) -> None:
         """Makes the buffers the gradients, with the values that these had."""
         fresh = []
@@ -318,14 +328,17 @@ class _Graph:
             if key.grad:
                 self._capture_both(graphs, run, trial, graphs.pool(True))
                 return
-            self.forward, self.hidden = backend.capture(run, graphs.pool(False))
+            hidden = graphs.shared("scored", trial)
+            self.forward, self.hidden = backend.capture(
+                lambda: hidden.copy_(run()), graphs.pool(False)
+            )
             self.forward.replay()
             _check_same(self.hidden, trial)
 
     def _capture_both(self, graphs: Any, run: Any, trial: Tensor, pool: Any) -> None:
-        self.grad: Tensor
+        hidden, self.grad = (graphs.shared(name, trial.detach()) for name in ("hidden", "grad"))
         numbers = torch.arange(trial.numel(), device=trial.device)  # none drawn: runs stay the same
-        self.grad = (numbers.cos() / trial.shape[1]).to(trial.dtype).view_as(trial)
+        self.grad.copy_((numbers.cos() / trial.shape[1]).view_as(trial))
         trained = list(_leaves(trial))
         buffers = [graphs.buffer(p) for p in trained]
         held = [p.grad for p in trained]
@@ -341,7 +354,7 @@ class _Graph:
 
             def forward() -> Tensor:
                 output[:] = [run()]
-                return output[0].detach()
+                return hidden.copy_(output[0].detach())
 
             def backward() -> None:
                 output.pop().backward(self.grad.clone())
