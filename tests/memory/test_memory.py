@@ -405,3 +405,17 @@ def test_the_plan_of_a_recipe(recipe, capsys):
     recipe.write_text(recipe.read_text() + "betta: 1\n")
     assert main(["plan", "--config", str(recipe)]) == 2
     assert "betta: no such option; did you mean beta?" in capsys.readouterr().err
+
+
+def test_a_plan_is_drawn(recipe, tmp_path, capsys):
+    from PIL import Image
+
+    model, path = str(recipe.parent / "model"), tmp_path / "plan.png"
+    arguments = ["plan", "--model", model, "--tokens", "256", "--plot"]
+    assert main([*arguments, str(path)]) == 0
+    width, height = Image.open(path).size
+    assert width > 1000
+    assert height > 300
+    for wrong in (tmp_path / "plan.txt", tmp_path / "no" / "plan.png"):
+        assert main([*arguments, str(wrong)]) == 2
+        assert "--plot" in capsys.readouterr().err

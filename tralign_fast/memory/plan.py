@@ -69,6 +69,7 @@ class PlanOptions:
     alternatives: bool = _option(True, "Trace what else there is, and what fits which GPU.")
     trl: bool = _option(False, "Trace TRL on the same work, too; it takes as long again.")
     json: bool = _option(False, "Print JSON, in bytes.")
+    plot: str | None = _option(None, "Draw the alternatives into this file, as plan.png.")
     more: dict[str, Any] = field(default_factory=dict, init=False)  # options of a recipe
 
 
@@ -107,10 +108,16 @@ def run_plan(options: PlanOptions) -> int:
     Raises:
         ValueError: an option that cannot be; the message names it and what was expected.
     """
+    from tralign_fast.memory.plan_plot import check_plot, save_plot
     from tralign_fast.memory.plan_text import as_json, as_text
 
+    if options.plot is not None:
+        check_plot(options.plot)
     plan = make_plan(options)
     print(json.dumps(as_json(options, plan), indent=2) if options.json else as_text(options, plan))
+    if options.plot is not None:
+        save_plot(plan, options.plot)
+        print(f"drawn into {options.plot}", file=sys.stderr)
     return 0
 
 
