@@ -1,4 +1,4 @@
-"""A stranger's walk: the wheel alone in a fresh venv, from installing it to a resumed run.
+"""A stranger's walk: the wheel alone in a fresh venv, from installing it to a merged model.
 
 `python .ci/walk.py [FOLDER]` (or `make walk`) builds the wheel, installs it as the README says and
 runs what README and quickstart show, on a tiny model. It ends at the first thing that fails.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,11 +97,17 @@ def install(walk: Walk) -> None:
 
 def train_kill_resume(walk: Walk) -> None:
     walk.say("plan, train with LoRA, kill, resume")
-    walk.run("tralign-fast", "plan", "--model", "tiny", "--gpu-memory", "24GiB", "--trl", "false")
-    adapter = json.dumps({"r": 4, "target_modules": "all-linear"})
+    planned = walk.run(
+        "tralign-fast", "plan", "--model", "tiny", "--gpu-memory", "24GiB", "--dataset",
+        "rows.jsonl", "--lora_rank", "4", "--tokens", "256", "--json", "--no_alternatives",
+    )  # fmt: skip
+    command = json.loads(planned[planned.index("{") : planned.rindex("}") + 1])["command"]
+    words = shlex.split(command.replace("\\\n", " "))
+    words[words.index("--output_dir") + 1] = "planned"
+    walk.run(*words, "--use_cpu", "true", "--max_steps", "2")
     train = [
         "tralign-fast", "train", "--model", "tiny", "--dataset", "rows.jsonl", "--use_cpu", "true",
-        "--output_dir", "run", "--peft_config", adapter, "--per_device_train_batch_size", "2",
+        "--output_dir", "run", "--use_peft", "--lora_r", "4", "--per_device_train_batch_size", "2",
         "--max_steps", "400", "--save_steps", "10", "--ref_model_sync_steps", "5",
     ]  # fmt: skip
     print("$", " ".join(train), flush=True)
@@ -125,6 +132,24 @@ def train_kill_resume(walk: Walk) -> None:
     walk.refused("tralign-fast", "plan", "--model", "no/model", says="--model no/model")
 
 
+def verbs(walk: Walk) -> None:
+    walk.say("report, eval, merge, generate, recipes, env")
+    for name in ("report.html", "summary.json", "config.yaml", "README.md"):
+        if not (walk.folder / "run" / name).is_file():
+            raise SystemExit(f"the run has left no {name}")
+    walk.run("tralign-fast", "report", "run", "planned")
+    walk.run("tralign-fast", "eval", "run", "--dataset", "rows.jsonl", "--limit", "8")
+    walk.run("tralign-fast", "merge", "run", "--output", "merged")
+    words = ["--max_new_tokens", "4", "--prompt", "a"]
+    walk.run("tralign-fast", "generate", "run", *words)
+    walk.run("tralign-fast", "generate", "tiny", "merged", *words)
+    walk.run("tralign-fast", "recipes", "ls")
+    walk.run("tralign-fast", "env")
+    walk.refused("tralign-fast", "report", "nowhere", says="nowhere")
+    walk.refused("tralign-fast", "merge", "tiny", "--output", "again", says="no adapter")
+    walk.refused("tralign-fast", "eval", "run", "--dataset", "none.jsonl", says="none.jsonl")
+
+
 def readme(walk: Walk) -> None:
     for number, block in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S), 1
@@ -143,6 +168,7 @@ def main() -> None:
         walk = Walk(folder)
         install(walk)
         train_kill_resume(walk)
+        verbs(walk)
         readme(walk)
     print("\nThe walk has come to its end.")
 

@@ -74,13 +74,13 @@ def test_a_second_call_goes_on_where_the_first_stopped(measured, monkeypatch, ca
     before = path.read_text()
     called = []
     monkeypatch.setattr(matrix.Processes, "call", lambda self, f, job, *_: called.append(job))
-    assert run(measured, [f"{WORK}/*liger", *TRL_AND_OURS], "--minutes", "0") == 0
+    assert run(measured, [f"{WORK}/*plain", *TRL_AND_OURS], "--minutes", "0") == 0
     assert path.read_text() == before
     assert f"left, the minutes are spent: {WORK}/ours_plain" in capsys.readouterr().err
     assert not called
 
     monkeypatch.setattr(matrix.Processes, "call", lambda *_: {"error": "OutOfMemoryError: full"})
-    assert run(measured, [f"{WORK}/*liger", *TRL_AND_OURS]) == 0
+    assert run(measured, [f"{WORK}/*plain", *TRL_AND_OURS]) == 0
     rows = read_csv(path)
     assert [row["case"] for row in rows if row["reason"] == "OutOfMemoryError: full"] == [
         f"{WORK}/ours_plain"

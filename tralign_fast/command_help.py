@@ -92,7 +92,8 @@ def _groups(
 def _entry(parser: Any, action: argparse.Action) -> list[str]:
     name = action.dest
     hint = parser.hints.get(name)
-    kind = "N" if hint is None else _METAVARS.get(type_cell(hint).split(" or ")[0], "WORD ...")
+    unknown = "X" if name in parser.losses else "N"
+    kind = unknown if hint is None else _METAVARS.get(type_cell(hint).split(" or ")[0], "WORD ...")
     also = [o for o in action.option_strings if o.lstrip("-").replace("-", "_") != name]
     text = action.help or ""
     taken = TAKEN.get(name)

@@ -146,7 +146,8 @@ def test_a_configuration_is_of_the_hub(recipe, refused):
     assert "datasets of the hub have configurations, got 'en'" in line
 
 
-def test_help_has_its_own_options_first(capsys):
+def test_help_has_its_own_options_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     short = capsys.readouterr().out

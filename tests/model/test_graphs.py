@@ -35,10 +35,13 @@ class RunsAgain:
     """What `CudaBackend` does, without a GPU."""
 
     def __init__(self) -> None:
-        self.host, self.pools, self.broken = 1.0, 0, 0.0
+        self.host, self.pools, self.broken, self.room = 1.0, 0, 0.0, True
 
     def takes(self, device: torch.device) -> bool:
         return True
+
+    def has_room(self, device: torch.device) -> bool:
+        return self.room
 
     def pool(self) -> int:
         self.pools += 1
@@ -339,9 +342,12 @@ def test_a_replay_that_differs_is_given_up_with_one_warning(captures):
 
 
 @pytest.mark.skipif(ON_GPU, reason="what a GPU takes is what it takes")
-@pytest.mark.parametrize(("host", "captured"), [(0.5, 0), (0.9, 1)])
-def test_left_to_itself_it_captures_where_the_host_holds_the_device_up(captures, host, captured):
-    captures.host = host
+@pytest.mark.parametrize(
+    ("host", "room", "captured"), [(0.5, True, 0), (0.9, True, 1), (0.9, False, 0)]
+)
+def test_left_to_itself_it_captures_where_that_pays(captures, host, room, captured):
+    """Where the host holds the device up, and a tenth of memory is left."""
+    captures.host, captures.room = host, room
     model = make()
     prepare_model(model, cuda_graphs=None)
     for turn in range(6):

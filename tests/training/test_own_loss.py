@@ -78,7 +78,7 @@ def test_it_runs_from_the_command_line(tiny_llama, small_tokenizer, tmp_path, ca
     assert "| gamma | 3.0 |" in (tmp_path / "run" / "README.md").read_text()
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    assert "--gamma GAMMA" in capsys.readouterr().out
+    assert "--gamma X" in capsys.readouterr().out
     (tmp_path / "recipe.yaml").write_text("gamma: 9\n")
     capsys.readouterr()
     assert cli.main([*arguments, "--config", str(tmp_path / "recipe.yaml")]) == 2

@@ -173,7 +173,10 @@ class DecoderGraphs:
             entry = self._entries[key] = _Seen()  # parameters lie elsewhere now
         in_use = key.grad and self._pending() is not None  # the activations of another forward
         if isinstance(entry, _Seen):
-            if in_use or not (entry.times and (entry.host_bound or self._always)):
+            pays = self._always or (
+                entry.host_bound and backend.has_room(kwargs["input_ids"].device)
+            )
+            if in_use or not (entry.times and pays):
                 return self._run_itself(own_forward, kwargs, key, entry)
             if self._accumulates(key):
                 return self._run_itself(own_forward, kwargs, key, entry)
@@ -446,6 +449,11 @@ class CudaBackend:
             and not is_pretending()
             and not torch.cuda.is_current_stream_capturing()
         )
+
+    def has_room(self, device: torch.device) -> bool:
+        """Whether a tenth more than what was held so far fits the card: graphs keep memory."""
+        total = torch.cuda.mem_get_info(device)[1]
+        return 1.1 * torch.cuda.max_memory_allocated(device) <= total
 
     def pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
