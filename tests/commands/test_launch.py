@@ -39,6 +39,7 @@ def test_two_processes_train(recipe, tmp_path):
     assert [log["num_tokens"] for log in state["log_history"] if "loss" in log] == logged
 
 
+@pytest.mark.matrix
 def test_what_both_refuse_is_said_once(recipe):
     rows = str(recipe.parent / "no.jsonl")
     out = start("train", "--config", str(recipe), "--num_processes", "2", "--dataset", rows)

@@ -40,7 +40,7 @@ CASES = {
 }  # fmt: skip
 
 
-QUICK = ("snapshot", "adapter")
+QUICK = ("snapshot",)
 
 
 @pytest.mark.parametrize(

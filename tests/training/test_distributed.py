@@ -31,15 +31,19 @@ def alone(tmp_path_factory):
     return {case: train(case, folder / case, batch=PROCESSES * ROWS) for case in CASES}
 
 
-# of FSDP2 `make test` runs these, and `make test-slow` all
-SOME = ("dpo-snapshot", "dpo-lora", "kto-resident")
-GROUPS = [
-    pytest.param((kind, CASES), id=kind, marks=pytest.mark.matrix if kind == "fsdp2" else [])
+# `make test` runs these, and `make test-slow` all
+SOME = {
+    "ddp": ("dpo-snapshot", "dpo-offloaded", "kto-resident", "dpo-split", "dpo-precomputed"),
+    "fsdp2": ("dpo-snapshot", "dpo-lora", "kto-resident"),
+}
+WHOLE = [
+    pytest.param((kind, CASES), id=kind, marks=pytest.mark.matrix if kind in SOME else [])
     for kind in KINDS
 ]
+PART = [pytest.param((kind, cases), id=f"some-{kind}") for kind, cases in SOME.items()]
 
 
-@pytest.fixture(scope="module", params=[*GROUPS, pytest.param(("fsdp2", SOME), id="some-fsdp2")])
+@pytest.fixture(scope="module", params=[*WHOLE, *PART])
 def together(request, tmp_path_factory):
     kind, cases = request.param
     if kind == "zero3" and importlib.util.find_spec("deepspeed") is None:
