@@ -304,6 +304,28 @@ def test_dropout_and_hooks_keep_the_decoder_as_it_is(captures):
     assert len(seen) == 3
 
 
+def test_hooks_that_come_after_rows_were_scored_are_called(captures):
+    """As gradient release's, where an evaluation ran before the training."""
+    model, seen = make(), []
+    prepare_model(model, cuda_graphs=True)
+    with torch.no_grad():
+        sequence_logps(model, batch_of(*PAIRS))
+    model.model.norm.weight.register_post_accumulate_grad_hook(seen.append)
+    for turn in range(3):
+        step(model, batch_of(*PAIRS, seed=turn))
+    assert len(seen) == 3
+
+
+@pytest.mark.skipif(ON_GPU, reason="says the same")
+def test_graphs_that_were_asked_for_and_cannot_be_are_said(captures):
+    model = make()
+    decoder_of(model).layers[0].self_attn.attention_dropout = 0.1
+    prepare_model(model, cuda_graphs=True)
+    graphs.warn_once.cache_clear()
+    with torch.no_grad(), pytest.warns(UserWarning, match="cuda_graphs=True has no effect"):
+        sequence_logps(model, batch_of(*PAIRS))
+
+
 def test_undo_and_copies(captures):
     model = make()
     own = type(decoder_of(model)).forward

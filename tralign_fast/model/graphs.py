@@ -104,7 +104,7 @@ class DecoderGraphs:
 
     Attributes:
         decoder: the module, while it lives.
-        captured, replayed: counts, for tests and benchmarks.
+        captured, replayed: counts, for tests.
     """
 
     def __init__(self, decoder: nn.Module, always: bool) -> None:
@@ -117,7 +117,7 @@ class DecoderGraphs:
         # a reference may be scored between a forward and its backward
         self._pools: dict[bool, Any] = {}
         self._pending: Callable[[], Any] = lambda: None
-        self._failed = self._hooked = False
+        self._failed = False
         self._parameters: list[nn.Parameter] = []
         self._adapters: list[dict[str, Any]] = []
         self.captured = self.replayed = 0
@@ -146,6 +146,11 @@ class DecoderGraphs:
             return False
         if not self._parameters:
             self._failed = not self._look()
+            if self._failed and self._always:
+                warn_once(
+                    f"cuda_graphs=True has no effect on {type(self.decoder).__name__}: it has "
+                    "dropout, or an attention without a variable-length kernel"
+                )
         return not self._failed
 
     def _look(self) -> bool:
@@ -158,14 +163,17 @@ class DecoderGraphs:
         self._adapters = [vars(m) for m in modules if "_active_adapter" in vars(m)]
         dropouts = any(isinstance(m, nn.Dropout) and m.p > 0 for m in modules)
         dropouts |= any(getattr(m, "attention_dropout", 0.0) > 0 for m in modules)
-        hooks = (p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
-        self._hooked = any(hooks)
         return not dropouts and has_varlen(decoder)
+
+    def _is_hooked(self) -> bool:
+        """Asked at every step: gradient release hooks on when a training begins, which may be after
+        rows were scored."""
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
 
     def run(self, own_forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """The decoder's output, by a graph where there is one or can be."""
         key = self._key(kwargs)
-        if key.grad and self._hooked:
+        if key.grad and self._is_hooked():
             return own_forward(**kwargs)
         entry = self._entries.setdefault(key, _Seen())
         self._entries.move_to_end(key)

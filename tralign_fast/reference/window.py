@@ -57,7 +57,7 @@ class WindowedReference(ReferencePolicy):
 
     def sync(self) -> None:
         self.move()
-        self._scores, self._launched = {}, set()
+        self._scores = {}
         self.needs_window = True
 
     def must_score(self, step: int) -> bool:
@@ -66,7 +66,7 @@ class WindowedReference(ReferencePolicy):
         return self.needs_window or step >= self.scored_until
 
     def restart(self) -> None:
-        self._scores, self._launched, self.scored_until = {}, set(), 0
+        self._scores, self.scored_until = {}, 0
 
     def keep_weights(self) -> None:
         """Called before a window that the end of the run cuts short, while `weights` are at hand:
@@ -91,6 +91,7 @@ class WindowedReference(ReferencePolicy):
                 several must run the model equally often.
         """
         by_tokens = by_tokens and process_count() == 1
+        self._launched = set()  # an earlier window may have failed in its midst
         with (
             self.weights(),
             self._evaluating(),
