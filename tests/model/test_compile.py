@@ -16,9 +16,9 @@ from tests.model.test_attention import build, collate
 from tests.training.distributed_run import COMPILED
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history
+from tralign_fast.distributed.processes import take_over_compilation
 from tralign_fast.model import prepare
 from tralign_fast.model.scoring import sequence_logps
-from tralign_fast.training.distribution import take_over_compilation
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ from transformers import TrainerCallback
 from tests.reference.test_windows import WINDOWED
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, kto_rows, pair_rows
+from tralign_fast.distributed.processes import check_distribution
 from tralign_fast.model.scoring import sequence_logps
 from tralign_fast.ops.ema import ema_update_
 from tralign_fast.reference import REFERENCES, reference_class
 from tralign_fast.reference.base import ReferencePolicy
-from tralign_fast.training.distribution import check_distribution
 
 
 class HostCopy(ReferencePolicy):

@@ -12,17 +12,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tralign_fast.data.packing import PreferenceCollator
-from tralign_fast.ops.backend import warn_once
-from tralign_fast.reference import build_reference, reference_class
-from tralign_fast.reference.base import ReferencePolicy
-from tralign_fast.reference.sharding import gathered
-from tralign_fast.training.config import TRConfig
-from tralign_fast.training.distribution import (
+from tralign_fast.distributed.processes import (
     check_distribution,
     distribute_frozen,
     prepare_on_all,
     take_over_compilation,
 )
+from tralign_fast.ops.backend import warn_once
+from tralign_fast.reference import build_reference, reference_class
+from tralign_fast.reference.base import ReferencePolicy
+from tralign_fast.reference.sharding import gathered
+from tralign_fast.training.config import TRConfig
 from tralign_fast.training.option_conflicts import UNGRAPHED
 
 

@@ -31,6 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
+from tralign_fast.distributed.processes import even_parts, take_off_autocast
 from tralign_fast.model.router import asked, router_coefficient
 from tralign_fast.model.scoring import (
     hidden_kl,
@@ -45,7 +46,6 @@ from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.training.arguments import run_arguments
 from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
-from tralign_fast.training.distribution import even_parts, take_off_autocast
 from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease, releases
 from tralign_fast.training.inputs import collator_of, tokenized
