@@ -6,7 +6,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 
-from tralign_fast import TrustRegion, dpo_loss, ema_update_, linear_logprobs
+from tralign_fast import TrustRegion, ema_update_, linear_logprobs, linear_preference_loss
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 model = AutoModelForCausalLM.from_pretrained(name)
@@ -15,21 +15,21 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 schedule = TrustRegion(alpha=0.6, every=2)
 
 
-def logps(model, ids, prompt):  # (B,) log-probs of what follows the prompt; no logits in memory
+def scored(model, ids, prompt):  # hidden states (N, H), the head (V, H), their next tokens (N,)
     hidden = model.base_model(ids).last_hidden_state[:, prompt - 1 : -1]
-    targets = ids[:, prompt:]
-    head = model.get_output_embeddings().weight
-    return linear_logprobs(hidden.flatten(0, 1), head, targets.flatten()).view_as(targets).sum(1)
+    return hidden.flatten(0, 1), model.get_output_embeddings().weight, ids[:, prompt:].flatten()
 
 
 generator = torch.Generator().manual_seed(0)
 chosen, rejected = torch.randint(3, 100, (2, 4, 24), generator=generator)
 rejected[:, :8] = chosen[:, :8]  # the same prompt of 8 tokens
+ids, offsets = torch.cat([chosen, rejected]), 16 * torch.arange(9)  # 16 tokens each are scored
 for step in range(1, 7):
     with torch.no_grad():
-        of_reference = [logps(reference, ids, 8) for ids in (chosen, rejected)]
-    of_policy = [logps(model, ids, 8) for ids in (chosen, rejected)]
-    result = dpo_loss(*of_policy, *of_reference, beta=0.1)
+        ref_logps = linear_logprobs(*scored(reference, ids, 8)).view(8, 16).sum(1)
+    result = linear_preference_loss(
+        *scored(model, ids, 8), offsets, ref_logps, loss="dpo", beta=0.1
+    )  # head and loss are one node: no logits in memory
     result.loss.backward()
     optimizer.step()
     optimizer.zero_grad()

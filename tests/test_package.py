@@ -41,8 +41,8 @@ PUBLIC = {
     "tralign_fast": [
         "LOSSES", "PreferenceLoss", "TRConfig", "TRDPOConfig", "TRDPOTrainer", "TRKTOConfig",
         "TRKTOTrainer", "TRTrainer", "TrustRegion", "dpo_loss",
-        "ema_update_", "ipo_loss", "kto_loss", "linear_logprobs", "logprobs_from_logits",
-        "lora_merge_", "preference_loss",
+        "ema_update_", "ipo_loss", "kto_loss", "linear_logprobs", "linear_preference_loss",
+        "logprobs_from_logits", "lora_merge_", "preference_loss",
     ],
     "tralign_fast.integrations.callback": ["TrustRegionCallback"],
     "tralign_fast.integrations.trl": ["TrustRegionCallback", "use_fast_logprobs"],

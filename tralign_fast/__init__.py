@@ -16,6 +16,7 @@ from tralign_fast.reference import TrustRegion
 
 if TYPE_CHECKING:
     from tralign_fast.ops.from_logits import logprobs_from_logits
+    from tralign_fast.ops.linear_preference import linear_preference_loss
     from tralign_fast.ops.logprobs import linear_logprobs
     from tralign_fast.training.aliases import (
         TRDPOConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "ipo_loss",
     "kto_loss",
     "linear_logprobs",
+    "linear_preference_loss",
     "logprobs_from_logits",
     "lora_merge_",
     "preference_loss",
@@ -62,6 +64,7 @@ _LAZY = {
     "TRKTOTrainer": "tralign_fast.training.aliases",
     "TRTrainer": "tralign_fast.training.trainer",
     "linear_logprobs": "tralign_fast.ops.logprobs",
+    "linear_preference_loss": "tralign_fast.ops.linear_preference",
     "logprobs_from_logits": "tralign_fast.ops.from_logits",
 }
 

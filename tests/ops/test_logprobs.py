@@ -376,7 +376,7 @@ def test_registered_with_torch_library(op):
             None, [1.0, 0.0, 1.0], "torch", torch.float32, 8,
         )  # fmt: skip
         for keep in (20, 8, 0):
-            torch.library.opcheck(module._linear_logprobs_op, (*args, keep, 0.0), test_utils=checks)
+            torch.library.opcheck(module.linear_logprobs_op, (*args, keep, 0.0), test_utils=checks)
     else:
         args = (torch.randn(6, 20, requires_grad=True), targets, [1.0, 0.0, 1.0], "torch", True)
         torch.library.opcheck(from_logits._from_logits_op, args, test_utils=checks)

@@ -119,6 +119,6 @@ def test_registered_with_torch_library():
     hidden, weight, _, targets = make(6, 20)
     args = (hidden, weight, targets, None, [1.0, 0.0, 1.0], "torch", torch.float32, 8, 8, 0.0)
     torch.library.opcheck(
-        logprobs._linear_logprobs_op, (*args, "entropy is_top1"),
+        logprobs.linear_logprobs_op, (*args, "entropy is_top1"),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip

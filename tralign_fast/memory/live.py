@@ -158,7 +158,7 @@ def _report(sums: dict[str, int], peak: int) -> MemoryReport:
 
 
 _BODIES: dict[Any, Callable[..., Any]] = {
-    torch.ops.tralign_fast.linear_logprobs.default: logprobs._linear_logprobs_op._init_fn,
+    torch.ops.tralign_fast.linear_logprobs.default: logprobs.linear_logprobs_op._init_fn,
     torch.ops.tralign_fast.linear_logprobs_backward.default: (
         logprobs._linear_logprobs_backward_op._init_fn
     ),

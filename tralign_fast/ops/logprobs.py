@@ -11,6 +11,7 @@ inputs takes one kernel for product and reduction instead (`tralign_kernels.line
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ _PLAIN = LogitTransform()
 
 
 @torch.library.custom_op("tralign_fast::linear_logprobs", mutates_args=())
-def _linear_logprobs_op(
+def linear_logprobs_op(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (N,) int64
@@ -110,7 +111,7 @@ def _fused_forward_(
         )  # fmt: skip
 
 
-@_linear_logprobs_op.register_fake
+@linear_logprobs_op.register_fake
 def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, keep, vocab_filter,
       statistics=""):  # fmt: skip
     rows = hidden.shape[0]
@@ -209,41 +210,86 @@ def _(grad, hidden, weight, targets, bias, logsumexp, kept, transform, backend, 
     )
 
 
+class HeadOptions(NamedTuple):
+    """What the operator takes after its tensors."""
+
+    transform: list[float]
+    backend: str
+    compute_dtype: torch.dtype
+    tile: int
+    keep: int
+    vocab_filter: float
+    statistics: str
+
+
+class HeadNode:
+    """What a node of autograd does whose inputs are those of the head: the part of its forward
+    that is saved on `ctx`, and the gradients of these inputs by those of the log-probs."""
+
+    @staticmethod
+    def save(
+        ctx: Any,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],  # hidden, weight, targets, bias
+        options: HeadOptions,
+        logsumexp: Tensor,  # (N, 2)
+        kept: Tensor,
+        *more: Tensor,
+    ) -> None:
+        ctx.options = options
+        ctx.consumption = Consumption(kept)
+        ctx.save_for_backward(*inputs, logsumexp, kept, *more)
+
+    @staticmethod
+    def saved(ctx: Any) -> tuple[Tensor, ...]:
+        """What `save` was given, but for the options."""
+        return saved_tensors(ctx, _CONSUMED)
+
+    @staticmethod
+    def gradients(
+        ctx: Any,
+        saved: tuple[Tensor, ...],  # the first six of `saved`
+        grad: Tensor,  # (N,) float32
+        needs: list[bool],  # gradient of hidden, of weight, of bias
+    ) -> list[Tensor | None]:
+        """(d hidden, d weight, d bias)"""
+        *inputs, kept = saved
+        ctx.consumption.check(kept, _CONSUMED)
+        if kept.numel() == 0:  # the operator declares that it writes here: nothing saved, then
+            kept = kept.new_empty(0)
+        options = ctx.options
+        found = _linear_logprobs_backward_op(
+            grad, *inputs, kept,
+            options.transform, options.backend, options.tile, needs, options.vocab_filter,
+        )  # fmt: skip
+        return [g if need else None for g, need in zip(found, needs, strict=True)]
+
+
+_CONSUMED = (
+    "linear_logprobs: the first backward consumed the kept logits (or its inputs were changed in "
+    "place); call it again, or pass logits_budget_mb=0 to recompute them"
+)
+
+
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, targets, bias, *options = inputs
-    ctx.options = options
     _, logsumexp, kept, found = output
     # without this, autograd would make (N, V) zeros as the gradient of the kept logits
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logsumexp, kept, found)
-    ctx.consumption = Consumption(kept)
-    ctx.save_for_backward(hidden, weight, targets, bias, logsumexp, kept)
+    HeadNode.save(ctx, inputs[:4], HeadOptions(*inputs[4:]), logsumexp, kept)
 
 
 def _backward(ctx, grad, *_):
     refuse_second_derivative("linear_logprobs")
-    message = (
-        "linear_logprobs: the first backward consumed the kept logits (or its inputs were changed "
-        "in place); call it again, or pass logits_budget_mb=0 to recompute them"
-    )
-    hidden, weight, targets, bias, logsumexp, kept = saved_tensors(ctx, message)
-    transform, backend, _, tile, _, vocab_filter, _ = ctx.options
+    saved = HeadNode.saved(ctx)
     nothing = (None,) * len(ctx.options)
     if grad is None:
         return (None, None, None, None, *nothing)
-    ctx.consumption.check(kept, message)
-    if kept.numel() == 0:  # the operator declares that it writes here: nothing saved may be named
-        kept = kept.new_empty(0)
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    grads = _linear_logprobs_backward_op(
-        grad.float(), hidden, weight, targets, bias, logsumexp, kept,
-        transform, backend, tile, needs, vocab_filter,
-    )  # fmt: skip
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    d_hidden, d_weight, d_bias = HeadNode.gradients(ctx, saved, grad.float(), needs)
     return (d_hidden, d_weight, None, d_bias, *nothing)
 
 
-_linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
+linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_logprobs(
@@ -366,22 +412,42 @@ def _run(
     statistics: str = "",
 ) -> tuple[Tensor, Tensor]:
     """(log-probs (N,), statistics (number of names, N)), of arguments that may be wrong."""
+    options = checked_options(
+        hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter,
+        statistics,
+    )  # fmt: skip
+    logps, _, _, found = linear_logprobs_op(hidden, weight, targets, bias, *options)
+    return logps, found
+
+
+def checked_options(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    backend: str,
+    logits_budget_mb: float,
+    vocab_filter: float | None,
+    statistics: str = "",
+) -> HeadOptions:
+    """How the head's products are cut, for arguments that may be wrong."""
     check_arguments(hidden, weight, targets, bias, vocab_filter)
     device, compute_dtype = hidden.device, logits_dtype(hidden, weight)
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden, weight, bias)
-    )
     backend = pick_backend(backend, device, compute_dtype)
     tile, keep = tiles.plan(
         hidden.shape[0], weight.shape[0], compute_dtype, device, int(logits_budget_mb * 2**20),
-        wants_grad=wants_grad, wants_all_or_none=bool(vocab_filter),
+        wants_grad=wants_grad(hidden, weight, bias), wants_all_or_none=bool(vocab_filter),
         is_fused=_is_fused(backend, compute_dtype, statistics),
     )  # fmt: skip
-    logps, _, _, found = _linear_logprobs_op(
-        hidden, weight, targets, bias, transform.numbers(), backend, compute_dtype, tile, keep,
-        float(vocab_filter or 0.0), statistics,
+    return HeadOptions(
+        transform.numbers(), backend, compute_dtype, tile, keep, float(vocab_filter or 0.0),
+        statistics,
     )  # fmt: skip
-    return logps, found
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def linear_logprobs_naive(
