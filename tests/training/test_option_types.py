@@ -99,7 +99,7 @@ SPEC = {
     "model_init_kwargs": json_table, "trust_remote_code": "bool", "activation_offloading": "bool",
     "disable_dropout": "bool",
     "gradient_release": "bool", "layer_kernels": ["auto", "liger", "none"],
-    "logits_budget_mb": AMOUNT, "vocab_filter": ("float?", 0, 1, "[)"),
+    "logits_budget_mb": ("float?", 0, INF, "[)"), "vocab_filter": ("float?", 0, 1, "[)"),
     "cuda_graphs": "bool?", "log_kl_initial": "bool", "overwrite_output_dir": "bool",
     # of TrainingArguments
     "output_dir": place, "per_device_train_batch_size": COUNT,

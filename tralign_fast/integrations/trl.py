@@ -37,7 +37,7 @@ _numbers = itertools.count()  # of patched functions; an id would come back with
 
 
 def use_fast_logprobs(
-    trainer_or_model: Any, *, logits_budget_mb: float = 1024, backend: str = "auto"
+    trainer_or_model: Any, *, logits_budget_mb: float | None = None, backend: str = "auto"
 ) -> Callable[[], None]:
     """Puts `linear_logprobs` behind TRL's fused LM head; returns the function that undoes it.
 
@@ -237,7 +237,7 @@ class _PerToken(NamedTuple):
 class _Head:
     """Stands where TRL's autograd function stands."""
 
-    def __init__(self, logits_budget_mb: float, backend: str) -> None:
+    def __init__(self, logits_budget_mb: float | None, backend: str) -> None:
         self.options: Any = {"logits_budget_mb": logits_budget_mb, "backend": backend}
 
     def apply(

@@ -15,6 +15,7 @@ from tralign_fast.memory import MemoryReport, Workload, trace_trl
 from tralign_fast.memory.layers import trace_deep
 from tralign_fast.memory.presets import MODELS, PRESETS, preset_of
 from tralign_fast.memory.sharding import per_gpu
+from tralign_fast.ops.logits_budget import STANDARD_MB
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.reference import REFERENCES, reference_class
 from tralign_fast.training.option_types import AT_LEAST_ONE
@@ -65,7 +66,7 @@ class PlanOptions:
         None, "Of the adapters. None: as train has it, float32, on a quantised base bfloat16."
     )
     base_bits: int = _option(16, "4: the base of the adapters is quantised (NF4).")
-    logits_budget_mb: float = _option(1024, "MiB of logits that may exist at a time.")
+    logits_budget_mb: float = _option(STANDARD_MB, "MiB of logits that may exist at a time.")
     alternatives: bool = _option(True, "Trace what else there is, and what fits which GPU.")
     trl: bool = _option(False, "Trace TRL on the same work, too; it takes as long again.")
     json: bool = _option(False, "Print JSON, in bytes.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from tralign_fast.ops.logits_budget import STANDARD_MB
+
 # option of `train` -> option of `plan`
 _SAME = {
     "model": "model", "dataset": "dataset", "reference": "reference", "optim": "optim",
@@ -52,6 +54,8 @@ def _is_of_train(names: set[str]) -> bool:
 def of_recipe(given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of a plan by name, options that its `TRConfig` has besides)."""
     plan = {ours: getattr(given, name) for name, ours in _SAME.items()}
+    if plan["logits_budget_mb"] is None:  # by what is free, which a plan is to find out
+        plan["logits_budget_mb"] = STANDARD_MB
     plan["optim"] = getattr(plan["optim"], "value", plan["optim"])
     losses = given.loss_type
     plan["method"] = losses[0] if isinstance(losses, list) else losses or "dpo"

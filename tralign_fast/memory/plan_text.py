@@ -20,15 +20,16 @@ from tralign_fast.memory.plan import (
     hub_id,
 )
 from tralign_fast.memory.workload import Workload
+from tralign_fast.ops.logits_budget import STANDARD_MB
 
 CARDS = (12, 16, 24, 40, 48, 80, 141)  # GiB, as they are sold
 _BAR = 40
 _ROWS = [f.name for f in dataclasses.fields(MemoryReport)]
 # options that a run has anyway
 _DEFAULTS = {
-    "loss_type": "dpo", "reference": "auto", "sync_ref_model": True, "logits_budget_mb": 1024,
-    "gradient_checkpointing": True, "gradient_release": False, "max_grad_norm": 1.0,
-    "bf16": True,  # where there is a GPU
+    "loss_type": "dpo", "reference": "auto", "sync_ref_model": True,
+    "logits_budget_mb": STANDARD_MB, "gradient_checkpointing": True, "gradient_release": False,
+    "max_grad_norm": 1.0, "bf16": True,  # where there is a GPU
 }  # fmt: skip
 
 

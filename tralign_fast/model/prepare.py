@@ -61,7 +61,7 @@ def prepare_model(
     model: PreTrainedModel,
     *,
     packing: bool = True,
-    logits_budget_mb: float = 1024,
+    logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
     backend: str = "auto",
     fused_lora: bool = True,

@@ -45,7 +45,7 @@ class ScoreOutput(ModelOutput):
 def enable_logprobs(
     model: PreTrainedModel,
     *,
-    logits_budget_mb: float = 1024,
+    logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
     backend: str = "auto",
 ) -> Callable[[], None]:

@@ -82,7 +82,7 @@ def linear_preference_loss(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     backend: str = "auto",
-    logits_budget_mb: float = 1024,
+    logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
     **preference: Any,
 ) -> PackedLoss:

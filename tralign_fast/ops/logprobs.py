@@ -22,6 +22,7 @@ from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets
 from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
 from tralign_fast.ops.cpu.pages import give_back
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
+from tralign_fast.ops.logits_budget import budget_bytes
 from tralign_fast.ops.statistics import STATISTICS, RunningStatistics
 from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
 from tralign_fast.ops.transform import LogitTransform
@@ -302,7 +303,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     backend: str = "auto",
-    logits_budget_mb: float = 1024,
+    logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
 ) -> Tensor:
     """Log-probabilities of `targets` under the LM head, without holding a matrix (N, V) of them.
@@ -342,7 +343,9 @@ def linear_logprobs(
         temperature: the scores are divided by it, after the cap.
         backend: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
         logits_budget_mb: MiB of logits that may exist at once; 0 recomputes in the smallest tiles
-            (256 columns; on a GPU 2,048 and 16 MiB).
+            (256 columns; on a GPU 2,048 and 16 MiB). None: 1024; on a GPU, for a batch with more,
+            up to 4096 and half of the memory that is free (module
+            `tralign_fast.ops.logits_budget`).
         vocab_filter: ε in [0, 1), 3e-5 if in doubt; None and 0 leave no column out.
 
     Returns:
@@ -369,7 +372,7 @@ def linear_logprobs_and_statistics(
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform = _PLAIN,
     backend: str = "auto",
-    logits_budget_mb: float = 1024,
+    logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`linear_logprobs`, and what is wanted of `STATISTICS` of the same distributions, (N,) each.
@@ -407,7 +410,7 @@ def _run(
     bias: Tensor | None,
     transform: LogitTransform,
     backend: str,
-    logits_budget_mb: float,
+    logits_budget_mb: float | None,
     vocab_filter: float | None,
     statistics: str = "",
 ) -> tuple[Tensor, Tensor]:
@@ -427,7 +430,7 @@ def checked_options(
     bias: Tensor | None,
     transform: LogitTransform,
     backend: str,
-    logits_budget_mb: float,
+    logits_budget_mb: float | None,
     vocab_filter: float | None,
     statistics: str = "",
 ) -> HeadOptions:
@@ -435,9 +438,12 @@ def checked_options(
     check_arguments(hidden, weight, targets, bias, vocab_filter)
     device, compute_dtype = hidden.device, logits_dtype(hidden, weight)
     backend = pick_backend(backend, device, compute_dtype)
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    wants = wants_grad(hidden, weight, bias)
+    wanted = rows * vocab * compute_dtype.itemsize if wants else 0
     tile, keep = tiles.plan(
-        hidden.shape[0], weight.shape[0], compute_dtype, device, int(logits_budget_mb * 2**20),
-        wants_grad=wants_grad(hidden, weight, bias), wants_all_or_none=bool(vocab_filter),
+        rows, vocab, compute_dtype, device, budget_bytes(logits_budget_mb, wanted, hidden),
+        wants_grad=wants, wants_all_or_none=bool(vocab_filter),
         is_fused=_is_fused(backend, compute_dtype, statistics),
     )  # fmt: skip
     return HeadOptions(

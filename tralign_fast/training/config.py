@@ -244,8 +244,10 @@ class TRConfig(TrainingArguments):
         "Kernels for norms, gated MLPs and rotary embeddings: auto takes Liger's on a GPU, each "
         "that is as good as the model's own code; liger says so where it cannot.",
     )
-    logits_budget_mb: Annotated[float, NOT_NEGATIVE] = _option(
-        1024, "MiB of logits that may exist at a time."
+    logits_budget_mb: Annotated[float | None, NOT_NEGATIVE] = _option(
+        None,
+        "MiB of logits that may exist at a time. None: 1024; on a GPU, for larger batches, up to "
+        "4096 and half of the memory that is free.",
     )
     vocab_filter: Annotated[float | None, UNDER_ONE] = _option(
         None, "ε: the head's backward skips tokens less likely than ε everywhere; 3e-5 if in doubt."
