@@ -11,6 +11,7 @@ inputs takes one kernel for product and reduction instead (`tralign_kernels.line
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets
 from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
 from tralign_fast.ops.cpu.pages import give_back
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
-from tralign_fast.ops.statistics import STATISTICS, RunningStatistics
+from tralign_fast.ops.statistics import STATISTICS, RunningStatistics, named_statistics
 from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
 from tralign_fast.ops.transform import LogitTransform
 from tralign_fast.ops.vocab_filter import VocabFilter
@@ -45,19 +46,43 @@ def _linear_logprobs_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs (N,) fp32, logsumexp (N, 2) fp32, kept logits: tile after tile, flat, statistics
     (number of names, N) fp32)."""
+    check_targets(targets, weight.shape[0])
+    wanted = statistics.split()
+    target_logit, logsumexp, kept, table = columns_forward(
+        hidden, weight, targets, bias, LogitTransform.of(transform), backend, compute_dtype, tile,
+        keep, wanted,
+    )  # fmt: skip
+    found = logsumexp.new_empty(len(wanted), len(hidden))
+    if table is not None:
+        found = named_statistics(wanted, table, len(weight))
+    return log_probs(target_logit, logsumexp), logsumexp, kept, found
+
+
+def columns_forward(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64, of other columns too
+    bias: Tensor | None,  # (V,)
+    transform: LogitTransform,
+    backend: str,
+    compute_dtype: torch.dtype,
+    tile: int,
+    keep: int,
+    wanted: Collection[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(the target's score (N,) fp32, NaN where it is none of these columns, logsumexp (N, 2) fp32,
+    kept logits, `RunningStatistics.table` if any are wanted) of the columns that these rows of a
+    head make."""
     rows, vocab = hidden.shape[0], weight.shape[0]
-    check_targets(targets, vocab)
     logsumexp = new_logsumexp(rows, hidden.device)
     target_logit = torch.full((rows,), float("nan"), device=hidden.device)
     x = hidden.to(compute_dtype)
     kept = x.new_empty(rows * keep)
-    wanted = statistics.split()
     if rows == 0:
-        return target_logit, logsumexp, kept, logsumexp.new_empty(len(wanted), 0)
-    scores = LogitTransform.of(transform)
-    tile_forward_, _ = tile_ops(backend, scores)
-    fused = _is_fused(backend, compute_dtype, statistics)
-    running = RunningStatistics(wanted, x, scores, backend) if wanted else None
+        return target_logit, logsumexp, kept, None
+    tile_forward_, _ = tile_ops(backend, transform)
+    fused = is_fused(backend, compute_dtype, wanted)
+    running = RunningStatistics(wanted, x, transform, backend) if wanted else None
     scratch = x.new_empty(0 if fused else rows * min(tile, vocab - keep))
     with autocast_off(hidden.device):
         for start, stop in tiles.cut(0, keep if fused else vocab, tile):
@@ -69,12 +94,14 @@ def _linear_logprobs_op(
             if running is not None:
                 running.see_weight(weight[start:stop], part)
         if fused:
-            _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, keep, tile, scores)
-        found = logsumexp.new_empty(0, rows) if running is None else running.results(x)
-    return log_probs(target_logit, logsumexp), logsumexp, kept, found
+            _fused_forward_(
+                x, weight, targets, bias, logsumexp, target_logit, keep, tile, transform
+            )
+        table = None if running is None else running.columns(x)
+    return target_logit, logsumexp, kept, table
 
 
-def _is_fused(backend: str, dtype: torch.dtype, statistics: str = "") -> bool:
+def is_fused(backend: str, dtype: torch.dtype, statistics: Collection[str] = "") -> bool:
     """Whether product and reduction are one kernel where nobody reads the logits again.
 
     Not with statistics, which that kernel does not compute: by an H200's rates (4.2 TB/s, 700
@@ -116,7 +143,7 @@ def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, ke
     rows = hidden.shape[0]
     kept = hidden.new_empty(rows * keep, dtype=compute_dtype)
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
-    fused = _is_fused(backend, compute_dtype, statistics)
+    fused = is_fused(backend, compute_dtype, statistics)
     kept.new_empty(0 if fused else rows * min(tile, weight.shape[0] - keep))
     logsumexp = hidden.new_empty((rows, 2), dtype=torch.float32)
     found = logsumexp.new_empty(len(statistics.split()), rows)
@@ -212,35 +239,59 @@ def _(grad, hidden, weight, targets, bias, logsumexp, kept, transform, backend, 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, *options = inputs
     ctx.options = options
+    save_for_gradients(ctx, (hidden, weight, targets, bias), output)
+
+
+def save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """What `gradients_of_saved` reads, and which outputs have no gradient."""
     _, logsumexp, kept, found = output
     # without this, autograd would make (N, V) zeros as the gradient of the kept logits
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logsumexp, kept, found)
     ctx.consumption = Consumption(kept)
-    ctx.save_for_backward(hidden, weight, targets, bias, logsumexp, kept)
+    ctx.save_for_backward(*inputs, logsumexp, kept)
 
 
 def _backward(ctx, grad, *_):
+    transform, backend, _, tile, _, vocab_filter, _ = ctx.options
+    d_hidden, d_weight, d_bias = gradients_of_saved(
+        ctx, grad, transform, backend, tile, vocab_filter
+    )
+    return (d_hidden, d_weight, None, d_bias, *(None,) * len(ctx.options))
+
+
+def gradients_of_saved(
+    ctx: Any,
+    grad: Tensor | None,  # (N,)
+    transform: list[float],
+    backend: str,
+    tile: int,
+    vocab_filter: float,
+    first: int = 0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(d hidden, d weight, d bias), None where not needed, of what `save_for_gradients` has saved.
+
+    Args:
+        first: the column of the vocabulary that the weight's first row makes.
+    """
     refuse_second_derivative("linear_logprobs")
     message = (
         "linear_logprobs: the first backward consumed the kept logits (or its inputs were changed "
         "in place); call it again, or pass logits_budget_mb=0 to recompute them"
     )
     hidden, weight, targets, bias, logsumexp, kept = saved_tensors(ctx, message)
-    transform, backend, _, tile, _, vocab_filter, _ = ctx.options
-    nothing = (None,) * len(ctx.options)
     if grad is None:
-        return (None, None, None, None, *nothing)
+        return None, None, None
     ctx.consumption.check(kept, message)
     if kept.numel() == 0:  # the operator declares that it writes here: nothing saved may be named
         kept = kept.new_empty(0)
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = _linear_logprobs_backward_op(
-        grad.float(), hidden, weight, targets, bias, logsumexp, kept,
+        grad.float(), hidden, weight, targets - first if first else targets, bias, logsumexp, kept,
         transform, backend, tile, needs, vocab_filter,
     )  # fmt: skip
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return (d_hidden, d_weight, None, d_bias, *nothing)
+    return d_hidden, d_weight, d_bias
 
 
 _linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -285,6 +336,11 @@ def linear_logprobs(
     from 512 tokens on at 1e-4. After a backward, `ops.vocab_filter.last_vocab_filter()`
     tells how many columns stayed and the largest mass that a token lost; above 0.1 the backward is
     exact, with one warning. Log-probs are always exact. Choosing waits for the device once a tile.
+
+    A weight that is a DTensor, cut along V over one dimension of its mesh (`Shard(0)`, any V), is
+    used where it lies (module `tralign_fast.ops.vocab_parallel`): every process of that dimension
+    calls this with the same hidden states and targets, gets the same log-probs and gradient of the
+    hidden states, and the gradient of its own rows.
 
     Args:
         hidden: (N, H) hidden states of the scored positions, fp32, bf16 or fp16.
@@ -372,10 +428,17 @@ def _run(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
     backend = pick_backend(backend, device, compute_dtype)
+    if hasattr(weight, "device_mesh"):
+        from tralign_fast.ops.vocab_parallel import run_on_shards
+
+        return run_on_shards(
+            hidden, weight, targets, bias, transform, backend, compute_dtype, logits_budget_mb,
+            vocab_filter, statistics, wants_grad=wants_grad,
+        )  # fmt: skip
     tile, keep = tiles.plan(
         hidden.shape[0], weight.shape[0], compute_dtype, device, int(logits_budget_mb * 2**20),
         wants_grad=wants_grad, wants_all_or_none=bool(vocab_filter),
-        is_fused=_is_fused(backend, compute_dtype, statistics),
+        is_fused=is_fused(backend, compute_dtype, statistics),
     )  # fmt: skip
     logps, _, _, found = _linear_logprobs_op(
         hidden, weight, targets, bias, transform.numbers(), backend, compute_dtype, tile, keep,
