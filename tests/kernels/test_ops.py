@@ -5,7 +5,9 @@ import torch
 
 import tralign_kernels
 from tralign_fast import linear_logprobs, logprobs_from_logits
-from tralign_fast.ops.logprobs import linear_logprobs_naive
+from tralign_fast.ops.logprobs import columns_forward, linear_logprobs_naive
+from tralign_fast.ops.statistics import STATISTICS
+from tralign_fast.ops.transform import LogitTransform
 
 
 def run(backend, hidden, weight, targets, grad, **options):
@@ -149,3 +151,26 @@ def test_no_row(device):
     out = linear_logprobs(hidden, weight, targets, backend="triton")
     out.sum().backward()
     assert hidden.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [(), STATISTICS], ids=["fused", "statistics"])
+def test_a_part_of_the_columns(wanted, dtype, device):
+    """What a process of several does that share a vocabulary: most targets are another's."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(13, 24, device=device), torch.randn(300, 24, device=device)
+    targets = torch.randint(-300, 600, (13,), device=device)
+    targets[:3] = torch.tensor([-1, 0, 300])
+    results = []
+    for backend in ("triton", "torch"):
+        target_logit, logsumexp, _, table = columns_forward(
+            hidden.to(dtype), weight.to(dtype), targets, None, LogitTransform(), backend, dtype,
+            256, 0, wanted,
+        )  # fmt: skip
+        results.append((target_logit, logsumexp.sum(1), table))
+    tolerances = dict.fromkeys(("rtol", "atol"), 1e-5 if dtype == torch.float32 else 2e-2)
+    inside = (targets >= 0) & (targets < 300)
+    assert torch.equal(results[0][0].isnan(), ~inside)
+    for ours, expected in zip(*results, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, expected, **tolerances, equal_nan=True)

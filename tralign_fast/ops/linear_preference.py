@@ -21,12 +21,14 @@ from tralign_fast.ops.logprobs import (
     HeadNode,
     HeadOptions,
     checked_options,
+    is_cut,
+    linear_logprobs,
     linear_logprobs_op,
     wants_grad,
 )
 from tralign_fast.ops.objective import Objective
 from tralign_fast.ops.packed_batch import Batch, checked
-from tralign_fast.ops.preference import PackedLoss, loss_and_gradient, packed
+from tralign_fast.ops.preference import PackedLoss, loss_and_gradient, packed, preference_loss
 from tralign_fast.ops.transform import LogitTransform
 
 
@@ -116,6 +118,13 @@ def linear_preference_loss(
             with create_graph=True.
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
+    if is_cut(weight):  # by a node of its own, which several processes run
+        logps = linear_logprobs(
+            hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale,
+            temperature=temperature, backend=backend, logits_budget_mb=logits_budget_mb,
+            vocab_filter=vocab_filter,
+        )  # fmt: skip
+        return preference_loss(logps, ref_logps, offsets, loss=loss, backend=backend, **preference)
     options = checked_options(
         hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter
     )

@@ -23,7 +23,7 @@ from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, 
 from tralign_fast.ops.cpu.pages import give_back
 from tralign_fast.ops.head_gradients import HeadGradients, Saved
 from tralign_fast.ops.logits_budget import budget_bytes
-from tralign_fast.ops.statistics import STATISTICS, RunningStatistics
+from tralign_fast.ops.statistics import STATISTICS, RunningStatistics, named_statistics
 from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
 from tralign_fast.ops.transform import LogitTransform
 from tralign_fast.ops.vocab_filter import VocabFilter
@@ -47,19 +47,43 @@ def linear_logprobs_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs (N,) fp32, logsumexp (N, 2) fp32, kept logits: tile after tile, flat, statistics
     (number of names, N) fp32)."""
+    check_targets(targets, weight.shape[0])
+    wanted = statistics.split()
+    target_logit, logsumexp, kept, table = columns_forward(
+        hidden, weight, targets, bias, LogitTransform.of(transform), backend, compute_dtype, tile,
+        keep, wanted,
+    )  # fmt: skip
+    found = logsumexp.new_empty(len(wanted), len(hidden))
+    if table is not None:
+        found = named_statistics(wanted, table, len(weight))
+    return log_probs(target_logit, logsumexp), logsumexp, kept, found
+
+
+def columns_forward(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64, of other columns too
+    bias: Tensor | None,  # (V,)
+    transform: LogitTransform,
+    backend: str,
+    compute_dtype: torch.dtype,
+    tile: int,
+    keep: int,
+    wanted: Collection[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(the target's score (N,) fp32, NaN where it is none of these columns, logsumexp (N, 2) fp32,
+    kept logits, `RunningStatistics.table` if any are wanted) of the columns that these rows of a
+    head make."""
     rows, vocab = hidden.shape[0], weight.shape[0]
-    check_targets(targets, vocab)
     logsumexp = new_logsumexp(rows, hidden.device)
     target_logit = torch.full((rows,), float("nan"), device=hidden.device)
     x = hidden.to(compute_dtype)
     kept = x.new_empty(rows * keep)
-    wanted = statistics.split()
     if rows == 0:
-        return target_logit, logsumexp, kept, logsumexp.new_empty(len(wanted), 0)
-    scores = LogitTransform.of(transform)
-    tile_forward_, _ = tile_ops(backend, scores)
-    fused = _is_fused(backend, compute_dtype, statistics)
-    running = RunningStatistics(wanted, x, scores, backend) if wanted else None
+        return target_logit, logsumexp, kept, None
+    tile_forward_, _ = tile_ops(backend, transform)
+    fused = is_fused(backend, compute_dtype, wanted)
+    running = RunningStatistics(wanted, x, transform, backend) if wanted else None
     scratch = x.new_empty(0 if fused else rows * min(tile, vocab - keep))
     with autocast_off(hidden.device):
         for start, stop in tiles.cut(0, keep if fused else vocab, tile):
@@ -71,12 +95,14 @@ def linear_logprobs_op(
             if running is not None:
                 running.see_weight(weight[start:stop], part)
         if fused:
-            _fused_forward_(x, weight, targets, bias, logsumexp, target_logit, keep, tile, scores)
-        found = logsumexp.new_empty(0, rows) if running is None else running.results(x)
-    return log_probs(target_logit, logsumexp), logsumexp, kept, found
+            _fused_forward_(
+                x, weight, targets, bias, logsumexp, target_logit, keep, tile, transform
+            )
+        table = None if running is None else running.columns(x)
+    return target_logit, logsumexp, kept, table
 
 
-def _is_fused(backend: str, dtype: torch.dtype, statistics: str = "") -> bool:
+def is_fused(backend: str, dtype: torch.dtype, statistics: Collection[str] = "") -> bool:
     """Whether product and reduction are one kernel where nobody reads the logits again.
 
     Not with statistics, which that kernel does not compute: by an H200's rates (4.2 TB/s, 700
@@ -118,7 +144,7 @@ def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, ke
     rows = hidden.shape[0]
     kept = hidden.new_empty(rows * keep, dtype=compute_dtype)
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
-    fused = _is_fused(backend, compute_dtype, statistics)
+    fused = is_fused(backend, compute_dtype, statistics)
     kept.new_empty(0 if fused else rows * min(tile, weight.shape[0] - keep))
     logsumexp = hidden.new_empty((rows, 2), dtype=torch.float32)
     found = logsumexp.new_empty(len(statistics.split()), rows)
@@ -280,14 +306,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
+    d_hidden, d_weight, d_bias = head_backward(ctx, grad)
+    return (d_hidden, d_weight, None, d_bias, *(None,) * len(ctx.options))
+
+
+def head_backward(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
+    """(d hidden, d weight, d bias) by the gradient (N,) of the log-probs, of a node that takes
+    hidden, weight, targets and bias first."""
     refuse_second_derivative("linear_logprobs")
     saved = HeadNode.saved(ctx)
-    nothing = (None,) * len(ctx.options)
     if grad is None:
-        return (None, None, None, None, *nothing)
+        return [None] * 3
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    d_hidden, d_weight, d_bias = HeadNode.gradients(ctx, saved, grad.float(), needs)
-    return (d_hidden, d_weight, None, d_bias, *nothing)
+    return HeadNode.gradients(ctx, saved, grad.float(), needs)
 
 
 linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -332,6 +363,11 @@ def linear_logprobs(
     from 512 tokens on at 1e-4. After a backward, `ops.vocab_filter.last_vocab_filter()`
     tells how many columns stayed and the largest mass that a token lost; above 0.1 the backward is
     exact, with one warning. Log-probs are always exact. Choosing waits for the device once a tile.
+
+    A weight that is a DTensor, cut along V over one dimension of its mesh (`Shard(0)`, any V), is
+    used where it lies (module `tralign_fast.ops.vocab_parallel`): every process of that dimension
+    calls this with the same hidden states and targets, gets the same log-probs and gradient of the
+    hidden states, and the gradient of its own rows.
 
     Args:
         hidden: (N, H) hidden states of the scored positions, fp32, bf16 or fp16.
@@ -419,6 +455,10 @@ def _run(
         hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter,
         statistics,
     )  # fmt: skip
+    if is_cut(weight):
+        from tralign_fast.ops.vocab_parallel import run_on_shards
+
+        return run_on_shards(hidden, weight, targets, bias, options)
     logps, _, _, found = linear_logprobs_op(hidden, weight, targets, bias, *options)
     return logps, found
 
@@ -438,18 +478,24 @@ def checked_options(
     check_arguments(hidden, weight, targets, bias, vocab_filter)
     device, compute_dtype = hidden.device, logits_dtype(hidden, weight)
     backend = pick_backend(backend, device, compute_dtype)
-    rows, vocab = hidden.shape[0], weight.shape[0]
+    rows = hidden.shape[0]
+    vocab = len(weight.to_local() if is_cut(weight) else weight)  # pyright: ignore[reportAttributeAccessIssue]
     wants = wants_grad(hidden, weight, bias)
     wanted = rows * vocab * compute_dtype.itemsize if wants else 0
     tile, keep = tiles.plan(
         rows, vocab, compute_dtype, device, budget_bytes(logits_budget_mb, wanted, hidden),
         wants_grad=wants, wants_all_or_none=bool(vocab_filter),
-        is_fused=_is_fused(backend, compute_dtype, statistics),
+        is_fused=is_fused(backend, compute_dtype, statistics),
     )  # fmt: skip
     return HeadOptions(
         transform.numbers(), backend, compute_dtype, tile, keep, float(vocab_filter or 0.0),
         statistics,
     )  # fmt: skip
+
+
+def is_cut(weight: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process holds a part."""
+    return hasattr(weight, "device_mesh")
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

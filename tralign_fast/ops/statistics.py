@@ -47,33 +47,24 @@ class RunningStatistics:
         self._sums_weight = (
             backend == "torch" and transform.softcap is None and rows > hidden.shape[1]
         )
-        self._columns, self._weight_sum, self._bias_sum = 0, None, 0.0
+        self._weight_sum, self._bias_sum = None, 0.0
         self._tile = torch.zeros_like(self.table) if backend == "torch" else self.table[:, :0]
         self._spare = self.table.new_empty(0)
 
     def see_weight(self, weight: Tensor, bias: Tensor | None) -> None:  # (W, H), (W,)
         """The head's rows of a tile."""
-        self._columns += len(weight)
         if self._sums_weight and "mean_logits" in self.wanted:
             total = weight.sum(0, dtype=torch.float32)
             self._weight_sum = total if self._weight_sum is None else self._weight_sum.add_(total)
             if bias is not None:
                 self._bias_sum = bias.sum(dtype=torch.float32) + self._bias_sum
 
-    def results(self, hidden: Tensor) -> Tensor:  # (N, H)
-        """(number wanted, N) float32, after the last tile."""
-        found = {
-            "entropy": self.table[ENTROPY],
-            "log_sum_sq_probs": self.table[SQUARES].log(),
-            "is_top1": self.table[TOP1],
-        }
-        if "mean_logits" in self.wanted:
-            total = self.table[TOTAL]
-            if self._weight_sum is not None:
-                total = hidden.float() @ self._weight_sum + self._bias_sum
-                total *= self.transform.factor
-            found["mean_logits"] = total / self._columns
-        return torch.stack([found[name] for name in self.wanted])
+    def columns(self, hidden: Tensor) -> Tensor:  # (N, H)
+        """`table` after the last tile, complete."""
+        if self._weight_sum is not None:
+            total = hidden.float() @ self._weight_sum + self._bias_sum
+            self.table[TOTAL] = total * self.transform.factor
+        return self.table
 
     # --- the PyTorch backend's tiles --------------------------------------------------------------
 
@@ -159,6 +150,33 @@ class RunningStatistics:
             for part in logits.split(step)
         ]
         return is_peak & (torch.cat(places) == local)
+
+
+def named_statistics(
+    wanted: Collection[str],
+    table: Tensor,  # (5, N) float32
+    columns: int,  # of which it is
+) -> Tensor:
+    """(number wanted, N) float32."""
+    found = {
+        "entropy": table[ENTROPY],
+        "log_sum_sq_probs": table[SQUARES].log(),
+        "mean_logits": table[TOTAL] / columns,
+        "is_top1": table[TOP1],
+    }
+    return torch.stack([found[name] for name in wanted])
+
+
+def merged_tables(
+    tables: Tensor,  # (R, 5, N) float32, of R parts of the vocabulary, in its order
+    shares: Tensor,  # (R, N) float32, the parts' shares of the mass
+) -> Tensor:
+    """(5, N) float32, of all columns."""
+    entropy = (shares * tables[:, ENTROPY] - torch.xlogy(shares, shares)).sum(0)
+    squares = (shares.square() * tables[:, SQUARES]).sum(0)
+    highest = tables[:, PEAK].argmax(0, keepdim=True)  # the first of several
+    peak, top1 = (tables[:, row].gather(0, highest)[0] for row in (PEAK, TOP1))
+    return torch.stack([entropy, squares, peak, top1, tables[:, TOTAL].sum(0)])
 
 
 def merged_shares(

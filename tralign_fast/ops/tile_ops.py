@@ -97,7 +97,7 @@ def tile_forward_(
         note = None if statistics is None else (statistics, rows)
         _logsumexp_(scores, logits[rows], buffer, high[rows], low[rows], note)
     before = logsumexp.clone() if statistics is not None else logsumexp
-    _fold_(logsumexp, high, low)
+    fold_(logsumexp, high, low)
     if statistics is not None:
         shares = merged_shares(before, high, low, logsumexp)
         statistics.fold(logits, local, inside, picked, shares)
@@ -208,7 +208,7 @@ def _moderate_logsumexp_(
     return _is_moderate(high) and statistics.add_powers(rows, z, powers, mass)
 
 
-def _fold_(logsumexp: Tensor, high: Tensor, low: Tensor) -> None:  # (N, 2), (N,), (N,)
+def fold_(logsumexp: Tensor, high: Tensor, low: Tensor) -> None:  # (N, 2), (N,), (N,)
     """logsumexp ← that of both."""
     old_high, old_low = logsumexp.unbind(1)
     top = torch.maximum(old_high, high).clamp_(min=torch.finfo(torch.float32).min)
