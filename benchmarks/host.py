@@ -176,14 +176,16 @@ def as_asked(case: Case) -> Iterator[None]:
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         return attend(q, k, v, scale=options.scaling, enable_gqa=True)[0].transpose(0, 1)
 
+    def always(value: Any) -> Any:  # a call of a Mock takes as long as what is measured
+        return lambda *args, **kwargs: value
+
     with contextlib.ExitStack() as stack:
-        # functions, as a call of a Mock would be a tenth of what is measured in some layers
-        stack.enter_context(mock.patch.object(onednn, "is_faster", lambda *_, **__: False))
+        stack.enter_context(mock.patch.object(onednn, "is_faster", always(False)))
         if case.one_call:
-            patch = mock.patch.object(attention, "_varlen_function", lambda *_, **__: function)
+            patch = mock.patch.object(attention, "_varlen_function", always(function))
             stack.enter_context(patch)
             # which would find its values, and fall back to padded batches
-            stack.enter_context(mock.patch.object(prepare, "_why_not_packed", lambda _: None))
+            stack.enter_context(mock.patch.object(prepare, "_why_not_packed", always(None)))
         yield
 
 
