@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from benchmarks.common import commit, read_csv
 from benchmarks.gpu import __main__ as matrix
 from benchmarks.gpu import arm, cases, everything, results, trace, work
+from tralign_fast.model import graphs as arm_graphs
 
 WORK = "1b-full/2p4k/nockpt"
 TRL_AND_OURS = [f"{WORK}/trl", f"{WORK}/ours"]
@@ -52,6 +53,7 @@ def test_every_case_is_a_row_and_a_failing_one_says_why(measured):
         assert row["commit"]
         assert row["torch"]
         assert row["device"] == "tiny models on a CPU"
+        assert row["graphs_captured"] == "0"  # which a CPU has none of
 
 
 def test_all_arms_start_from_the_same_weights_and_rows(measured):
@@ -386,3 +388,15 @@ def test_the_card_is_asked_of_the_driver(tmp_path: Path, monkeypatch):
     assert matrix.card() == "NVIDIA H200"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert matrix.card() is None
+
+
+def test_graphs_of_all_models_are_counted():
+    from torch import nn
+
+    with arm._counting_graphs() as found:
+        decoders = [nn.Linear(1, 1), nn.Linear(1, 1)]
+        made = [arm_graphs.DecoderGraphs(decoder, always=True) for decoder in decoders]
+        for graphs in made:
+            graphs.captured, graphs.replayed = 2, 5
+        assert not found
+    assert found == {"graphs_captured": 4, "graphs_replayed": 10}

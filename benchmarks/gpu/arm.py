@@ -94,7 +94,7 @@ def _measure(job: Job) -> dict[str, Any]:
     from tralign_fast.memory.trace import quietly
 
     work = make_work(job.case, job.tiny)
-    with tempfile.TemporaryDirectory() as folder, quietly():
+    with tempfile.TemporaryDirectory() as folder, quietly(), _counting_graphs() as graphs:
         trainer = make_trainer(job.case, work, folder, on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
@@ -115,7 +115,30 @@ def _measure(job: Job) -> dict[str, Any]:
         "dtype": work.dtype,
         "flops": flops.needed,
         "recomputed_flops": flops.recomputed if job.case.checkpointing else 0.0,
+        **graphs,
     }
+
+
+@contextlib.contextmanager
+def _counting_graphs() -> Iterator[dict[str, int]]:
+    """CUDA graphs of the models made inside: lengths of rows that were captured, forwards that
+    were replayed, of the policy and of the reference's sweeps; filled at the end."""
+    from unittest import mock
+
+    from tralign_fast.model import graphs
+
+    made: list[graphs.DecoderGraphs] = []
+    found: dict[str, int] = {}
+
+    class Counted(graphs.DecoderGraphs):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    with mock.patch.object(graphs, "DecoderGraphs", Counted):
+        yield found
+    found["graphs_captured"] = sum(g.captured for g in made)
+    found["graphs_replayed"] = sum(g.replayed for g in made)
 
 
 # --- clocks ---------------------------------------------------------------------------------------

@@ -59,7 +59,13 @@ MODELS = {
     "8b-release": Model("llama-3.1-8b", "Llama-3.1-8B full, Adafactor", released=True),
     "70b-qlora64": Model("llama-3.1-70b", "Llama-3.1-70B 4-bit LoRA 64", 64, 4),
 }
-SHAPES = {"2p4k": Shape(2, 4096), "8p4k": Shape(8, 4096), "8p16k": Shape(8, 16384)}
+SHAPES = {
+    "2p4k": Shape(2, 4096),
+    "8p4k": Shape(8, 4096),
+    "8p16k": Shape(8, 16384),
+    "2p32k": Shape(2, 32768),
+    "2p64k": Shape(2, 65536),
+}
 CHECKPOINTING = {"ckpt": True, "nockpt": False}
 ARMS = {
     "trl": "TRL",
@@ -141,6 +147,8 @@ _DEFAULT = [
     ("8b-lora64/2p4k/ckpt", "trl_liger_loss"),
     ("1b-full/2p4k/nockpt", "trl_liger_loss"),
     ("70b-qlora64/2p4k/ckpt", "ours trl"),
+    ("8b-lora64/2p32k/ckpt", "ours trl"),
+    ("8b-lora64/2p64k/ckpt", "ours"),
 ]
 DEFAULT = [parse(f"{work}/{arm}") for work, arms in _DEFAULT for arm in arms.split()]
 

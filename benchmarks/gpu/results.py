@@ -25,7 +25,7 @@ COLUMNS = [
     "step_s", "step_s_min", "step_s_max", "windows", "alone_s", "sweep_s", "move_ms",
     f"tau{SCHEDULE}_s", f"tau{WINDOW}_s", "useful_tokens_per_s", "packed_tokens_per_s",
     "mfu", "limit_s", "limit_with_recomputation_s", "rate_tflops", "gpu_busy_share", "gpu_busy_s",
-    "device_events", "kernels", "peak_gib", "reserved_gib",
+    "graphs_captured", "graphs_replayed", "device_events", "kernels", "peak_gib", "reserved_gib",
     "loss", "grad_norm", "logps_chosen", "logps_rejected",
     "pairs", "packed_tokens", "useful_tokens", "dtype", "case_s",
     "device", "commit", "date", "cpu", "cores", "torch", "triton", "transformers", "trl", "peft",
