@@ -217,7 +217,7 @@ class TRTrainer(ResumableTrainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-            return EpochLengthSampler(sampler, seed)
+            return EpochLengthSampler(sampler, seed, self.args.world_size)
         return sampler
 
     # --- a step -----------------------------------------------------------------------------------
