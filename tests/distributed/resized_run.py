@@ -47,6 +47,12 @@ CASES = {
         {"reference": "snapshot", "train_sampling_strategy": "group_by_length", **HARD},
     ),
 }  # fmt: skip
+SHARDS = {"state_dict_type": "SHARDED_STATE_DICT"}
+KINDS = {
+    "ddp": {},
+    "fsdp2": FSDP,
+    "fsdp2-shards": {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], **SHARDS}},
+}
 EVALUATED = ("dpo-snapshot", "kto-snapshot")
 
 
@@ -64,7 +70,7 @@ def trained(case: str, into: Path, checkpoint: str | None, processes: int, **ext
     trainer = make(
         policy, tokenizer, into / case, method, rows, max_steps=STEPS, learning_rate=2e-3,
         per_device_train_batch_size=ROWS // processes // passes,
-        gradient_accumulation_steps=passes, save_strategy="steps", save_steps=int(os.environ.get("SAVE",3)),
+        gradient_accumulation_steps=passes, save_strategy="steps", save_steps=3,
         **{**options, **extra},
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:  # log-probs that another run has left prove nothing
@@ -79,12 +85,12 @@ def trained(case: str, into: Path, checkpoint: str | None, processes: int, **ext
 
 
 def main(kind: str, source: str, step: str, into: Path, cases: list[str]) -> None:
-    if kind == "fsdp2":
+    if kind != "ddp":
         _let_accelerate_shard_on_cpus()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     for case in cases:
         checkpoint = None if step == "0" else f"{source}/{case}/checkpoint-{step}"
-        found = trained(case, into, checkpoint, processes, **(FSDP if kind == "fsdp2" else {}))
+        found = trained(case, into, checkpoint, processes, **KINDS[kind])
         (into / case / "losses.json").write_text(json.dumps(found))
 
 

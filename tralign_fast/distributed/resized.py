@@ -93,9 +93,10 @@ def check_shares(saved: dict[str, Any], present: dict[str, Any]) -> tuple[list[s
 
 def _shown(shares: dict[str, Any]) -> str:
     """2 processes x per_device_train_batch_size 2 x gradient_accumulation_steps 1 = 4"""
-    processes = shares["world_size"]
+    processes, sharding = shares["world_size"], shares["sharding"]
     return (
-        f"{processes} process{'es' if processes != 1 else ''} x "
+        f"{processes} process{'es' if processes != 1 else ''}"
+        f"{'' if sharding == 'none' else f' of {sharding}'} x "
         f"per_device_train_batch_size {shares['train_batch_size']} x "
         f"gradient_accumulation_steps {shares['gradient_accumulation_steps']} = "
         f"{shares['rows_of_step']}"

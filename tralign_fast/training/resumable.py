@@ -24,12 +24,14 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import SaveStrategy
 
 from tralign_fast.data.tokenization import lend_in_groups
+from tralign_fast.distributed.alike import check_rows
+from tralign_fast.distributed.other_layout import is_own_layout, load_optimizer, load_weights
 from tralign_fast.distributed.resized import deal_batches, shares_of
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.training.converted import read_unmatched
 from tralign_fast.training.manifest import write_manifest
-from tralign_fast.training.optimizer_state import follow_schedule, load_exactly
+from tralign_fast.training.optimizer_state import follow_schedule, kept_options, load_exactly
 from tralign_fast.training.resume import check_options, model_facts, recorded_options
 from tralign_fast.training.runs import WRITING, OpenedRun, locked, open_run, publish, run_in
 from tralign_fast.training.signals import StopOnSignal
@@ -66,6 +68,7 @@ class ResumableTrainer(Trainer):
         folder = Path(self.args.output_dir or ".")
         saves = self.args.save_strategy != SaveStrategy.NO
         signals = self._signals()
+        check_rows(self.train_dataset, self.reference.run.get("data"))
         with contextlib.ExitStack() as stack:
             options = self._options()
             self._run = self._on_main(
@@ -228,6 +231,9 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
         self._read_from = resume_from_checkpoint
+        if not is_own_layout(self, Path(resume_from_checkpoint)):
+            load_weights(self, Path(resume_from_checkpoint))
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -245,6 +251,9 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._read_from = self.state.best_model_checkpoint or ""
+        if not is_own_layout(self, Path(self._read_from)):
+            load_weights(self, Path(self._read_from))
+            return
         super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -261,8 +270,11 @@ class ResumableTrainer(Trainer):
             self.reference.load(folder / REFERENCE_FOLDER)
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if not is_own_layout(self, folder):
+            load_optimizer(self, folder)
+        elif self.is_fsdp_enabled:
+            with kept_options(self.optimizer):
+                super()._load_optimizer_and_scheduler(checkpoint)
         else:
             # on the host: the optimizer takes it to its parameters' devices, state by state
             on_host = self.args.device.type == "cpu"
@@ -270,8 +282,8 @@ class ResumableTrainer(Trainer):
                 folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=not on_host
             )
             load_exactly(self.optimizer, state)
-            scheduler: Any = self.lr_scheduler
-            scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         follow_schedule(self.optimizer, self.lr_scheduler, base_lrs)
 
 

@@ -73,9 +73,7 @@ def check_options(saved: dict[str, Any], present: dict[str, Any], checkpoint: st
     differs = [n for n in saved if n in present and n not in SHARES and saved[n] != present[n]]
     windowed = present["reference"] in _WINDOWED
     taken = [n for n in differs if n in TAKEN_OVER and not (n == "token_budget" and windowed)]
-    refused += [
-        f"{n}: {saved[n]!r} there, {present[n]!r} here" for n in differs if n not in taken
-    ]
+    refused += [f"{n}: {saved[n]!r} there, {present[n]!r} here" for n in differs if n not in taken]
     if refused:
         changes = ", ".join(refused)
         raise ValueError(
