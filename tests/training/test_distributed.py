@@ -63,7 +63,7 @@ def together(request, tmp_path_factory):
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads((folder / "losses.json").read_text())
     assert set(cases) - set(found) == set(REFUSED.get(kind, ()))
-    return found
+    return {**found, "kind": kind, "folder": folder}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,3 +84,18 @@ def test_two_processes_resume_in_mid_window(case, together):
     if case not in together:
         pytest.skip("refused there, in one line, or not among some")
     assert together[f"{case}-resumed"]["losses"] == together[case]["losses"]
+
+
+@pytest.mark.filterwarnings("ignore:a step of")
+@pytest.mark.parametrize("case", RESUMED)
+def test_one_process_goes_on_from_the_checkpoint_of_two(case, together, tmp_path):
+    if case not in together:
+        pytest.skip("refused there, in one line, or not among some")
+    checkpoint = str(together["folder"] / case / "checkpoint-3")
+    resume = {"batch": PROCESSES * ROWS, "resume_from": checkpoint}
+    if together["kind"] == "zero3":
+        with pytest.raises(ValueError, match="processes whose shards DeepSpeed wrote: 2 there"):
+            train(case, tmp_path, **resume)
+        return
+    alone = train(case, tmp_path, **resume)
+    assert alone["losses"] == pytest.approx(together[case]["losses"], rel=1e-5)

@@ -209,6 +209,8 @@ class PreferenceCollator:
         ld_alpha: weight of the tokens of a pair beyond the length of its shorter completion
             (LD-DPO, arXiv 2409.06411); None: 1.
         mismatched: whether unpaired rows get the completion of another row at all.
+        lenders: so many unpaired rows of a batch, one behind the other, lend to each other; None:
+            all. A run that goes on with fewer processes has larger batches, and lends as before.
 
     Raises:
         ValueError: a token id outside the vocabulary, or a KTO row that is alone and borrows
@@ -225,6 +227,7 @@ class PreferenceCollator:
     ld_alpha: float | None = None
     mismatched: bool = True
     pad_to_multiple_of: int | None = None
+    lenders: int | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -237,10 +240,7 @@ class PreferenceCollator:
             completions = [[list(e["chosen_ids"]), list(e["rejected_ids"])] for e in examples]
         else:
             own = [list(e["completion_ids"]) for e in examples]
-            lent = [own[-1], *own[:-1]]
-            if self.mismatched and len(own) == 1:
-                lent = [examples[0].get("lent_ids") or _borrowed(examples[0], rows[0])]
-            lent = [e.get("lent_ids") or other for e, other in zip(examples, lent, strict=True)]
+            lent = self._lent(examples, own, rows) if self.mismatched else own
             room = [None if self.max_length is None else self.max_length - len(p) for p in prompts]
             completions = [
                 [mine[:left], *([other[:left]] if self.mismatched else [])]
@@ -265,6 +265,20 @@ class PreferenceCollator:
             for a, b in pairwise(cuts)
         )  # fmt: skip
         return parts[0] if len(parts) == 1 else SplitBatch(parts)
+
+    def _lent(
+        self, examples: Sequence[dict[str, Any]], own: list[list[int]], rows: tuple[int, ...]
+    ) -> list[list[int]]:
+        """The completion that each unpaired row gets from another one."""
+        lent: list[list[int]] = []
+        size = self.lenders or len(own)
+        for start in range(0, len(own), size):
+            group = own[start : start + size]
+            if len(group) == 1:
+                example = examples[start]
+                group = [example.get("lent_ids") or _borrowed(example, rows[start])]
+            lent += [group[-1], *group[:-1]]
+        return [e.get("lent_ids") or other for e, other in zip(examples, lent, strict=True)]
 
     def _cuts(self, prompts: list[Pair], completions: list[Pair]) -> list[int]:
         """Bounds of runs of examples whose tokens fit the budget, in order."""

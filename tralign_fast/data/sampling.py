@@ -12,11 +12,12 @@ class EpochLengthSampler(LengthGroupedSampler):
     """Draws from a seed and the epoch instead of torch's global state.
 
     A window that reads ahead into an epoch sees the order in which it will be trained on, and so
-    does a resumed run.
+    does a resumed run. Rows of like length make up a step of all processes: runs whose steps are
+    as large have one order.
     """
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        super().__init__(sampler.batch_size, lengths=sampler.lengths)
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, processes: int = 1) -> None:
+        super().__init__(sampler.batch_size * processes, lengths=sampler.lengths)
         self.seed = seed
         self.epoch = 0
 

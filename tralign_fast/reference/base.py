@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tralign_fast.data.packing import PackedBatch
-from tralign_fast.ops.ema import local_shard
-from tralign_fast.reference.sharding import is_sharded, own_file, process_count, process_index
+from tralign_fast.reference.shard_files import load_tensors, save_tensors
+from tralign_fast.reference.sharding import named_parameters, process_index
 from tralign_fast.reference.trust_region import TrustRegion
 
 _STATE_FILE = "reference.json"
@@ -176,20 +175,19 @@ class ReferencePolicy(ABC):
             "name": self.name,
             "alpha": self.schedule.alpha,
             "every": self._asked_every,
-            "processes": process_count(),
             **self.run,
         }
 
     def _save_tensors(self, folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
-        """Shards of this process into its own file; what all processes hold alike into one."""
-        tensors = {k: local_shard(t).contiguous() for k, t in tensors.items()}
-        if is_sharded(self.policy):
-            save_file(tensors, own_file(folder, name))
-        elif process_index() == 0:
-            save_file(tensors, folder / name)
+        """Shards of this process, or what all processes hold alike."""
+        save_tensors(folder / name, tensors, self._cut_alike())
 
     def _load_tensors(self, folder: Path, name: str) -> dict[str, Tensor]:
-        return load_file(own_file(folder, name) if is_sharded(self.policy) else folder / name)
+        return load_tensors(folder / name, self._cut_alike())
+
+    def _cut_alike(self) -> dict[str, nn.Parameter]:
+        """By name, the parameters of which this process's tensors are shards."""
+        return named_parameters(self.policy)
 
 
 def save_generator(generator: torch.Generator, folder: Path) -> None:

@@ -117,6 +117,9 @@ class ResidentReference(ReferencePolicy):
                 local_shard(weight).copy_(saved[name])
         load_generator(self._generator, folder)
 
+    def _cut_alike(self) -> dict[str, nn.Parameter]:
+        return named_parameters(self.model)
+
     def _weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all weights, but for quantised ones, which nobody moves."""
         named = named_parameters(self.model).items()

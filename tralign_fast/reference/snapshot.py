@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.ema import local_shard
-from tralign_fast.reference.sharding import (
-    is_sharded,
-    named_parameters,
-    own_file,
-    process_count,
-    process_index,
-)
+from tralign_fast.reference.sharding import named_parameters, process_count, process_index
 from tralign_fast.reference.trust_region import TrustRegion
 from tralign_fast.reference.window import WindowedReference
 
@@ -118,8 +112,10 @@ class SnapshotReference(WindowedReference):
         trained = {n: p for n, p in named_parameters(self.policy).items() if p.requires_grad}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self._writes():  # checkpoints of an earlier run may hold the same file
-                self._own(folder).unlink(missing_ok=True)
+            if process_index() == 0:  # checkpoints of an earlier run may hold the same files
+                for file in _kept_files(folder):
+                    file.unlink()
+            _barrier()
             self._save_tensors(folder, _KEPT_FILE, {n: p.detach() for n, p in trained.items()})
             self._kept = folder
         except (OSError, SafetensorError) as error:
@@ -131,28 +127,37 @@ class SnapshotReference(WindowedReference):
 
     def save_weights(self, folder: Path) -> None:
         super().save_weights(folder)
-        if self._kept is not None and self._writes():
-            source = self._own(self._kept)
-            _link(source, folder / source.name)
+        if self._kept is not None:
+            _link_kept(self._kept, folder)
 
     def load_weights(self, folder: Path) -> None:
         super().load_weights(folder)
-        source = self._own(folder)
         self._kept = None
-        if not source.exists():
+        if not _kept_files(folder):
             return
         assert self.folder is not None
         self._kept = self.folder / KEPT_FOLDER  # the checkpoint will be deleted
-        if self._writes():
-            self._kept.mkdir(parents=True, exist_ok=True)
-            _link(source, self._kept / source.name)
+        _link_kept(folder, self._kept)
         _barrier()
 
-    def _writes(self) -> bool:
-        return is_sharded(self.policy) or process_index() == 0
 
-    def _own(self, folder: Path) -> Path:
-        return own_file(folder, _KEPT_FILE) if is_sharded(self.policy) else folder / _KEPT_FILE
+def _kept_files(folder: Path) -> list[Path]:
+    """Of all processes."""
+    stem = _KEPT_FILE.split(".")[0]
+    found = [file for path in folder.glob(f"{stem}*") for file in (path, *path.rglob("*"))]
+    return [file for file in found if file.is_file()]
+
+
+def _link_kept(source: Path, target: Path) -> None:
+    """The first process links the files of all, which have been written."""
+    if process_index() != 0:
+        return
+    for file in _kept_files(target):
+        file.unlink()
+    for file in _kept_files(source):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _link(file, place)
 
 
 def _link(source: Path, target: Path) -> None:

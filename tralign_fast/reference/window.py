@@ -24,8 +24,17 @@ from tqdm import tqdm
 from tralign_fast.data.packing import PackedBatch, merge_packed
 from tralign_fast.model.scoring import sequence_logps
 from tralign_fast.reference.base import ReferencePolicy
-from tralign_fast.reference.sharding import own_file, process_count, reshard
+from tralign_fast.reference.score_cache import Scores
+from tralign_fast.reference.sharding import (
+    from_main,
+    own_file,
+    process_count,
+    process_index,
+    reshard,
+)
 from tralign_fast.reference.trust_region import TrustRegion
+
+_FILE = "window.safetensors"
 
 
 class WindowedReference(ReferencePolicy):
@@ -37,6 +46,9 @@ class WindowedReference(ReferencePolicy):
     def __init__(self, policy: nn.Module, schedule: TrustRegion) -> None:
         super().__init__(policy, schedule)
         self._scores: dict[int, Tensor] = {}  # fingerprint -> (S,) float32 on the host
+        self._keys: dict[int, tuple[int, ...]] = {}  # fingerprint -> (S,) of its sequences
+        # of the window of a checkpoint: its batches may have been others
+        self._sequences = Scores()
         self._launched: set[int] = set()  # fingerprints of what is being scored
         self.wrapped: nn.Module | None = None
         self._is_evaluating = False
@@ -57,7 +69,7 @@ class WindowedReference(ReferencePolicy):
 
     def sync(self) -> None:
         self.move()
-        self._scores = {}
+        self._forget()
         self.needs_window = True
 
     def must_score(self, step: int) -> bool:
@@ -66,7 +78,11 @@ class WindowedReference(ReferencePolicy):
         return self.needs_window or step >= self.scored_until
 
     def restart(self) -> None:
-        self._scores, self.scored_until = {}, 0
+        self._forget()
+        self.scored_until = 0
+
+    def _forget(self) -> None:
+        self._scores, self._keys, self._sequences = {}, {}, Scores()
 
     def keep_weights(self) -> None:
         """Called before a window that the end of the run cuts short, while `weights` are at hand:
@@ -141,9 +157,12 @@ class WindowedReference(ReferencePolicy):
 
     def _keep(self, part: PackedBatch, logps: Tensor) -> None:
         self._scores[part.fingerprint] = logps.clone()
+        self._keys[part.fingerprint] = part.keys
 
     def logps(self, batch: PackedBatch) -> Tensor:
         known = self._scores.get(batch.fingerprint)
+        if known is None:
+            known = self._of_sequences(batch)
         if known is not None:
             return known.to(batch.input_ids.device)
         if not self.can_score_now():
@@ -185,11 +204,22 @@ class WindowedReference(ReferencePolicy):
         """The model that sweeps run: the policy as the trainer wrapped it, once it has."""
         return self.wrapped or self.policy
 
+    def _of_sequences(self, batch: PackedBatch) -> Tensor | None:
+        """Log-probs of a batch whose sequences a resumed window scored in other batches."""
+        if not len(self._sequences) or len(batch.keys) != len(batch.scored_lengths):
+            return None
+        values, known = self._sequences.find(batch.keys)
+        return torch.from_numpy(values) if known.all() else None
+
     def save_weights(self, folder: Path) -> None:
-        scores = {str(k): v.contiguous() for k, v in self._scores.items()}
+        content = {str(k): v.contiguous() for k, v in self._scores.items()}
+        content |= {f"{k}.keys": torch.tensor(keys) for k, keys in self._keys.items() if keys}
+        if len(self._sequences):
+            content["logps"] = torch.from_numpy(self._sequences.values)
+            content["logps.keys"] = torch.from_numpy(self._sequences.keys)
         save_file(
-            scores,
-            own_file(folder, "window.safetensors"),
+            content,
+            own_file(folder, _FILE),
             metadata={
                 "needs_window": json.dumps(self.needs_window),
                 "scored_until": json.dumps(self.scored_until),
@@ -197,10 +227,41 @@ class WindowedReference(ReferencePolicy):
         )
 
     def load_weights(self, folder: Path) -> None:
-        with safe_open(own_file(folder, "window.safetensors"), "pt") as file:
-            self._scores = {int(k): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            self.needs_window = json.loads(file.metadata()["needs_window"])
-            self.scored_until = json.loads(file.metadata()["scored_until"])
+        """Every process knows the sequences that any of them had scored: batches are dealt out
+        anew to another number of processes."""
+        self._forget()
+        own = own_file(folder, _FILE)
+        if own.exists():
+            with safe_open(own, "pt") as file:
+                names = [name for name in file.keys() if name.isdecimal()]  # noqa: SIM118
+                self._scores = {int(name): file.get_tensor(name) for name in names}
+                self._keys = {int(n): _keys_of(file, n) for n in names}
+        found = from_main(_read(folder) if process_index() == 0 else None)
+        self._sequences, self.needs_window, self.scored_until = found
+
+
+def _read(folder: Path) -> tuple[Scores, bool, int]:
+    """Of the files of all processes: the sequences' scores, and what they say of the window."""
+    keys: list[int] = []
+    logps: list[Tensor] = []
+    metadata: dict[str, str] = {}
+    for path in [*folder.glob(_FILE), *folder.glob(_FILE.replace(".", "-*-of-*."))]:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            for name in file.keys():  # noqa: SIM118
+                own = () if name.endswith(".keys") else _keys_of(file, name)
+                if own:
+                    keys += own
+                    logps.append(file.get_tensor(name))
+    scores = Scores()
+    if keys:
+        scores.add(keys, torch.cat(logps).numpy())
+    return scores, json.loads(metadata["needs_window"]), json.loads(metadata["scored_until"])
+
+
+def _keys_of(file: Any, name: str) -> tuple[int, ...]:
+    key = f"{name}.keys"
+    return tuple(file.get_tensor(key).tolist()) if key in file.keys() else ()  # noqa: SIM118
 
 
 def _groups(

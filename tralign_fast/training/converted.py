@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,11 @@ def read_unmatched(model: nn.Module, folder: str, missing: Sequence[str]) -> boo
         if not names:
             model.load_state_dict(loaded.state_dict())
             return True
-    raise ValueError(
+    raise no_weights(model, folder, names)
+
+
+def no_weights(model: nn.Module, folder: Any, names: Collection[str]) -> ValueError:
+    return ValueError(
         f"{folder} has no weights for {len(names)} parameters of {type(model).__name__}, "
         f"{min(names)} among them; resume with the model that it was written from"
     )

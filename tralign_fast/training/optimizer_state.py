@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,9 +34,16 @@ def restore_dtypes(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 def load_exactly(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """The states of a checkpoint, and the options (weight decay, β, ε) of this run."""
+    with kept_options(optimizer):
+        optimizer.load_state_dict(state_dict)
+        restore_dtypes(optimizer, state_dict)
+
+
+@contextlib.contextmanager
+def kept_options(optimizer: Any) -> Iterator[None]:
+    """Inside, a state dict may be loaded; afterwards the options are those from before."""
     options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state_dict)
-    restore_dtypes(optimizer, state_dict)
+    yield
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update({k: v for k, v in option.items() if k not in ("lr", "step")})
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from tralign_fast.data.tokenization import lend_in_groups
+from tralign_fast.distributed.alike import check_rows
+from tralign_fast.distributed.other_layout import is_own_layout, load_optimizer, load_weights
+from tralign_fast.distributed.resized import deal_batches, shares_of
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.training.converted import read_unmatched
 from tralign_fast.training.manifest import write_manifest
-from tralign_fast.training.optimizer_state import follow_schedule, load_exactly
+from tralign_fast.training.optimizer_state import follow_schedule, kept_options, load_exactly
 from tralign_fast.training.resume import check_options, model_facts, recorded_options
 from tralign_fast.training.runs import WRITING, OpenedRun, locked, open_run, publish, run_in
 from tralign_fast.training.signals import StopOnSignal
@@ -63,12 +68,14 @@ class ResumableTrainer(Trainer):
         folder = Path(self.args.output_dir or ".")
         saves = self.args.save_strategy != SaveStrategy.NO
         signals = self._signals()
+        check_rows(self.train_dataset, self.reference.run.get("data"))
         with contextlib.ExitStack() as stack:
             options = self._options()
             self._run = self._on_main(
                 lambda: self._open(stack, folder, resume_from_checkpoint, options)
             )
             self.reference.folder = folder
+            self._deal_out()
             if self._run.checkpoint is None:
                 self.reference.restart()
             stack.enter_context(signals.listening(saves))
@@ -120,6 +127,7 @@ class ResumableTrainer(Trainer):
                 return callback
         callback = StopOnSignal()
         self.add_callback(_EndInTime())
+        self.add_callback(_CountOnce())
         self.add_callback(callback)
         return callback
 
@@ -127,7 +135,25 @@ class ResumableTrainer(Trainer):
         if self._facts is None:  # before anything shards or wraps the model
             assert self.model is not None
             self._facts = {**model_facts(self.model), **self.reference.run}
-        return recorded_options(self.args, self.reference.name, self._facts)
+        recorded = recorded_options(self.args, self.reference.name, self._facts)
+        return {**recorded, **shares_of(self, self._run.facts.get("options", {}))}
+
+    def _deal_out(self) -> None:
+        """A run that began with other processes lends completions as it did there."""
+        lenders = self._run.facts.get("options", {}).get("lenders")
+        collator: Any = self.data_collator
+        if hasattr(collator, "lenders"):
+            collator.lenders = lenders
+        if lenders not in (None, self.args.train_batch_size) and self.eval_dataset is not None:
+            sets: Any = self.eval_dataset
+            if isinstance(sets, dict):
+                self.eval_dataset = {k: lend_in_groups(d, lenders) for k, d in sets.items()}
+            else:
+                self.eval_dataset = lend_in_groups(sets, lenders)
+
+    def get_train_dataloader(self) -> Any:
+        filled = self._run.facts.get("options", {}).get("filled", False)
+        return deal_batches(super().get_train_dataloader(), filled and self.args.world_size == 1)
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -146,7 +172,8 @@ class ResumableTrainer(Trainer):
             with self._writing():
                 if not self.args.save_only_model:
                     self.reference.save(written / REFERENCE_FOLDER)
-                super()._save_checkpoint(model, trial)
+                with self._tokens_of_all():
+                    super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             self._make_whole(written, run)
         except (*_WRITE_ERRORS, RuntimeError) as error:
@@ -181,6 +208,17 @@ class ResumableTrainer(Trainer):
         finally:
             self._writes = False
 
+    @contextlib.contextmanager
+    def _tokens_of_all(self) -> Iterator[None]:
+        """Inside, the state counts tokens of all processes: it is the first one's that is saved."""
+        own = self.state.num_input_tokens_seen
+        count = torch.tensor(own, device=self.args.device)
+        self.state.num_input_tokens_seen = int(self.accelerator.reduce(count, reduction="sum"))  # pyright: ignore[reportArgumentType]
+        try:
+            yield
+        finally:
+            self.state.num_input_tokens_seen = own
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._pushed = checkpoint_folder  # when it has its name
 
@@ -193,10 +231,29 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
         self._read_from = resume_from_checkpoint
+        if not is_own_layout(self, Path(resume_from_checkpoint)):
+            load_weights(self, Path(resume_from_checkpoint))
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Of this process; of another one where the checkpoint has fewer: a run starts with the
+        same state in all."""
+        saved = self._run.facts.get("options", {}).get("world_size", self.args.world_size)
+        if checkpoint is None or saved == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        source = Path(checkpoint).absolute() / _rng_file(self.args.process_index % saved, saved)
+        with tempfile.TemporaryDirectory() as folder:
+            name = _rng_file(self.args.process_index, self.args.world_size)
+            (Path(folder) / name).symlink_to(source)
+            super()._load_rng_state(folder)
 
     def _load_best_model(self) -> None:
         self._read_from = self.state.best_model_checkpoint or ""
+        if not is_own_layout(self, Path(self._read_from)):
+            load_weights(self, Path(self._read_from))
+            return
         super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -213,8 +270,11 @@ class ResumableTrainer(Trainer):
             self.reference.load(folder / REFERENCE_FOLDER)
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if not is_own_layout(self, folder):
+            load_optimizer(self, folder)
+        elif self.is_fsdp_enabled:
+            with kept_options(self.optimizer):
+                super()._load_optimizer_and_scheduler(checkpoint)
         else:
             # on the host: the optimizer takes it to its parameters' devices, state by state
             on_host = self.args.device.type == "cpu"
@@ -222,8 +282,8 @@ class ResumableTrainer(Trainer):
                 folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=not on_host
             )
             load_exactly(self.optimizer, state)
-            scheduler: Any = self.lr_scheduler
-            scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         follow_schedule(self.optimizer, self.lr_scheduler, base_lrs)
 
 
@@ -238,6 +298,19 @@ class _EndInTime(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
+
+
+class _CountOnce(TrainerCallback):
+    """A checkpoint counts tokens of all processes: from there on the first one has that count."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            state.num_input_tokens_seen = 0
+        state.train_batch_size = args.train_batch_size  # not that of the checkpoint's processes
+
+
+def _rng_file(process: int, processes: int) -> str:
+    return "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
 
 
 def _write_error(error: BaseException, written: Path, final: Path) -> BaseException:

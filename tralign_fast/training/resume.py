@@ -7,8 +7,10 @@ A checkpoint keeps the options of the run that wrote it. Of those that differ on
 | the objective: losses, their weights and options, length normalisation, | refused           |
 | divergence, dropout, length limit, auxiliary losses                     |                   |
 | the reference: place, α, τ, rounding, adapter tolerance                 | refused           |
-| the data and its order: rows, seeds, order, batch size, accumulation,   | refused           |
-| number of processes, dropped last batches                               |                   |
+| the data and its order: rows, seeds, order, pairs of a step, dropped    | refused           |
+| last batches                                                            |                   |
+| how a step is dealt out: processes, their batches, accumulation, FSDP2  | taken over, one   |
+| (`distributed/resized.py`)                                              | line              |
 | the state: model (names, shapes, frozen weights), dtypes, bf16, fp16,   | refused           |
 | optimizer and its options                                               |                   |
 | token budget beside a windowed reference (its scores are of the parts)  | refused           |
@@ -31,6 +33,7 @@ import xxhash
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tralign_fast.distributed.resized import SHARES, check_shares
 from tralign_fast.ops.ema import is_quantised
 
 # `TRConfig`'s names; those that a version does not have are left out
@@ -42,8 +45,7 @@ REFUSED = (
     "truncation_mode",
     "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "ema_rounding",
     "adapter_tolerance",
-    "seed", "data_seed", "train_sampling_strategy", "train_batch_size",
-    "gradient_accumulation_steps", "dataloader_drop_last", "world_size",
+    "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last",
     "bf16", "fp16", "optim", "optim_args",
 )  # fmt: skip
 TAKEN_OVER = (
@@ -52,16 +54,12 @@ TAKEN_OVER = (
     "max_grad_norm", "vocab_filter", "token_budget",
 )  # fmt: skip
 _WINDOWED = ("snapshot", "offloaded")
-# what messages call it, where that is not the option's name
-_NAMES = {
-    "train_batch_size": "per_device_train_batch_size",
-    "world_size": "processes",
-}
 
 
 def recorded_options(args: Any, reference: str, facts: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint keeps: options, the reference's place, and `facts` of model and data."""
-    options = {n: _plain(getattr(args, n)) for n in (*REFUSED, *TAKEN_OVER) if hasattr(args, n)}
+    names = (*REFUSED, *TAKEN_OVER, *SHARES[:3])
+    options = {n: _plain(getattr(args, n)) for n in names if hasattr(args, n)}
     return {**options, "reference": reference, **facts}
 
 
@@ -71,18 +69,20 @@ def check_options(saved: dict[str, Any], present: dict[str, Any], checkpoint: st
     Raises:
         ValueError: one differs that a resume cannot change.
     """
-    differs = [name for name in saved if name in present and saved[name] != present[name]]
+    refused, line = check_shares(saved, present)
+    differs = [n for n in saved if n in present and n not in SHARES and saved[n] != present[n]]
     windowed = present["reference"] in _WINDOWED
     taken = [n for n in differs if n in TAKEN_OVER and not (n == "token_budget" and windowed)]
-    if refused := [name for name in differs if name not in taken]:
-        changes = ", ".join(
-            f"{_NAMES.get(n, n)}: {saved[n]!r} there, {present[n]!r} here" for n in refused
-        )
+    refused += [f"{n}: {saved[n]!r} there, {present[n]!r} here" for n in differs if n not in taken]
+    if refused:
+        changes = ", ".join(refused)
         raise ValueError(
             f"{checkpoint} was written by a run of other options ({changes}): resume with those "
             "that it was started with, or start a new run from its weights (model="
             f"{checkpoint!r} without resume_from_checkpoint)"
         )
+    if line is not None:
+        warnings.warn(f"a step of {checkpoint} is dealt out anew: {line}", stacklevel=3)
     for name in taken:
         warnings.warn(
             f"resumed with another {name}: {saved[name]!r} in {checkpoint}, from here on "

@@ -31,6 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
+from tralign_fast.distributed.alike import check_versions, told_to_all
 from tralign_fast.distributed.processes import even_parts, take_off_autocast
 from tralign_fast.model.router import asked, router_coefficient
 from tralign_fast.model.scoring import (
@@ -122,11 +123,13 @@ class TRTrainer(ResumableTrainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required: rows to train on, or eval_dataset alone")
         args = run_arguments(args)
+        check_versions()
         settle_method(args, self.method, train_dataset, eval_dataset)
         if args.should_save:
             check_writable(args.output_dir)
         tokenizer = processing_of(processing_class, model, args)
-        policy, first = given_models(model, ref_model, args, quantization_config, peft_config)
+        with told_to_all():
+            policy, first = given_models(model, ref_model, args, quantization_config, peft_config)
         found = router_coefficient(policy, args.router_aux_loss_coef)
         self.router_aux_loss_coef, self.aux_loss_enabled = found
         place, why = choose_reference(
@@ -136,7 +139,8 @@ class TRTrainer(ResumableTrainer):
             lora=next(trained_adapters(policy), None) is not None,
             precompute=args.precompute_ref_log_probs,
         )
-        train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
+        with told_to_all():
+            train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
         # accelerate would cut up the batches of a stream, of training or of evaluation
         args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         collator = data_collator or collator_of(args, tokenizer, vocabulary_size(policy))
@@ -217,7 +221,7 @@ class TRTrainer(ResumableTrainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-            return EpochLengthSampler(sampler, seed)
+            return EpochLengthSampler(sampler, seed, self.args.world_size)
         return sampler
 
     # --- a step -----------------------------------------------------------------------------------
