@@ -1,6 +1,7 @@
 """Triton kernels of tralign-fast and their launchers. Imports torch and triton, nothing else."""
 
 from .adafactor import AdafactorOptions, adafactor_step_, counters_of
+from .adafactor_shards import AdafactorShard
 from .adamw import AdamWOptions, adamw_step_
 from .ema import ema_naive, ema_update_
 from .linear_logprob import linear_logprob_forward_, linear_logprob_naive
@@ -12,6 +13,7 @@ from .preference_terms import Preference, PreferenceOptions, Term, preference_na
 
 __all__ = [
     "AdafactorOptions",
+    "AdafactorShard",
     "AdamWOptions",
     "Preference",
     "PreferenceOptions",

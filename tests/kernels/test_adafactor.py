@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tests.kernels.test_ema import bits, check_mean
-from tralign_kernels import AdafactorOptions, adafactor, adafactor_naive, adafactor_step_
+from tralign_kernels import (
+    AdafactorOptions,
+    AdafactorShard,
+    adafactor,
+    adafactor_naive,
+    adafactor_step_,
+)
 
 INF, NAN = math.inf, math.nan
 # one element; odd; one row, one column; a stack; groups and tiles that are not full
@@ -198,3 +204,45 @@ def test_invariants_are_asserted(device):
         vars(case).update(change)
         with pytest.raises(AssertionError):
             case.step()
+
+
+@pytest.mark.parametrize(("scaled", "bad"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", [(7,), (17000,), (3, 70), (3, 16, 8), (35, 300)])
+def test_shards_step_as_the_whole_does(device, shape, scaled, bad):
+    """Four shards, the last of which may have nothing; their sums are added up in between."""
+    options = OPTIONS._replace(scale=scaled)
+    whole = Case(shape, torch.float32, device)
+    cases = [Case(shape, torch.float32, device) for _ in range(4)]
+    if bad:
+        for case in (whole, *cases):
+            case.grad.view(-1)[-1] = INF
+    size = -(-shape[0] // 4)
+    parts = [slice(min(i * size, shape[0]), min((i + 1) * size, shape[0])) for i in range(4)]
+    whole.step(options)
+    steps = []
+    for case, part in zip(cases, parts, strict=True):
+        case.weight, case.grad = case.weight[part].clone(), case.grad[part].clone()
+        own = (0,) if len(shape) == 2 else (0, 1)  # squares that are cut
+        case.squares = tuple(
+            s[part].clone() if i in own else s.clone() for i, s in enumerate(case.squares)
+        )
+        steps.append(AdafactorShard(
+            case.weight, case.grad, shape, case.squares, case.found_inf, case.left_out,
+            case.rms, options,
+        ))  # fmt: skip
+    sums = torch.stack([step.sums for step in steps]).sum(0)
+    found_inf = torch.stack([case.found_inf for case in cases]).amax()
+    assert float(found_inf) == float(whole.found_inf) == bad
+    for step in steps:
+        step.finish(sums, found_inf)
+    held = [case for case in cases if case.weight.numel()]
+    found = torch.cat([case.weight for case in held])
+    torch.testing.assert_close(found, whole.weight, rtol=1e-6, atol=5e-7)
+    for i, expected in enumerate(whole.squares):
+        cut = len(shape) != 2 or i == 0
+        pieces = torch.cat([c.squares[i] for c in held]) if cut else held[0].squares[i]
+        torch.testing.assert_close(pieces, expected, rtol=2e-6, atol=0)
+    assert {float(case.left_out) for case in cases} == {float(whole.left_out)} == {float(bad)}
+    for case in held:
+        if scaled and not bad:
+            torch.testing.assert_close(case.rms, whole.rms)

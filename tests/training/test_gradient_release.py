@@ -134,7 +134,7 @@ def test_any_optimizer_that_updates_each_parameter_on_its_own(factory):
 def test_block_adafactor_is_transformers_adafactor(dtype, shape, scale_parameter, monkeypatch):
     """In fp32 and fp64 to their precision; a bf16 or fp16 weight lies on a neighbour of theirs,
     which is computed from the same weight and rounded to nearest."""
-    monkeypatch.setattr("tralign_fast.training.gradient_release._BLOCK", 50)
+    monkeypatch.setattr("tralign_fast.training.block_adafactor._BLOCK", 50)
     torch.manual_seed(0)
     start = torch.linspace(-1, 1, math.prod(shape), dtype=dtype).view(shape)
     a, b = nn.Parameter(start.clone()), nn.Parameter(start.clone())

@@ -57,9 +57,15 @@ class FiniteSteps(TrainerCallback):
         doubt = logps.detach().sum() + ref_logps.sum() + loss.detach()
         return loss * (1.0 + 0.0 * doubt)
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         self._scores, self._flags, self.skipped, self._in_a_row = [], [], 0, 0
         self._first = state.global_step
+        own = optimizer
+        while isinstance(own, AcceleratedOptimizer):
+            own = own.optimizer
+        if isinstance(own, GradientRelease):
+            assert model is not None
+            own.attach(model)
 
     def on_pre_optimizer_step(
         self, args, state, control, model=None, optimizer=None, **kwargs

@@ -8,19 +8,17 @@ head): `BlockAdafactor` does that work in blocks.
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import Adafactor
 
-from tralign_fast.ops.ema import round_stochastically_
-from tralign_fast.training.optimizer_kernels import KernelSteps, adafactor_state, kernel_steps
+from tralign_fast.training.block_adafactor import BlockAdafactor
+from tralign_fast.training.optimizer_kernels import KernelSteps, kernel_steps
 from tralign_fast.training.optimizer_state import restore_dtypes
 
 # Names of `TrainingArguments.optim` whose update of a parameter looks at that parameter alone.
@@ -30,8 +28,6 @@ RELEASABLE = (
 )  # fmt: skip
 # The same by class, for an optimizer that the user made.
 _CLASSES = {"AdamW", "Adam", "SGD", "Adafactor", "BlockAdafactor", "AdamW8bit", "Adam8bit"}
-# Elements of a block: 64 MB in fp32, three of which live at a time.
-_BLOCK = 1 << 24
 
 
 class GradientRelease(Optimizer):
@@ -83,6 +79,11 @@ class GradientRelease(Optimizer):
         self._kernels: KernelSteps | None = None
         self._chosen = False  # at the first gradient, for the model may still move
         self._groups: dict[Tensor, dict[str, Any]] = {}  # of the parameters, while a step is made
+        self._handles: list[RemovableHandle] = []
+        self._hook(parameters)
+        weakref.finalize(self, _remove, self._handles)
+
+    def _hook(self, parameters: list[Tensor]) -> None:
         release = weakref.WeakMethod(self._release)
 
         def hook(parameter: Tensor) -> None:
@@ -91,20 +92,25 @@ class GradientRelease(Optimizer):
             if (own := release()) is not None:
                 own(parameter)
 
-        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
-        weakref.finalize(self, _remove, self._handles)
+        self._handles += [p.register_post_accumulate_grad_hook(hook) for p in parameters]
 
-    def _release(self, parameter: Tensor) -> None:
+    def attach(self, model: nn.Module) -> None:
+        """Before a training, when the model is as it will be trained."""
+
+    def _count(self, parameter: Tensor) -> None:
         if parameter in self._stepped:
             raise RuntimeError(
                 "gradient_release: a parameter got a second gradient before the optimizer's step; "
                 "one backward a step is possible (and gradient checkpointing with "
                 "use_reentrant=False)"
             )
-        assert parameter.grad is not None
         self._stepped.add(parameter)
         if not self._chosen:
             self._kernels, self._chosen = kernel_steps(self.optimizer), True
+
+    def _release(self, parameter: Tensor) -> None:
+        self._count(parameter)
+        assert parameter.grad is not None
         if self._kernels is not None:
             self._kernels.step(parameter, parameter.grad, self.found_inf)
             parameter.grad = None
@@ -113,6 +119,10 @@ class GradientRelease(Optimizer):
         largest = torch.linalg.vector_norm(parameter.grad, float("inf"))
         bad = torch.isfinite(largest).logical_not()
         self.found_inf = torch.maximum(self.found_inf, bad.to(self.found_inf))
+        self._step_alone(parameter)
+
+    def _step_alone(self, parameter: Tensor) -> None:
+        """PyTorch's own step, unless a gradient was bad."""
         if takes_found_inf(self.optimizer):
             self.optimizer.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
             self._flags[parameter] = self.found_inf
@@ -134,20 +144,28 @@ class GradientRelease(Optimizer):
         if not type(own).__module__.startswith(("torch.optim.", __name__)):
             yield
             return
-        groups = own.param_groups
-        if not self._groups:
-            self._groups = {p: group for group in groups for p in group["params"]}
-        # the values of now: schedulers write them into the group
-        group = self._groups.get(parameter)  # None: somebody took it out, and it is not trained
+        groups, group = own.param_groups, self._options_of(parameter)
         own.param_groups = [] if group is None else [{**group, "params": [parameter]}]
         try:
             yield
         finally:
             own.param_groups = groups
 
+    def _options_of(self, parameter: Tensor) -> dict[str, Any] | None:
+        """A parameter's group; None: somebody took it out, and it is not trained."""
+        if not self._groups:
+            groups = self.optimizer.param_groups
+            self._groups = {p: group for group in groups for p in group["params"]}
+        return self._groups.get(parameter)  # schedulers write the values of now into the group
+
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Nothing is left to do, but to count steps right and to take gradients again."""
+        """Nothing is left to do, but to count steps right and to take gradients again. Gradients
+        that no backward has made are there where states are made for a checkpoint to be read."""
         assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._release(parameter)
         self._stepped.clear()
         self._groups.clear()  # somebody may replace them between two steps
         flags, self._flags = self._flags, {}
@@ -216,135 +234,6 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handle.remove()
 
 
-class BlockAdafactor(Adafactor):
-    """`transformers.Adafactor` without a temporary of the size of a weight.
-
-    On a CPU, and as the reference of the kernels. The same update from the same states (Shazeer and
-    Stern 2018, arXiv 1804.04235, algorithm 4), fp32 inside (fp64 for fp64 weights), block of rows
-    after block of rows, in three passes over the gradient:
-
-        R, C ← means of G² + ε over columns and rows, averaged over steps
-        U = G / sqrt(R Cᵀ / mean(R)),   ρ = RMS(U)
-        W ← W - lr·U / max(1, ρ/d)
-
-    bf16 and fp16 weights are rounded stochastically: at lr 1e-6 an update is 1e-4 of the spacing
-    that bf16 has around 0.02, and nearest rounding (transformers') would drop every single one.
-    The random bits are the device's default generator's.
-
-    Memory: 128 MB beside state and gradient; transformers' holds four fp32 copies of the weight
-    (8 GiB for the LM head of Llama-3-8B). torch's Adafactor needs one copy in the weight's dtype,
-    but keeps bf16 statistics for bf16 weights, and its default ε (bf16's own, 8e-3, squared) hides
-    the second moments of all gradients below 8e-3.
-
-    With `found_inf`, a () float32 tensor of 1 on the device, a step changes neither weights nor
-    statistics, but for the number of steps on the host, which `take_back` corrects.
-
-    Raises:
-        ValueError: `beta1` is set: it would keep a first moment of the size of the weights.
-    """
-
-    def __init__(self, params: Any, **options: Any) -> None:
-        if options.get("beta1") is not None:
-            raise ValueError("BlockAdafactor keeps no first moment: expected beta1=None")
-        super().__init__(params, **options)
-        self.found_inf: Tensor | None = None
-
-    def take_back(self, parameter: Tensor) -> None:
-        """Corrects the number of steps after one with `found_inf`."""
-        state = self.state[parameter]
-        state["step"] -= 1
-        if state["step"] == 0:
-            del self.state[parameter]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        restore_dtypes(self, state_dict)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, self.state[parameter], group)
-
-    def _update(self, weight: Tensor, grad: Tensor, state: dict, group: dict) -> None:
-        factored = weight.dim() >= 2
-        exact = _exact(weight)
-        if not state:
-            state.update(adafactor_state(weight))
-        skip = None if self.found_inf is None else self.found_inf > 0
-        before = {n: v.clone() for n, v in state.items() if isinstance(v, Tensor)}
-        state["step"] += 1
-        if group["scale_parameter"]:
-            state["RMS"] = torch.linalg.vector_norm(weight, dtype=exact) / math.sqrt(weight.numel())
-        new = math.pow(state["step"], group["decay_rate"])  # the new gradient's share: 1 - β₂
-        lr, eps = self._get_lr(group, state), group["eps"][0]
-        if factored:
-            # a stack of matrices (experts) is worked on matrix by matrix, factors and all
-            w, g = weight.view(-1, *weight.shape[-2:]), grad.reshape(-1, *weight.shape[-2:])
-            factors = _factors(g, state, new, eps)
-        else:
-            w, g = weight.view(1, 1, -1), grad.reshape(1, 1, -1)
-            mean_square = state["exp_avg_sq"]
-            mean_square.mul_(1 - new).add_(grad.to(exact).square().add_(eps), alpha=new)
-            factors = mean_square.new_ones((1, 1)), mean_square.rsqrt()[None]
-        total = torch.zeros((), dtype=exact, device=weight.device)
-        for index in _blocks(g):
-            total += _scaled(g, factors, index).square_().sum()
-        rms = total.div_(weight.numel()).sqrt_()
-        size = lr / (rms / group["clip_threshold"]).clamp_(min=1.0)
-        keep = 1 - group["weight_decay"] * lr
-        if skip is not None:
-            keep = torch.where(skip, 1.0, torch.as_tensor(keep, device=weight.device))
-            state.update({name: torch.where(skip, v, state[name]) for name, v in before.items()})
-        for index in _blocks(g):
-            moved = w[index].to(exact)
-            if group["weight_decay"]:
-                moved.mul_(keep)
-            step = _scaled(g, factors, index).mul_(size)
-            moved.sub_(step if skip is None else step.masked_fill_(skip, 0.0))
-            if weight.dtype in (torch.bfloat16, torch.float16):
-                noise = torch.empty_like(moved, dtype=torch.int32).random_(1 << 16)
-                # at the largest finite number bad luck would be infinity
-                noise.masked_fill_(moved.abs() >= torch.finfo(weight.dtype).max, 0)
-                round_stochastically_(moved, weight.dtype, noise)
-            if weight.dtype != exact:  # else `moved` is the weight itself
-                w[index].copy_(moved)
-
-
-def _exact(weight: Tensor) -> torch.dtype:
-    """The dtype of states and arithmetic."""
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _factors(grad: Tensor, state: dict, new: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Updates the running means; returns `1/sqrt(R/mean(R))` (L, R) and `1/sqrt(C)` (L, C)."""
-    matrices, rows, columns = grad.shape
-    row = state["exp_avg_sq_row"].mul_(1 - new).view(matrices, rows)
-    column = state["exp_avg_sq_col"].mul_(1 - new).view(matrices, columns)
-    for matrix, part in _blocks(grad):
-        square = grad[matrix, part].to(row.dtype).square().add_(eps)
-        row[matrix, part] += square.mean(1).mul_(new)
-        column[matrix] += square.sum(0).mul_(new / rows)
-    return (row / row.mean(1, keepdim=True)).rsqrt_(), column.rsqrt()
-
-
-def _scaled(grad: Tensor, factors: tuple[Tensor, Tensor], index: tuple[int, slice]) -> Tensor:
-    """A block of U, in the dtype of the factors."""
-    matrix, part = index
-    row, column = factors
-    return (row[matrix, part, None] * column[matrix]).mul_(grad[matrix, part])
-
-
-def _blocks(stack: Tensor) -> Iterator[tuple[int, slice]]:
-    """(matrix, rows) over an (L, R, C) stack, about `_BLOCK` elements at a time."""
-    matrices, rows, columns = stack.shape
-    step = max(1, _BLOCK // columns)
-    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    return ((matrix, part) for matrix in range(matrices) for part in parts)
-
-
 class ReleaseOptions(Protocol):
     """What decides whether gradients can be released."""
 
@@ -353,9 +242,6 @@ class ReleaseOptions(Protocol):
     token_budget: int | None
     fp16: bool
     optim: Any
-
-    @property
-    def world_size(self) -> int: ...
 
 
 def check_releasable(args: ReleaseOptions) -> None:
@@ -382,11 +268,6 @@ def check_releasable(args: ReleaseOptions) -> None:
         )
     if args.fp16:
         raise ValueError("gradient_release=True: fp16 scales its gradients afterwards; use bf16")
-    if args.world_size > 1:
-        raise ValueError(
-            f"gradient_release=True runs in one process, this run has {args.world_size}: gradients "
-            "of several are averaged after the backward"
-        )
     if args.optim not in RELEASABLE:
         raise ValueError(
             f"gradient_release=True: expected optim to be one of {', '.join(RELEASABLE)}, got "

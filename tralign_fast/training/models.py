@@ -18,6 +18,7 @@ from tralign_fast.distributed.processes import (
     prepare_on_all,
     take_over_compilation,
 )
+from tralign_fast.distributed.shards import check_release
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.reference import build_reference, reference_class
 from tralign_fast.reference.base import ReferencePolicy
@@ -57,6 +58,8 @@ class RunModels:
         self.prepared = contextlib.ExitStack()
         kind = reference_class(place)
         check_distribution(accelerator, kind)
+        if args.gradient_release:
+            check_release(accelerator, args.optim)
         self._compile_options = take_over_compilation(accelerator, args)
         # copies of the policy are made before it is prepared
         if kind.needs_second_model and start is None:

@@ -7,6 +7,7 @@ those of the PyTorch paths, so that checkpoints of each load in the other.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tralign_fast.ops.backend import is_pretending, kernel, pick_backend, warn_once
+from tralign_fast.ops.ema import local_shard
+from tralign_fast.reference.sharding import process_index
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the kernels do not do, by class.
@@ -50,7 +53,7 @@ def _what_is_lacking(optimizer: Optimizer, parameters: list[Tensor]) -> str | No
     for parameter in parameters:
         if parameter.dtype not in _DTYPES:
             return f"weights in {parameter.dtype}".replace("torch.", "")
-        if not parameter.is_contiguous():
+        if not local_shard(parameter).is_contiguous():
             return "strided weights"
     return None
 
@@ -81,7 +84,9 @@ class KernelSteps:
 
     bf16 and fp16 weights (of AdamW also such states) are rounded stochastically, with bits that
     follow from one number of torch's default generator a step, the parameter's place and the
-    element's.
+    element's, and on shards from the process's number.
+
+    Shards of FSDP2 step alike, but for Adafactor's, whose step has two halves (`begin_adafactor`).
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -102,12 +107,34 @@ class KernelSteps:
     def step(self, parameter: Tensor, grad: Tensor, found_inf: Tensor) -> None:
         group = self.optimizer.param_groups[self._groups[parameter]]
         state = self.optimizer.state[parameter]
-        weight, grad = parameter.detach(), grad.detach().contiguous()
+        weight, grad = local_shard(parameter), local_shard(grad).contiguous()
         if self.is_adamw:
             self._step_adamw(parameter, weight, grad, state, group, found_inf)
         else:
             self._step_adafactor(parameter, weight, grad, state, group, found_inf)
         torch.autograd.graph.increment_version(parameter)  # a kernel's writes are not seen
+
+    def begin_adafactor(
+        self, parameter: Tensor, grad: Tensor, bad: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], None]]:
+        """The first half of a step on a shard: what is to be added up over all shards, and the
+        second half, which gets the sums and `found_inf`. `bad` is as `AdafactorShard` takes it."""
+        group = self.optimizer.param_groups[self._groups[parameter]]
+        state = self.optimizer.state[parameter]
+        weight, grad = local_shard(parameter), local_shard(grad).contiguous()
+        squares, rms, options = self._prepare_adafactor(weight, state, group)
+        if is_pretending():
+            return bad.view(1), lambda sums, found_inf: None
+        left_out = self._left_out[parameter]
+        shard = kernel("AdafactorShard")(
+            weight, grad, parameter.shape, squares, bad, left_out, rms, options
+        )
+
+        def finish(sums: Tensor, found_inf: Tensor) -> None:
+            shard.finish(sums, found_inf, **self._random(parameter, weight))
+            torch.autograd.graph.increment_version(parameter)
+
+        return shard.sums, finish
 
     def next_step(self) -> None:
         """Other random bits from here on."""
@@ -131,7 +158,7 @@ class KernelSteps:
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(weight)
+                state[name] = torch.zeros_like(parameter.detach())
         if state["step"].device != weight.device or state["step"].dtype != torch.float32:
             state["step"] = state["step"].to(weight.device, torch.float32)
         if is_pretending():
@@ -140,21 +167,34 @@ class KernelSteps:
 
         beta1, beta2 = (float(beta) for beta in group["betas"])
         own = AdamWOptions(group["lr"], (beta1, beta2), group["eps"], group["weight_decay"])
-        states = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        states = *map(local_shard, (state["exp_avg"], state["exp_avg_sq"])), state["step"]
         random = self._random(parameter, weight, states[0])
         kernel("adamw_step_")(weight, grad, *states, found_inf, own, **random)
 
     def _step_adafactor(self, parameter, weight, grad, state, group, found_inf) -> None:
         if not state:
             state.update(adafactor_state(weight))
+        squares, rms, options = self._prepare_adafactor(weight, state, group)
+        if is_pretending():
+            return
+        random = self._random(parameter, weight)
+        left_out = self._left_out[parameter]
+        kernel("adafactor_step_")(
+            weight, grad, squares, found_inf, left_out, rms, options, **random
+        )
+
+    def _prepare_adafactor(self, weight, state, group) -> tuple[Any, Any, Any]:
+        """Counts the step; squares, RMS(W) and options as the kernels take them."""
         state["step"] += 1
         scale, rms = group["scale_parameter"], None
         if scale:
             if not isinstance(state["RMS"], Tensor):
                 state["RMS"] = torch.zeros((), device=weight.device)
             rms = state["RMS"]
+        names = ("exp_avg_sq_row", "exp_avg_sq_col") if weight.dim() >= 2 else ("exp_avg_sq",)
+        squares = tuple(local_shard(state[name]) for name in names)
         if is_pretending():
-            return
+            return squares, rms, None
         from tralign_kernels import AdafactorOptions
 
         eps, eps_of_scale = group["eps"]
@@ -162,21 +202,16 @@ class KernelSteps:
             group["lr"], state["step"], group["decay_rate"], eps, eps_of_scale,
             group["clip_threshold"], group["weight_decay"], scale,
         )  # fmt: skip
-        names = ("exp_avg_sq_row", "exp_avg_sq_col") if weight.dim() >= 2 else ("exp_avg_sq",)
-        squares = tuple(state[name] for name in names)
-        random = self._random(parameter, weight)
-        left_out = self._left_out[parameter]
-        kernel("adafactor_step_")(
-            weight, grad, squares, found_inf, left_out, rms, options, **random
-        )
+        return squares, rms, options
 
     def _random(self, parameter: Tensor, *written: Tensor) -> dict[str, int]:
         if all(tensor.dtype == torch.float32 for tensor in written):
             return {}
         if self._seed is None:
             self._seed = int(torch.randint(0, 2**31 - 1, ()).item())
-        return {"seed": self._seed, "first_counter": self._counters[parameter]}
+        own = process_index() if hasattr(parameter, "to_local") else 0
+        return {"seed": self._seed + own, "first_counter": self._counters[parameter]}
 
 
 def _counters_of(weight: Tensor) -> int:
-    return 0 if is_pretending() else kernel("counters_of")(weight)
+    return 0 if is_pretending() else kernel("counters_of")(local_shard(weight))

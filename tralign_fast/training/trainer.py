@@ -45,10 +45,11 @@ from tralign_fast.reference import choose_reference
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.training.arguments import run_arguments
+from tralign_fast.training.block_adafactor import BlockAdafactor
 from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.finite import FiniteSteps, check_weights
-from tralign_fast.training.gradient_release import BlockAdafactor, GradientRelease, releases
+from tralign_fast.training.gradient_release import GradientRelease, releases
 from tralign_fast.training.inputs import collator_of, tokenized
 from tralign_fast.training.load_balance import add_balance, with_slopes
 from tralign_fast.training.lookahead import Lookahead
@@ -61,6 +62,7 @@ from tralign_fast.training.out_of_memory import out_of_memory_explained
 from tralign_fast.training.pretrained import given_models, vocabulary_size
 from tralign_fast.training.processing import processing_of
 from tralign_fast.training.resumable import ResumableTrainer
+from tralign_fast.training.sharded_release import ShardedRelease
 
 
 class TRTrainer(ResumableTrainer):
@@ -191,7 +193,8 @@ class TRTrainer(ResumableTrainer):
             factory, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             factory = BlockAdafactor if factory is Adafactor else factory
             self.optimizer_cls_and_kwargs = factory, options
-        self.optimizer = GradientRelease(super().create_optimizer(model))
+        kind = ShardedRelease if self.is_fsdp_enabled else GradientRelease
+        self.optimizer = kind(super().create_optimizer(model))
         return self.optimizer
 
     def release_model(self) -> PreTrainedModel:
