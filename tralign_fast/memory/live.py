@@ -147,7 +147,7 @@ class LiveTensors(TorchDispatchMode):
             if func is _aten.index.Tensor and args[1][0].dtype == torch.bool:
                 func, args = _aten.clone.default, (args[0].flatten(0, args[1][0].dim() - 1),)
         output = func(*args, **kwargs)
-        for tensor in tree_iter(output):
+        for tensor in (output,) if isinstance(output, Tensor) else tree_iter(output):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         return output

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Annotated, Any
 
 from tralign_fast.memory import MemoryReport, Workload, trace_trl
+from tralign_fast.memory.forked import in_processes
 from tralign_fast.memory.layers import trace_deep
 from tralign_fast.memory.presets import MODELS, PRESETS, preset_of
 from tralign_fast.memory.sharding import per_gpu
@@ -125,27 +126,39 @@ def run_plan(options: PlanOptions) -> int:
 def make_plan(options: PlanOptions) -> Plan:
     """Traces what was asked and, if it does not fit or the options say so, what else there is."""
     memory, work = parse_memory(options.gpu_memory), workload(options)
-    tried = [Alternative("", work, _measured("as asked", work, options.gpus))]
-    theirs, why = _trace_trl(work) if options.trl else (None, None)
-    weights, asked_fits = _weights(work), fits(tried[0].report, memory)
+    # those that are traced whatever the others say can be traced at the same time
+    others = list(changes(work, options.gpus))
+    sure = [c for c in others if options.alternatives and c[1].tokens == work.tokens]
+    whole = [("as asked", work, options.gpus), *((*c, options.gpus) for c in sure)]
+    reports = in_processes(_measured, whole)
+    tried = [
+        Alternative("" if i == 0 else what, changed, report)
+        for i, ((what, changed, _), report) in enumerate(zip(whole, reports, strict=True))
+    ]
     remedy = None
-    for change, changed in changes(work, options.gpus):
-        smaller = changed.tokens < work.tokens
-        if smaller and (asked_fits or remedy is not None):
-            break
-        hopeless = _floor(changed, weights) / options.gpus + HEADROOM > memory
-        if hopeless and (smaller or not options.alternatives):
-            continue
-        if not options.alternatives and (asked_fits or remedy is not None):
-            break
-        found = Alternative(change, changed, _measured(change, changed, options.gpus))
-        tried.append(found)
-        if remedy is None and not asked_fits and fits(found.report, memory):
-            remedy = found
+    if not fits(tried[0].report, memory):
+        remedy = next((a for a in tried[1:] if fits(a.report, memory)), None)
+        if remedy is None:
+            remedy = _first_that_fits(others[len(sure) :], tried, memory, options.gpus)
+    theirs, why = _trace_trl(work) if options.trl else (None, None)
     return Plan(memory, tried, remedy, theirs, why)
 
 
-def _measured(what: str, work: Workload, gpus: int) -> MemoryReport:
+def _first_that_fits(
+    others: list[tuple[str, Workload]], tried: list[Alternative], memory: int, gpus: int
+) -> Alternative | None:
+    """Traces one after the other, those that can fit, into `tried`."""
+    weights = _weights(tried[0].work)
+    for change, changed in others:
+        if _floor(changed, weights) / gpus + HEADROOM <= memory:
+            tried.append(Alternative(change, changed, _measured((change, changed, gpus))))
+            if fits(tried[-1].report, memory):
+                return tried[-1]
+    return None
+
+
+def _measured(asked: tuple[str, Workload, int]) -> MemoryReport:
+    what, work, gpus = asked
     return per_gpu(_traced(what, trace_deep, work), work, gpus)
 
 

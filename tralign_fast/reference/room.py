@@ -29,7 +29,8 @@ class Room:
     def __init__(self, chunk: int = CHUNK) -> None:
         self._chunk = chunk
         self._free: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._rest: Tensor | None = None  # of the last piece
+        self._last: Tensor | None = None  # the piece that is taken from, and how much is
+        self._taken = 0
         self._is_pinned = False
         self._ready: list[Tensor] = []  # pieces that a thread has made
         self._maker: threading.Thread | None = None
@@ -42,10 +43,14 @@ class Room:
             return free.pop()
         size = math.prod(shape) * dtype.itemsize
         used = -(-size // _ALIGNED) * _ALIGNED
-        if self._rest is None or len(self._rest) < used or self._is_pinned != pinned:
-            self._rest, self._is_pinned = self._piece(used, pinned), pinned
-        taken, self._rest = self._rest[:size], self._rest[used:]
-        return taken.view(dtype).view(*shape)
+        piece, begin = self._last, self._taken
+        if piece is None or len(piece) - begin < used or self._is_pinned != pinned:
+            piece, begin = self._piece(used, pinned), 0
+        self._last, self._taken, self._is_pinned = piece, begin + used, pinned
+        # one operator in place of two slices and two views, which a trace of fake tensors feels
+        taken = torch.empty(0, dtype=dtype, device=piece.device)
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        return taken.set_(piece.untyped_storage(), begin // dtype.itemsize, [*shape], strides)
 
     def give(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
