@@ -35,6 +35,10 @@ _COMMANDS = {
         'completions before and after, side by side: RUN --prompt "..."',
         "commands.generate:run_generate",
     ),
+    "chat": (
+        "talk with a model, and beside it with its start: RUN --before",
+        "commands.chat:run_chat",
+    ),
     "merge": ("an adapter into its base: RUN --output FOLDER", "commands.merge:run_merge"),
     "migrate": (
         "a script of TRL, a YAML of axolotl or LLaMA-Factory, as one of this library",

@@ -56,14 +56,20 @@ def adapter_config(name: str) -> Any:
 
 
 def load_model(
-    name: str, *, base: str | None = None, dtype: str = "auto", device: Any = None
+    name: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: Any = None,
+    merged: bool = True,
 ) -> Any:
-    """The model of a folder or a hub id, an adapter merged into its base, in evaluation mode.
+    """The model of a folder or a hub id, an adapter with its base, in evaluation mode.
 
     Args:
         base: of an adapter; None: the one that it names.
         dtype: of the weights, "auto": as they were saved.
         device: None: where transformers puts it.
+        merged: the adapter is added to its base's weights; False: it stays PEFT's model.
 
     Raises:
         ValueError: there is none, or PEFT is not installed.
@@ -86,7 +92,8 @@ def load_model(
         except (RuntimeError, ValueError, KeyError) as error:  # of another model
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{name} does not fit its base {start}: {reason}") from error
-        model = wrapped.merge_and_unload().requires_grad_(True)  # as a model that is loaded
+        # merged, it is as a model that is loaded
+        model = wrapped.merge_and_unload().requires_grad_(True) if merged else wrapped
     return (model if device is None else model.to(device)).eval()
 
 

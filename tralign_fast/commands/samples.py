@@ -12,6 +12,9 @@ import torch
 from tralign_fast.commands.record import SAMPLES, write_json
 from tralign_fast.ops.backend import warn_once
 
+# keywords of `generate`, whatever the model's own configuration says
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
 
 class Samples:
     """Completions of a run's held-out prompts before and after it, by its first process.
@@ -96,8 +99,7 @@ def complete(
             mask = torch.tensor(
                 [[0] * (width - len(p)) + [1] * len(p) for p in part], device=device
             )
-            options = sampling or {"do_sample": False, "temperature": None, "top_p": None,
-                                   "top_k": None}  # fmt: skip
+            options = sampling or GREEDY
             made = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad,
                 use_cache=True, **options,
