@@ -22,6 +22,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from tralign_fast.distributed.shards_on_disk import load_optimizer, load_weights, save_optimizer
+from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.training.converted import read_unmatched
@@ -48,6 +50,15 @@ class ResumableTrainer(Trainer):
     _writes = False
     _facts: dict[str, Any] | None = None
     _read_from = ""  # the checkpoint that weights are read from
+
+    def __init__(self, model: Any, args: Any, **options: Any) -> None:
+        only_model = args.save_only_model
+        # transformers refuses to save the optimizer of a model that it has cut up itself
+        args.save_only_model = only_model or is_sharded_by_transformers(model)
+        try:
+            super().__init__(model=model, args=args, **options)
+        finally:
+            args.save_only_model = only_model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Trains, or goes on from a checkpoint.
@@ -181,23 +192,48 @@ class ResumableTrainer(Trainer):
         finally:
             self._writes = False
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded_by_transformers(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        save_optimizer(self.optimizer, folder, OPTIMIZER_NAME)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._pushed = checkpoint_folder  # when it has its name
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         reshard(self.model)  # an evaluation leaves the head's weights gathered, under other names
         super().save_model(output_dir, _internal_call)
+        joins = is_sharded_by_transformers(self.model) and not self.args.should_save
+        if joins and not hasattr(self, "is_distributed_loading_by_transformers"):
+            # the other processes have to send their parts, which transformers before 5.24 forgets
+            model: Any = self.model
+            model.save_pretrained(output_dir or self.args.output_dir, is_main_process=False)
 
     # --- reading ----------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
         self._read_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._read_shards():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         self._read_from = self.state.best_model_checkpoint or ""
-        super()._load_best_model()
+        if not self._read_shards():
+            super()._load_best_model()
+
+    def _read_shards(self) -> bool:
+        """Reads the weights of a model that transformers has cut up; False: of any other."""
+        assert self.model is not None
+        if not is_sharded_by_transformers(self.model):
+            return False
+        self._issue_warnings_after_load(load_weights(self.model, Path(self._read_from)))
+        return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         assert self.model is not None
@@ -215,6 +251,10 @@ class ResumableTrainer(Trainer):
             return
         if self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
+        elif is_sharded_by_transformers(self.model):
+            load_optimizer(self.optimizer, folder, OPTIMIZER_NAME)
+            scheduler: Any = self.lr_scheduler
+            scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         else:
             # on the host: the optimizer takes it to its parameters' devices, state by state
             on_host = self.args.device.type == "cpu"
@@ -222,7 +262,7 @@ class ResumableTrainer(Trainer):
                 folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=not on_host
             )
             load_exactly(self.optimizer, state)
-            scheduler: Any = self.lr_scheduler
+            scheduler = self.lr_scheduler
             scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         follow_schedule(self.optimizer, self.lr_scheduler, base_lrs)
 

@@ -32,6 +32,7 @@ from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
 from tralign_fast.distributed.processes import even_parts, take_off_autocast
+from tralign_fast.distributed.tensor_parallel import gather_once, sharing_processes
 from tralign_fast.model.router import asked, router_coefficient
 from tralign_fast.model.scoring import (
     hidden_kl,
@@ -397,12 +398,15 @@ class TRTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _tokens_seen(self) -> float:
-        """Tokens trained on, of all processes."""
-        tokens = torch.tensor(float(self.state.num_input_tokens_seen), device=self.args.device)
+        """Tokens trained on, of all processes; those that share layers see the same ones."""
+        tokens = self.state.num_input_tokens_seen / sharing_processes(self.model)
+        tokens = torch.tensor(tokens, device=self.args.device)
         return float(self.accelerator.reduce(tokens, reduction="sum"))  # pyright: ignore[reportArgumentType]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._check_not_released()
+        if (sharing := sharing_processes(self.model)) > 1:
+            self.gather_function = gather_once(self.accelerator, sharing)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._finite.check()
         averages = self._means["eval"].pop(self.accelerator)

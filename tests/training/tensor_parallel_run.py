@@ -1,0 +1,141 @@
+"""What each of several processes runs for `tests/training/test_tensor_parallel.py`.
+
+    torchrun --nproc_per_node 2 -m tests.training.tensor_parallel_run FOLDER LAYOUT CASE...
+
+FOLDER/model holds the policy. Writes FOLDER/LAYOUT.json: case -> losses of every step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from accelerate.state import DistributedType
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from tests.conftest import make_small_tokenizer, make_tiny_llama
+from tests.training.test_trl_parity import kto_rows, options, pair_rows
+from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.reference import score_cache
+
+STEPS = 8
+ROWS = 4  # of a step, of all processes
+HELD_OUT = 6  # no whole number of batches
+HARD = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3}
+SOFT = {"ref_model_mixup_alpha": 0.4, "ref_model_sync_steps": 2}
+CASES = {
+    f"{method}-{place}": (method, {"reference": place, **schedule})
+    for method in ("dpo", "kto")
+    for place, schedule in (("resident", SOFT), ("snapshot", HARD), ("offloaded", SOFT))
+} | {
+    "dpo-tied": ("dpo", {"reference": "resident", **SOFT}),  # and a vocabulary of an odd size
+    "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 60, **HARD}),
+    "dpo-precomputed": (
+        "dpo", {"reference": "auto", "sync_ref_model": None, "precompute_ref_log_probs": True}
+    ),
+    "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
+    "dpo-lora-adapter": ("dpo", {"reference": "adapter", **SOFT}),
+}  # fmt: skip
+RESUMED = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
+LAYOUTS = {"tp2": {"tp_size": 2}, "tp2-fsdp2": {"tp_size": 2, "fsdp_size": 2}}
+
+
+def rows_of(method):
+    make = kto_rows if method == "kto" else pair_rows
+    return make(STEPS * ROWS)
+
+
+def save_models(folder: Path) -> None:
+    tokenizer = make_small_tokenizer()
+    make_tiny_llama(tokenizer).save_pretrained(folder / "model")
+    odd = make_tiny_llama(tokenizer, vocab_size=len(tokenizer) + 1, tie_word_embeddings=True)
+    odd.save_pretrained(folder / "model-tied")
+
+
+def model_of(case: str, folder: Path, **sizes):
+    name = "model-tied" if case == "dpo-tied" else "model"
+    cut = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
+    model = AutoModelForCausalLM.from_pretrained(folder / name, **cut)
+    if not case.startswith("dpo-lora"):
+        return model
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            whole = torch.randn(parameter.shape, generator=generator) * 0.1
+            if isinstance(parameter, DTensor):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            parameter.data.copy_(whole)
+    return policy
+
+
+def train(case, folder, model, *, batch=ROWS, resume_from=None, **extra):
+    """What the logs of a run say."""
+    method, asked = CASES[case]
+    config = TRConfig(
+        **options(
+            folder / case, loss_type=method, max_steps=STEPS, learning_rate=2e-3,
+            per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
+            train_sampling_strategy="sequential", eval_strategy="steps", eval_steps=4,
+            **asked, **extra,
+        )
+    )  # fmt: skip
+    rows = rows_of(method)
+    seen = []  # rows that each evaluation has predictions of
+    trainer = TRTrainer(
+        model, args=config, train_dataset=rows, eval_dataset=rows.select(range(HELD_OUT)),
+        processing_class=make_small_tokenizer(),
+        compute_metrics=lambda found: seen.append(len(found.predictions)) or {},
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:  # log-probs that another run has left prove nothing
+        patch.setattr(score_cache, "FOLDER", str(folder / case / "cache"))
+        trainer.train(resume_from_checkpoint=resume_from)
+    logs = trainer.state.log_history
+    found = {
+        name: [log[name] for log in logs if name in log]
+        for name in (
+            "loss", "grad_norm", "kl", "entropy", "num_tokens", "mean_token_accuracy",
+            "rewards/margins", "eval_loss", "eval_rewards/margins",
+        )
+    }  # fmt: skip
+    trainer.release_model()
+    return {**found, "eval_rows": seen}
+
+
+def open_accelerate_to_cpus() -> None:
+    """accelerate refuses a mesh of CPUs. All that comes after is what runs on GPUs."""
+    own = accelerate.Accelerator.multi_device.fget
+    accelerate.Accelerator.multi_device = property(
+        lambda self: own(self) or self.distributed_type == DistributedType.MULTI_CPU
+    )
+
+
+def main(folder: Path, layout: str, cases: list[str]) -> None:
+    open_accelerate_to_cpus()
+    sizes = LAYOUTS[layout]
+    batch = ROWS // sizes.get("fsdp_size", 1)
+    found = {}
+    for case in cases:
+        model = model_of(case, folder, **sizes)
+        saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
+        found[case] = train(case, folder, model, batch=batch, **saving)
+        if case in RESUMED:
+            again = model_of(case, folder, **sizes)
+            checkpoint = str(folder / case / "checkpoint-4")  # in mid-window
+            found[f"{case}-resumed"] = train(
+                case, folder, again, batch=batch, resume_from=checkpoint, **saving
+            )
+    if int(os.environ["RANK"]) == 0:
+        (folder / f"{layout}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
