@@ -232,6 +232,7 @@ class ResumableTrainer(Trainer):
         assert self.model is not None
         if not is_sharded_by_transformers(self.model):
             return False
+        reshard(self.model)  # a forward without backward leaves the head's weights gathered
         self._issue_warnings_after_load(load_weights(self.model, Path(self._read_from)))
         return True
 
