@@ -15,13 +15,16 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import DistributedType
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
+from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trl_parity import kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
 from tralign_fast.reference import score_cache
@@ -45,12 +48,22 @@ CASES = {
     "dpo-lora-adapter": ("dpo", {"reference": "adapter", **SOFT}),
 }  # fmt: skip
 RESUMED = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
-LAYOUTS = {"tp2": {"tp_size": 2}, "tp2-fsdp2": {"tp_size": 2, "fsdp_size": 2}}
+LAYOUTS = {  # processes, what transformers cuts the model into, options of the run
+    "tp2": (2, {"tp_size": 2}, lambda: {}),
+    "tp2-fsdp2": (4, {"tp_size": 2, "fsdp_size": 2}, lambda: {}),
+    "cp2": (2, {}, lambda: {**FSDP, "parallelism_config": ParallelismConfig(cp_size=2)}),
+}
 
 
 def rows_of(method):
-    make = kto_rows if method == "kto" else pair_rows
-    return make(STEPS * ROWS)
+    if method != "kto":
+        return pair_rows(STEPS * ROWS)
+    rows = kto_rows(STEPS * ROWS).to_list()
+    # KTO borrows the completion of the row before, within the batch of a process: rows 1 and 3 of
+    # four have the same one, so that two batches of two borrow what one batch of four does
+    for i in range(0, len(rows), ROWS):
+        rows[i + 3]["completion"] = rows[i + 1]["completion"]
+    return Dataset.from_list(rows)
 
 
 def save_models(folder: Path) -> None:
@@ -110,7 +123,7 @@ def train(case, folder, model, *, batch=ROWS, resume_from=None, **extra):
     return {**found, "eval_rows": seen}
 
 
-def open_accelerate_to_cpus() -> None:
+def _open_accelerate_to_cpus() -> None:
     """accelerate refuses a mesh of CPUs. All that comes after is what runs on GPUs."""
     own = accelerate.Accelerator.multi_device.fget
     accelerate.Accelerator.multi_device = property(
@@ -119,19 +132,22 @@ def open_accelerate_to_cpus() -> None:
 
 
 def main(folder: Path, layout: str, cases: list[str]) -> None:
-    open_accelerate_to_cpus()
-    sizes = LAYOUTS[layout]
+    if layout == "cp2":
+        _let_accelerate_shard_on_cpus()
+    else:
+        _open_accelerate_to_cpus()
+    _, sizes, more = LAYOUTS[layout]
     batch = ROWS // sizes.get("fsdp_size", 1)
     found = {}
     for case in cases:
         model = model_of(case, folder, **sizes)
         saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
-        found[case] = train(case, folder, model, batch=batch, **saving)
+        found[case] = train(case, folder, model, batch=batch, **saving, **more())
         if case in RESUMED:
             again = model_of(case, folder, **sizes)
             checkpoint = str(folder / case / "checkpoint-4")  # in mid-window
             found[f"{case}-resumed"] = train(
-                case, folder, again, batch=batch, resume_from=checkpoint, **saving
+                case, folder, again, batch=batch, resume_from=checkpoint, **saving, **more()
             )
     if int(os.environ["RANK"]) == 0:
         (folder / f"{layout}.json").write_text(json.dumps(found))

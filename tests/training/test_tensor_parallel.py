@@ -58,7 +58,7 @@ def together(request, folder):
     layout, cases = request.param
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-        str(LAYOUTS[layout].get("fsdp_size", 1) * 2), "-m", "tests.training.tensor_parallel_run",
+        str(LAYOUTS[layout][0]), "-m", "tests.training.tensor_parallel_run",
         str(folder), layout, *cases,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
