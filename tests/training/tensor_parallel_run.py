@@ -1,6 +1,6 @@
 """What each of several processes runs for `tests/training/test_tensor_parallel.py`.
 
-    torchrun --nproc_per_node 2 -m tests.training.tensor_parallel_run FOLDER LAYOUT CASE...
+    torchrun --nproc_per_node 2 -m tests.training.tensor_parallel_run FOLDER LAYOUT=CASE,CASE...
 
 FOLDER/model holds the policy. Writes FOLDER/LAYOUT.json: case -> losses of every step.
 """
@@ -16,7 +16,7 @@ import accelerate
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from accelerate.state import DistributedType
+from accelerate.state import AcceleratorState, DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -44,8 +44,10 @@ CASES = {
     "dpo-precomputed": (
         "dpo", {"reference": "auto", "sync_ref_model": None, "precompute_ref_log_probs": True}
     ),
+    "dpo-sft": ("dpo", {"loss_type": ["sigmoid", "sft"], "reference": "resident", **SOFT}),
+    # one pair a step: of two that divide it one has nothing
+    "dpo-one": ("dpo", {"reference": "resident", "per_device_train_batch_size": 1, **SOFT}),
     "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
-    "dpo-lora-adapter": ("dpo", {"reference": "adapter", **SOFT}),
 }  # fmt: skip
 RESUMED = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
 LAYOUTS = {  # processes, what transformers cuts the model into, options of the run
@@ -95,10 +97,10 @@ def train(case, folder, model, *, batch=ROWS, resume_from=None, **extra):
     method, asked = CASES[case]
     config = TRConfig(
         **options(
-            folder / case, loss_type=method, max_steps=STEPS, learning_rate=2e-3,
-            per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
-            train_sampling_strategy="sequential", eval_strategy="steps", eval_steps=4,
-            **asked, **extra,
+            folder / case, max_steps=STEPS, learning_rate=2e-3,
+            per_device_eval_batch_size=batch, train_sampling_strategy="sequential",
+            eval_strategy="steps", eval_steps=4,
+            **{"loss_type": method, "per_device_train_batch_size": batch, **asked, **extra},
         )
     )  # fmt: skip
     rows = rows_of(method)
@@ -131,7 +133,8 @@ def _open_accelerate_to_cpus() -> None:
     )
 
 
-def main(folder: Path, layout: str, cases: list[str]) -> None:
+def run(folder: Path, layout: str, cases: list[str]) -> None:
+    AcceleratorState._reset_state()  # an earlier layout's
     if layout == "cp2":
         _let_accelerate_shard_on_cpus()
     else:
@@ -140,18 +143,20 @@ def main(folder: Path, layout: str, cases: list[str]) -> None:
     batch = ROWS // sizes.get("fsdp_size", 1)
     found = {}
     for case in cases:
-        model = model_of(case, folder, **sizes)
         saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
-        found[case] = train(case, folder, model, batch=batch, **saving, **more())
+        options = {"batch": batch, **saving, **more()}
+        found[case] = train(case, folder / layout, model_of(case, folder, **sizes), **options)
         if case in RESUMED:
+            checkpoint = str(folder / layout / case / "checkpoint-4")  # in mid-window
             again = model_of(case, folder, **sizes)
-            checkpoint = str(folder / case / "checkpoint-4")  # in mid-window
             found[f"{case}-resumed"] = train(
-                case, folder, again, batch=batch, resume_from=checkpoint, **saving, **more()
+                case, folder / layout, again, resume_from=checkpoint, **options
             )
     if int(os.environ["RANK"]) == 0:
         (folder / f"{layout}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    for asked in sys.argv[2:]:
+        layout, _, names = asked.partition("=")
+        run(Path(sys.argv[1]), layout, names.split(","))

@@ -275,7 +275,10 @@ class PreferenceCollator:
             [prompts[i] for i in own], [completions[i] for i in own], tuple(rows[i] for i in own),
             None if labels is None else [labels[i] for i in own],
         )  # fmt: skip
-        chosen = sum(len(pair[0]) for pair in completions) * len(own) / len(rows)
+        # an empty prompt predicts no first token
+        ends = zip(prompts, completions, strict=True)
+        scored = sum(max(0, len(pair[0]) - (not prompt[0])) for prompt, pair in ends)
+        chosen = scored * len(own) / len(rows)
         parts = tuple(
             dataclasses.replace(
                 p, weight=weight, nll_tokens=chosen * p.share if self.paired else None
