@@ -13,6 +13,7 @@ import pytest
 LONG = (
     "tests/test_benchmarks.py",
     "tests/training/test_distributed.py",
+    "tests/training/test_tensor_parallel.py",
     "tests/training/test_checkpoints.py",
     "tests/reference/test_adapter.py",
     "tests/reference/test_peft_kinds.py",

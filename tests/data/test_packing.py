@@ -1,10 +1,12 @@
 import pickle
+import warnings
 
 import pytest
 import torch
 
+from tralign_fast.data import packing
 from tralign_fast.data.layout import Group
-from tralign_fast.data.packing import PackedBatch, PreferenceCollator, merge_packed
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator, merge_packed, share_out
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import sequence_logps
 
@@ -252,3 +254,57 @@ def test_a_kto_row_alone_borrows_from_another_prompt(layout):
 def test_a_kto_row_alone_without_another_is_refused():
     with pytest.raises(ValueError, match=r"row 1: alone in its batch, .* another prompt; expected"):
         collate(ROWS[1:2], paired=False)
+
+
+def _rows_of_sizes(*sizes):
+    return [
+        {"prompt_ids": [1], "chosen_ids": [2] * (n - 2), "rejected_ids": [3], "row": i}
+        for i, n in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("budget", [None, 12])
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_divide_a_batch_between_its_groups(count, budget):
+    rows = _rows_of_sizes(9, 4, 5, 6, 8, 7, 3)
+    whole = PreferenceCollator(paired=True)(rows)
+    shares = [
+        PreferenceCollator(paired=True, token_budget=budget, division=(place, count))(rows)
+        for place in range(count)
+    ]
+    assert sorted(row for share in shares for p in share.parts for row in p.rows) == [*range(7)]
+    tokens = [share.num_tokens for share in shares]
+    assert sum(tokens) == whole.num_tokens
+    assert max(tokens) - min(tokens) <= 3  # the smallest group
+    for share in shares:
+        assert sum(part.share for part in share.parts) == pytest.approx(1.0)
+        assert {part.weight for part in share.parts} == {count * len(share) / 7}
+    # weighted by shares, the parts divide by all chosen tokens
+    tokens = sum(p.nll_tokens for share in shares for p in share.parts)
+    assert tokens == pytest.approx(sum(whole.scored_lengths[:7]))
+
+
+def test_who_has_no_group_runs_another_s_with_no_weight():
+    rows = _rows_of_sizes(9, 4)
+    batch = PreferenceCollator(paired=True, division=(2, 3))(rows)
+    assert (batch.rows, batch.weight, batch.share) == ((1,), 0.0, 1.0)
+
+
+def test_kto_lends_before_it_divides():
+    rows = [
+        {"prompt_ids": [i], "completion_ids": [10 + i] * 3, "label": True, "row": i}
+        for i in range(4)
+    ]
+    for place in range(2):
+        batch = PreferenceCollator(paired=False, division=(place, 2))(rows)
+        lent = batch.targets[batch.grad_tokens :].view(2, 3)[:, 0].tolist()
+        assert lent == [10 + (row - 1) % 4 for row in batch.rows]
+
+
+def test_a_group_longer_than_a_share_is_named_once(monkeypatch):
+    monkeypatch.setattr(packing, "_long_groups", packing.itertools.count())
+    with pytest.warns(UserWarning, match="row 8 has 30 tokens, more than the 20 that fall"):
+        assert share_out([5, 30, 5], [7, 8, 9], 2) == [[1], [0, 2]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        share_out([5, 30, 5], [7, 8, 9], 2)

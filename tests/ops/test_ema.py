@@ -347,3 +347,26 @@ def test_half_precision_pairs_are_rounded_once(dtype):
         moved = ref.clone()
         ema_update_([moved], [theta], alpha, rounding="nearest")
         assert torch.equal(moved, expected)
+
+
+def test_whole_weights_are_rounded_alike_beside_shards_of_any_size():
+    """Tensor parallelism: of two processes one holds more rows of a matrix, and both the norms."""
+
+    class Shard:
+        def __init__(self, local):
+            self.local = local
+
+        def to_local(self):
+            return self.local
+
+    norms = []
+    for rows in (1, 2):
+        g = torch.Generator().manual_seed(0)
+        whole = torch.ones(64, dtype=torch.bfloat16)
+        shard = torch.zeros(rows << 16, dtype=torch.bfloat16)
+        refs, thetas = [Shard(shard), whole], [Shard(shard + 1), whole * 2]
+        ema_update_(refs, thetas, 1e-3, rounding="stochastic", generator=g)
+        assert 0 < refs[0].local.mean() < 2e-3
+        norms.append(whole)
+    assert torch.equal(*norms)
+    assert norms[0].unique().numel() == 2

@@ -15,6 +15,8 @@ Letters: T tokens, N scored tokens, S sequences, B examples (pairs, or KTO rows)
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import warnings
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +65,9 @@ class PackedBatch:
     is_desirable: Tensor | None  # (B,) bool for KTO, else None
     grad_tokens: int  # the first so many scored tokens want a gradient (KTO's KL terms do not)
     share: float = 1.0  # of the examples of the batch that this is a part of
+    # of the loss, where processes divide a batch: their number · this one's examples / all; 0: it
+    # has none, and runs another's
+    weight: float = 1.0
     kl: Tensor | None = None  # (), KTO's KL term of the whole batch where this is a part of one
     # what the SFT term of this part of a batch is divided by; None: its chosen tokens
     nll_tokens: float | None = None
@@ -211,6 +216,8 @@ class PreferenceCollator:
         mismatched: whether unpaired rows get the completion of another row at all.
         lenders: so many unpaired rows of a batch, one behind the other, lend to each other; None:
             all. A run that goes on with fewer processes has larger batches, and lends as before.
+        division: (place, count): this is one of so many processes that get the same rows and
+            divide their groups, with about as many tokens for each (`share_out`). None: all rows.
 
     Raises:
         ValueError: a token id outside the vocabulary, or a KTO row that is alone and borrows
@@ -228,6 +235,7 @@ class PreferenceCollator:
     mismatched: bool = True
     pad_to_multiple_of: int | None = None
     lenders: int | None = None
+    division: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -256,13 +264,42 @@ class PreferenceCollator:
             )
             prompts, completions = map(list, zip(*ends, strict=True))
         labels = None if self.paired else [bool(e["label"]) for e in examples]
-        cuts = self._cuts(prompts, completions)
+        if self.division is None:
+            return self._parts(prompts, completions, rows, labels)
+        place, count = self.division
+        sizes = [self._tokens(*each) for each in zip(prompts, completions, strict=True)]
+        own = share_out(sizes, rows, count)[place]
+        weight = count * len(own) / len(rows)
+        own = own or [min(range(len(rows)), key=sizes.__getitem__)]
+        batch = self._parts(
+            [prompts[i] for i in own], [completions[i] for i in own], tuple(rows[i] for i in own),
+            None if labels is None else [labels[i] for i in own],
+        )  # fmt: skip
+        # an empty prompt predicts no first token
+        ends = zip(prompts, completions, strict=True)
+        scored = sum(max(0, len(pair[0]) - (not prompt[0])) for prompt, pair in ends)
+        chosen = scored * len(own) / len(rows)
+        parts = tuple(
+            dataclasses.replace(
+                p, weight=weight, nll_tokens=chosen * p.share if self.paired else None
+            )
+            for p in batch.parts
+        )
+        return parts[0] if len(parts) == 1 else SplitBatch(parts)
+
+    def _parts(
+        self,
+        prompts: list[Pair],
+        completions: list[Pair],
+        rows: tuple[int, ...],
+        labels: list[bool] | None,
+    ) -> PackedBatch | SplitBatch:
         parts = tuple(
             self._pack(
                 prompts[a:b], completions[a:b], rows[a:b], None if labels is None else labels[a:b],
-                share=(b - a) / len(examples),
+                share=(b - a) / len(rows),
             )
-            for a, b in pairwise(cuts)
+            for a, b in pairwise(self._cuts(prompts, completions))
         )  # fmt: skip
         return parts[0] if len(parts) == 1 else SplitBatch(parts)
 
@@ -284,13 +321,17 @@ class PreferenceCollator:
         """Bounds of runs of examples whose tokens fit the budget, in order."""
         cuts, used = [0], 0
         for index, (own, pair) in enumerate(zip(prompts, completions, strict=True)):
-            copies = own[:1] if self.layout == "shared" and is_one(own) else own
-            need = sum(map(len, copies)) + sum(map(len, pair))
+            need = self._tokens(own, pair)
             if self.token_budget is not None and used and used + need > self.token_budget:
                 cuts.append(index)
                 used = 0
             used += need
         return [*cuts, len(prompts)]
+
+    def _tokens(self, prompts: Pair, completions: Pair) -> int:
+        """Of a group in a packed row."""
+        copies = prompts[:1] if self.layout == "shared" and is_one(prompts) else prompts
+        return sum(map(len, copies)) + sum(map(len, completions))
 
     def _pack(
         self,
@@ -353,6 +394,39 @@ class PreferenceCollator:
                     f"vocabulary [0, {self.vocab_size}); do the tokenizer and the model belong "
                     "together?"
                 )
+
+
+def share_out(sizes: Sequence[int], rows: Sequence[int], count: int) -> list[list[int]]:
+    """The places of groups, in order, that fall to each of so many processes: the largest first, to
+    whom has the fewest tokens.
+
+    Args:
+        sizes: tokens of each group.
+        rows: their rows of the dataset.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for group in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        shares[least].append(group)
+        loads[least] += sizes[group]
+    longest = max(range(len(sizes)), key=sizes.__getitem__)
+    if sizes[longest] * count > sum(sizes):
+        _warn_of_long_group(rows[longest], sizes[longest], sum(sizes), count)
+    return [sorted(share) for share in shares]
+
+
+_long_groups = itertools.count()
+
+
+def _warn_of_long_group(row: int, tokens: int, total: int, count: int) -> None:
+    if next(_long_groups) == 0:  # one such row is named, and no other
+        warnings.warn(
+            f"row {row} has {tokens} tokens, more than the {total // count} that fall to each of "
+            f"{count} processes that divide its batch: one of them computes it, and the others "
+            "wait; larger batches are divided more evenly (attention does not cross processes)",
+            stacklevel=2,
+        )
 
 
 def _keys(

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from tralign_fast.data.packing import PackedBatch, SplitBatch
+from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
 from tralign_fast.model.prepare import PreparedModel, prepare_model
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.reference.base import ReferencePolicy
@@ -112,6 +113,8 @@ def distribute_frozen(accelerator: Accelerator, model: PreTrainedModel, kept: bo
     Args:
         kept: it runs as long as the policy does.
     """
+    if is_sharded_by_transformers(model):
+        return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     if _fsdp_plugin(accelerator) is not None:
         return fsdp2_prepare_model(accelerator, model)
     if (zero3 := _zero3_plugin(accelerator)) is None:

@@ -12,8 +12,8 @@ must stay. What depends on how rows are grouped besides:
 |                                             | it; a run that began with one process did not     |
 | a term that is a mean over tokens; a        | another grouping is another mean: one line        |
 | load-balancing loss                         |                                                   |
-| shards that DeepSpeed writes, a stream that | refused                                           |
-| is dealt out by its files, batch_rebalance  |                                                   |
+| shards of DeepSpeed or of tensor            | refused                                           |
+| parallelism, a stream that is dealt out by its files, batch_rebalance  |                                                   |
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
+
+from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
 
 # what a checkpoint keeps of this beside the options of `resume.py`
 SHARES = (
@@ -54,6 +56,8 @@ def shares_of(trainer: Any, carried: dict[str, Any]) -> dict[str, Any]:
 def _sharding(trainer: Any) -> str:
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
+    if is_sharded_by_transformers(trainer.model):
+        return "transformers"
     return "FSDP2" if trainer.is_fsdp_enabled else "none"
 
 
@@ -76,10 +80,12 @@ def check_shares(saved: dict[str, Any], present: dict[str, Any]) -> tuple[list[s
                 f"process there, per_device_train_batch_size {present['train_batch_size']} here, "
                 "which is no multiple"
             )
-    if "DeepSpeed" in (saved["sharding"], present["sharding"]):
+    if cut_by := {saved["sharding"], present["sharding"]} & {"DeepSpeed", "transformers"}:
         for name in ("world_size", "sharding"):
             if saved[name] != present[name]:
-                what = "processes whose shards DeepSpeed wrote" if name == "world_size" else name
+                what = (
+                    f"processes whose shards {min(cut_by)} wrote" if name == "world_size" else name
+                )
                 refused.append(f"{what}: {saved[name]} there, {present[name]} here")
     if (saved["by_file"] or present["by_file"]) and saved["world_size"] != present["world_size"]:
         refused.append(

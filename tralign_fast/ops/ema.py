@@ -50,8 +50,8 @@ def ema_update_(
         tensors: policy weights, the same shapes in the same order.
         alpha: α in [0, 1]; 1 copies bits, 0 does nothing.
         rounding: how a bf16 or fp16 reference is rounded. Nothing else is: the default is unbiased.
-        generator: source of the random bits (one draw seeds the whole call: from the same state
-            come the same bits); None: torch's default.
+        generator: source of the random bits (one draw seeds the whole call, a second one shards
+            beside whole tensors: from the same state come the same bits); None: torch's default.
 
     Raises:
         ValueError: α out of range, unknown rounding, lists that do not match, quantised weights, or
@@ -64,7 +64,32 @@ def ema_update_(
     _check_match(refs, thetas)
     if any(is_quantised(t) for both in (ref_tensors, tensors) for t in both):
         raise ValueError("ema_update_: quantised weights cannot move; leave them out")
-    refs, thetas = _without_repeats(refs, thetas)
+    for group in _drawing_alike(ref_tensors, rounding):
+        some = [refs[i] for i in group], [thetas[i] for i in group]
+        _move_(*_without_repeats(*some), alpha, rounding, generator)
+
+
+def _drawing_alike(ref_tensors: Sequence[Tensor], rounding: str) -> list[list[int]]:
+    """The places of tensors that draw random bits from one seed.
+
+    Tensor parallelism cuts some weights and leaves others whole, which every process has to round
+    alike. One process's shards may be larger than another's: they draw apart from these.
+    """
+    places = range(len(ref_tensors))
+    cut = [i for i in places if hasattr(ref_tensors[i], "to_local")]
+    if rounding == "nearest" or len(cut) in (0, len(ref_tensors)):
+        return [[*places]]
+    return [sorted({*places} - {*cut}), cut]
+
+
+def _move_(
+    refs: list[Tensor],
+    thetas: list[Tensor],
+    alpha: float,
+    rounding: str,
+    generator: torch.Generator | None,
+) -> None:
+    """`ema_update_` of tensors that are none of them twice there."""
     if alpha == 0.0 or not refs:
         return
     on_gpu = all(

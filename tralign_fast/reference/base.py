@@ -54,8 +54,8 @@ class ReferencePolicy(ABC):
     needs_second_model: ClassVar[bool] = False
     # the same where another model than the policy is the first reference, else `start` is None
     runs_start: ClassVar[bool] = False
-    # what may shard the weights that it moves: of "FSDP2" and "ZeRO-3"
-    can_be_sharded: ClassVar[frozenset[str]] = frozenset({"FSDP2", "ZeRO-3"})
+    # what may shard the weights that it moves: of "FSDP2", "ZeRO-3" and "tensor parallelism"
+    can_be_sharded: ClassVar[frozenset[str]] = frozenset({"FSDP2", "ZeRO-3", "tensor parallelism"})
     # an update adds to what it holds, until past weights are negligible
     grows: ClassVar[bool] = False
     # it holds no weights and is the policy as it stands: whoever replaces that asks it first

@@ -42,7 +42,7 @@ class OffloadedReference(WindowedReference):
     """
 
     name = "offloaded"
-    can_be_sharded = frozenset({"FSDP2"})
+    can_be_sharded = frozenset({"FSDP2", "tensor parallelism"})
 
     def __init__(
         self,

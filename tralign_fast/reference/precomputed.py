@@ -46,7 +46,7 @@ class PrecomputedReference(OffloadedReference):
 
     name = "precomputed"
     runs_start = True
-    can_be_sharded = frozenset({"FSDP2", "ZeRO-3"})
+    can_be_sharded = frozenset({"FSDP2", "ZeRO-3", "tensor parallelism"})
     desc = "reference log-probs"
 
     def __init__(

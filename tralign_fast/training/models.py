@@ -19,6 +19,11 @@ from tralign_fast.distributed.processes import (
     take_over_compilation,
 )
 from tralign_fast.distributed.shards import check_release
+from tralign_fast.distributed.tensor_parallel import (
+    check_layers,
+    copy_sharded,
+    is_sharded_by_transformers,
+)
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.reference import build_reference, reference_class
 from tralign_fast.reference.base import ReferencePolicy
@@ -60,6 +65,7 @@ class RunModels:
         check_distribution(accelerator, kind)
         if args.gradient_release:
             check_release(accelerator, args.optim)
+        check_layers(policy, kind, args)
         self._compile_options = take_over_compilation(accelerator, args)
         # copies of the policy are made before it is prepared
         if kind.needs_second_model and start is None:
@@ -126,5 +132,7 @@ def activation_offloading(model: nn.Module, args: TRConfig) -> AbstractContextMa
 
 
 def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    if is_sharded_by_transformers(model):
+        return copy_sharded(model)
     with gathered(model):
         return copy.deepcopy(model)

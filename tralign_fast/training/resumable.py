@@ -24,9 +24,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import SaveStrategy
 
 from tralign_fast.data.tokenization import lend_in_groups
+from tralign_fast.distributed import other_layout, shards_on_disk
 from tralign_fast.distributed.alike import check_rows
-from tralign_fast.distributed.other_layout import is_own_layout, load_optimizer, load_weights
 from tralign_fast.distributed.resized import deal_batches, shares_of
+from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.training.converted import read_unmatched
@@ -53,6 +54,15 @@ class ResumableTrainer(Trainer):
     _writes = False
     _facts: dict[str, Any] | None = None
     _read_from = ""  # the checkpoint that weights are read from
+
+    def __init__(self, model: Any, args: Any, **options: Any) -> None:
+        only_model = args.save_only_model
+        # transformers refuses to save the optimizer of a model that it has cut up itself
+        args.save_only_model = only_model or is_sharded_by_transformers(model)
+        try:
+            super().__init__(model=model, args=args, **options)
+        finally:
+            args.save_only_model = only_model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Trains, or goes on from a checkpoint.
@@ -219,22 +229,35 @@ class ResumableTrainer(Trainer):
         finally:
             self.state.num_input_tokens_seen = own
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded_by_transformers(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        shards_on_disk.save_optimizer(self.optimizer, folder, OPTIMIZER_NAME)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._pushed = checkpoint_folder  # when it has its name
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         reshard(self.model)  # an evaluation leaves the head's weights gathered, under other names
         super().save_model(output_dir, _internal_call)
+        joins = is_sharded_by_transformers(self.model) and not self.args.should_save
+        if joins and not hasattr(self, "is_distributed_loading_by_transformers"):
+            # the other processes have to send their parts, which transformers before 5.24 forgets
+            model: Any = self.model
+            model.save_pretrained(output_dir or self.args.output_dir, is_main_process=False)
 
     # --- reading ----------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)
         self._read_from = resume_from_checkpoint
-        if not is_own_layout(self, Path(resume_from_checkpoint)):
-            load_weights(self, Path(resume_from_checkpoint))
-            return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._read_weights():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Of this process; of another one where the checkpoint has fewer: a run starts with the
@@ -251,10 +274,22 @@ class ResumableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._read_from = self.state.best_model_checkpoint or ""
-        if not is_own_layout(self, Path(self._read_from)):
-            load_weights(self, Path(self._read_from))
-            return
-        super()._load_best_model()
+        if not self._read_weights():
+            super()._load_best_model()
+
+    def _read_weights(self) -> bool:
+        """Reads weights that transformers would not: those of a model that it has cut up, or of a
+        checkpoint of another layout. False: there was nothing to do."""
+        assert self.model is not None
+        folder = Path(self._read_from)
+        if is_sharded_by_transformers(self.model):
+            reshard(self.model)  # a forward without backward leaves the head's weights gathered
+            self._issue_warnings_after_load(shards_on_disk.load_weights(self.model, folder))
+        elif not other_layout.is_own_layout(self, folder):
+            other_layout.load_weights(self, folder)
+        else:
+            return False
+        return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         assert self.model is not None
@@ -270,8 +305,10 @@ class ResumableTrainer(Trainer):
             self.reference.load(folder / REFERENCE_FOLDER)
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if not is_own_layout(self, folder):
-            load_optimizer(self, folder)
+        if is_sharded_by_transformers(self.model) and not self.is_fsdp_enabled:
+            shards_on_disk.load_optimizer(self.optimizer, folder, OPTIMIZER_NAME)
+        elif not other_layout.is_own_layout(self, folder):
+            other_layout.load_optimizer(self, folder)
         elif self.is_fsdp_enabled:
             with kept_options(self.optimizer):
                 super()._load_optimizer_and_scheduler(checkpoint)

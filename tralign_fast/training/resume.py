@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tralign_fast.distributed.resized import SHARES, check_shares
-from tralign_fast.ops.ema import is_quantised
+from tralign_fast.ops.ema import is_quantised, local_shard
 
 # `TRConfig`'s names; those that a version does not have are left out
 REFUSED = (
@@ -103,7 +103,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         if parameter.requires_grad:
             trained += 1
         elif _has_numbers(parameter):
-            first = parameter.detach().flatten()[:16].to("cpu", torch.float32)
+            first = local_shard(parameter).flatten()[:16].to("cpu", torch.float32)
             frozen.update(first.numpy().tobytes())
     return {
         "model": f"{trained} trained tensors, {shapes.hexdigest()}",

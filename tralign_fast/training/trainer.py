@@ -32,7 +32,13 @@ from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
 from tralign_fast.distributed.alike import check_versions, told_to_all
+from tralign_fast.distributed.context_parallel import (
+    check_division,
+    dividing,
+    dividing_processes,
+)
 from tralign_fast.distributed.processes import even_parts, take_off_autocast
+from tralign_fast.distributed.tensor_parallel import gather_once, sharing_processes
 from tralign_fast.model.router import asked, router_coefficient
 from tralign_fast.model.scoring import (
     hidden_kl,
@@ -158,6 +164,7 @@ class TRTrainer(ResumableTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        check_division(self.accelerator, self.data_collator)
         self._objective = args.objective
         # the mean over a micro-batch is the loss; Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
@@ -277,7 +284,9 @@ class TRTrainer(ResumableTrainer):
         if self._objective.sums_tokens:
             tokens = sum(sum(p.scored_lengths[: len(p)]) for p in parts if p.share > 0)
             parts = tuple(
-                dataclasses.replace(p, nll_tokens=tokens * p.share if p.share > 0 else None)
+                dataclasses.replace(
+                    p, nll_tokens=(p.nll_tokens or tokens * p.share) if p.share > 0 else None
+                )
                 for p in parts
             )
         if not self._objective.needs_kl:
@@ -286,7 +295,7 @@ class TRTrainer(ResumableTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for part in (part.to(self.args.device) for part in parts):
                 gap = sequence_logps(model, part) - self.reference.logps(part)
-                total = total + part.share * gap[len(part) :].mean()
+                total = total + part.share * part.weight * gap[len(part) :].mean()
         return tuple(dataclasses.replace(part, kl=total) for part in parts)
 
     def compute_loss(
@@ -316,13 +325,16 @@ class TRTrainer(ResumableTrainer):
         )  # fmt: skip
         if batch.share > 0:
             mode = "train" if self.model.training else "eval"
-            self._means[mode].record(result.totals, token_totals(found, batch), batch.share)
-            if mode == "train":  # in the state, so that a resumed run goes on counting
+            counts = float(batch.weight > 0)  # else its examples are another process's
+            tokens = token_totals(found, batch) * counts
+            self._means[mode].record(result.totals * counts, tokens, batch.share)
+            if mode == "train" and counts:  # in the state, so that a resumed run goes on counting
                 self.state.num_input_tokens_seen += batch.sequence_tokens
         step = self.state.global_step + 1
         loss = add_balance(self, result.loss, batch)
         loss = self._finite.guarded(loss, result.logps, ref_logps, batch.rows, step)
-        loss = loss if batch.share == 1.0 else loss * batch.share
+        scale = batch.share * batch.weight
+        loss = loss if scale == 1.0 else loss * scale
         if self.is_deepspeed_enabled:  # its backward steps
             self._finite.check()
         return (loss, _outputs(result, batch)) if return_outputs else loss
@@ -334,11 +346,18 @@ class TRTrainer(ResumableTrainer):
             return None
         if kl is None:
             gap = batch.sum_per_sequence(logps.detach()) - ref_logps
-            kl = gap[len(batch) :].mean()
+            kl = gap[len(batch) :].mean() * batch.weight
         return self.accelerator.reduce(kl, reduction="mean")  # pyright: ignore[reportReturnType]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Any) -> Any:
+        return contextlib.nullcontext, inputs  # no row is cut: batches come divided
+
+    def get_train_dataloader(self) -> Any:
+        with dividing(self):
+            return super().get_train_dataloader()
 
     def floating_point_ops(self, inputs: PackedBatch | SplitBatch) -> int:
         # 2 for the forward, 4 for the backward, per parameter and token
@@ -404,12 +423,16 @@ class TRTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _tokens_seen(self) -> float:
-        """Tokens trained on, of all processes."""
-        tokens = torch.tensor(float(self.state.num_input_tokens_seen), device=self.args.device)
+        """Tokens trained on, of all processes; those that share layers see the same ones."""
+        tokens = self.state.num_input_tokens_seen / sharing_processes(self.model)
+        tokens = torch.tensor(tokens, device=self.args.device)
         return float(self.accelerator.reduce(tokens, reduction="sum"))  # pyright: ignore[reportArgumentType]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._check_not_released()
+        sharing = sharing_processes(self.model) * dividing_processes(self.accelerator)
+        if sharing > 1:
+            self.gather_function = gather_once(self.accelerator, sharing)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._finite.check()
         averages = self._means["eval"].pop(self.accelerator)

@@ -1,0 +1,162 @@
+"""What each of several processes runs for `tests/training/test_tensor_parallel.py`.
+
+    torchrun --nproc_per_node 2 -m tests.training.tensor_parallel_run FOLDER LAYOUT=CASE,CASE...
+
+FOLDER/model holds the policy. Writes FOLDER/LAYOUT.json: case -> losses of every step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, DistributedType
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from tests.conftest import make_small_tokenizer, make_tiny_llama
+from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
+from tests.training.test_trl_parity import kto_rows, options, pair_rows
+from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.reference import score_cache
+
+STEPS = 8
+ROWS = 4  # of a step, of all processes
+HELD_OUT = 6  # no whole number of batches
+HARD = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3}
+SOFT = {"ref_model_mixup_alpha": 0.4, "ref_model_sync_steps": 2}
+CASES = {
+    f"{method}-{place}": (method, {"reference": place, **schedule})
+    for method in ("dpo", "kto")
+    for place, schedule in (("resident", SOFT), ("snapshot", HARD), ("offloaded", SOFT))
+} | {
+    "dpo-tied": ("dpo", {"reference": "resident", **SOFT}),  # and a vocabulary of an odd size
+    "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 60, **HARD}),
+    "dpo-precomputed": (
+        "dpo", {"reference": "auto", "sync_ref_model": None, "precompute_ref_log_probs": True}
+    ),
+    "dpo-sft": ("dpo", {"loss_type": ["sigmoid", "sft"], "reference": "resident", **SOFT}),
+    # one pair a step: of two that divide it one has nothing
+    "dpo-one": ("dpo", {"reference": "resident", "per_device_train_batch_size": 1, **SOFT}),
+    "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
+}  # fmt: skip
+RESUMED = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
+LAYOUTS = {  # processes, what transformers cuts the model into, options of the run
+    "tp2": (2, {"tp_size": 2}, lambda: {}),
+    "tp2-fsdp2": (4, {"tp_size": 2, "fsdp_size": 2}, lambda: {}),
+    "cp2": (2, {}, lambda: {**FSDP, "parallelism_config": ParallelismConfig(cp_size=2)}),
+}
+
+
+def rows_of(method):
+    if method != "kto":
+        return pair_rows(STEPS * ROWS)
+    rows = kto_rows(STEPS * ROWS).to_list()
+    # KTO borrows the completion of the row before, within the batch of a process: rows 1 and 3 of
+    # four have the same one, so that two batches of two borrow what one batch of four does
+    for i in range(0, len(rows), ROWS):
+        rows[i + 3]["completion"] = rows[i + 1]["completion"]
+    return Dataset.from_list(rows)
+
+
+def save_models(folder: Path) -> None:
+    tokenizer = make_small_tokenizer()
+    make_tiny_llama(tokenizer).save_pretrained(folder / "model")
+    odd = make_tiny_llama(tokenizer, vocab_size=len(tokenizer) + 1, tie_word_embeddings=True)
+    odd.save_pretrained(folder / "model-tied")
+
+
+def model_of(case: str, folder: Path, **sizes):
+    name = "model-tied" if case == "dpo-tied" else "model"
+    cut = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
+    model = AutoModelForCausalLM.from_pretrained(folder / name, **cut)
+    if not case.startswith("dpo-lora"):
+        return model
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            whole = torch.randn(parameter.shape, generator=generator) * 0.1
+            if isinstance(parameter, DTensor):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            parameter.data.copy_(whole)
+    return policy
+
+
+def train(case, folder, model, *, batch=ROWS, resume_from=None, **extra):
+    """What the logs of a run say."""
+    method, asked = CASES[case]
+    config = TRConfig(
+        **options(
+            folder / case, max_steps=STEPS, learning_rate=2e-3,
+            per_device_eval_batch_size=batch, train_sampling_strategy="sequential",
+            eval_strategy="steps", eval_steps=4,
+            **{"loss_type": method, "per_device_train_batch_size": batch, **asked, **extra},
+        )
+    )  # fmt: skip
+    rows = rows_of(method)
+    seen = []  # rows that each evaluation has predictions of
+    trainer = TRTrainer(
+        model, args=config, train_dataset=rows, eval_dataset=rows.select(range(HELD_OUT)),
+        processing_class=make_small_tokenizer(),
+        compute_metrics=lambda found: seen.append(len(found.predictions)) or {},
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:  # log-probs that another run has left prove nothing
+        patch.setattr(score_cache, "FOLDER", str(folder / case / "cache"))
+        trainer.train(resume_from_checkpoint=resume_from)
+    logs = trainer.state.log_history
+    found = {
+        name: [log[name] for log in logs if name in log]
+        for name in (
+            "loss", "grad_norm", "kl", "entropy", "num_tokens", "mean_token_accuracy",
+            "rewards/margins", "eval_loss", "eval_rewards/margins",
+        )
+    }  # fmt: skip
+    trainer.release_model()
+    return {**found, "eval_rows": seen}
+
+
+def _open_accelerate_to_cpus() -> None:
+    """accelerate refuses a mesh of CPUs. All that comes after is what runs on GPUs."""
+    own = accelerate.Accelerator.multi_device.fget
+    accelerate.Accelerator.multi_device = property(
+        lambda self: own(self) or self.distributed_type == DistributedType.MULTI_CPU
+    )
+
+
+def run(folder: Path, layout: str, cases: list[str]) -> None:
+    AcceleratorState._reset_state()  # an earlier layout's
+    if layout == "cp2":
+        _let_accelerate_shard_on_cpus()
+    else:
+        _open_accelerate_to_cpus()
+    _, sizes, more = LAYOUTS[layout]
+    batch = ROWS // sizes.get("fsdp_size", 1)
+    found = {}
+    for case in cases:
+        saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
+        options = {"batch": batch, **saving, **more()}
+        found[case] = train(case, folder / layout, model_of(case, folder, **sizes), **options)
+        if case in RESUMED:
+            checkpoint = str(folder / layout / case / "checkpoint-4")  # in mid-window
+            again = model_of(case, folder, **sizes)
+            found[f"{case}-resumed"] = train(
+                case, folder / layout, again, resume_from=checkpoint, **options
+            )
+    if int(os.environ["RANK"]) == 0:
+        (folder / f"{layout}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    for asked in sys.argv[2:]:
+        layout, _, names = asked.partition("=")
+        run(Path(sys.argv[1]), layout, names.split(","))

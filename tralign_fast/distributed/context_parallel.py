@@ -1,0 +1,60 @@
+"""Batches that several processes divide (context parallelism), cut between groups.
+
+accelerate gives the processes of a `cp` dimension the same rows. A packed row consists of groups,
+a prompt with its completions, that never look at each other: so each process packs the groups that
+fall to it, as many tokens as the others as nearly as may be, and attention crosses no process. The
+losses are weighted by examples, so that the mean over the processes is the loss of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+
+from tralign_fast.data.packing import PreferenceCollator
+
+
+def dividing_processes(accelerator: Accelerator) -> int:
+    """How many processes divide a batch; 1: none."""
+    return getattr(accelerator.parallelism_config, "cp_size", None) or 1
+
+
+def check_division(accelerator: Accelerator, collator: Any) -> None:
+    """Raises ValueError where processes cannot divide batches."""
+    sizes: Any = accelerator.parallelism_config
+    if (getattr(sizes, "sp_size", None) or 1) > 1:
+        raise ValueError(
+            f"sp_size={sizes.sp_size}: DeepSpeed's sequence parallelism cuts rows inside of their "
+            "groups, which packed rows cannot be; use cp_size, which cuts between them"
+        )
+    if dividing_processes(accelerator) == 1:
+        return
+    if sizes.tp_size > 1:
+        raise ValueError(
+            f"cp_size={sizes.cp_size} beside tp_size={sizes.tp_size} is not supported: nobody "
+            "averages gradients over it where transformers has cut the model up; use fsdp_size "
+            "instead of cp_size"
+        )
+    if not isinstance(collator, PreferenceCollator):
+        raise ValueError(
+            f"cp_size={sizes.cp_size}: batches are divided by PreferenceCollator, got a "
+            f"data_collator of {type(collator).__name__}: leave it out, or cp_size"
+        )
+
+
+@contextlib.contextmanager
+def dividing(trainer: Any) -> Iterator[None]:
+    """Inside, a dataloader that the trainer makes packs this process's part of each batch."""
+    accelerator, own = trainer.accelerator, trainer.data_collator
+    count = dividing_processes(accelerator)
+    if count > 1:
+        place = accelerator.torch_device_mesh.get_local_rank("cp")
+        trainer.data_collator = dataclasses.replace(own, division=(place, count))
+    try:
+        yield
+    finally:
+        trainer.data_collator = own
