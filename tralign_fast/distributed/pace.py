@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import TrainerCallback
 
 from tralign_fast.reference.sharding import from_all
@@ -35,8 +36,8 @@ class Pace(TrainerCallback):
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._alone = accelerator.num_processes == 1
-        self._seconds = [0.0, 0.0]  # loading, forward; since the last log
-        self._events: list[tuple[Any, Any]] = []
+        self._loading = 0.0  # seconds since the last log
+        self._forwards: list[tuple[Any, Any]] = []  # begin and end, since then
         self._step = 0  # of the last log
         self._behind: dict[int, int] = {}  # process -> logs one after another
         self._hosts: list[str] = []
@@ -45,26 +46,33 @@ class Pace(TrainerCallback):
     def loading(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._seconds[0] += time.perf_counter() - start
+        self._loading += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def forward(self, training: bool) -> Iterator[None]:
-        if self._alone or not training:
+    def forward(self, model: nn.Module) -> Iterator[None]:
+        """Times what happens inside from where the policy's own forward begins: DDP, around it,
+        waits for the first process's buffers."""
+        if self._alone or not model.training:
             yield
             return
-        if self._accelerator.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+        begun: list[Any] = []
+        hook = model.register_forward_pre_hook(lambda *_: begun.append(self._now()))
+        try:
             yield
-            end.record()
-            self._events.append((begin, end))
-            return
-        start = time.perf_counter()
-        yield
-        self._seconds[1] += time.perf_counter() - start
+        finally:
+            hook.remove()
+        if begun:
+            self._forwards.append((begun[0], self._now()))
+
+    def _now(self) -> Any:
+        if self._accelerator.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._seconds, self._events, self._behind = [0.0, 0.0], [], {}
+        self._loading, self._forwards, self._behind = 0.0, [], {}
         self._step = state.global_step
         self._hosts = [] if self._alone else from_all(platform.node())
 
@@ -72,9 +80,9 @@ class Pace(TrainerCallback):
         steps = state.global_step - self._step
         if self._alone or steps <= 0 or "loss" not in (logs or {}):
             return
-        self._seconds[1] += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-        own = torch.tensor(self._seconds, device=self._accelerator.device) / steps
-        self._seconds, self._events, self._step = [0.0, 0.0], [], state.global_step
+        seconds = [self._loading, sum(_between(*times) for times in self._forwards)]
+        own = torch.tensor(seconds, device=self._accelerator.device) / steps
+        self._loading, self._forwards, self._step = 0.0, [], state.global_step
         every: Any = self._accelerator.gather(own)
         lines = self.lines(every.view(-1, 2).tolist())
         if state.is_world_process_zero:
@@ -100,3 +108,8 @@ class Pace(TrainerCallback):
                     f"{parts[1]:.3f}), the median of {len(totals)} is {median:.3f}"
                 )
         return said
+
+
+def _between(begin: Any, end: Any) -> float:
+    """Seconds between two moments, of the host or of the device."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000

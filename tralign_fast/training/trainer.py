@@ -305,7 +305,7 @@ class TRTrainer(ResumableTrainer):
         ref_logps = self.reference.logps(inputs)
         batch = asked(inputs) if self.aux_loss_enabled else inputs
         wanted = statistics_of(batch, self.args.use_weighting)
-        with self._pace.forward(self.model.training):
+        with self._pace.forward(self.model):
             logps, found = token_logps_and_statistics(model, batch, wanted)
         weights = None
         if self.args.use_weighting:
