@@ -53,7 +53,7 @@ BEFORE_LOADING = {
         ["train", "TRAIN", "--resume_from_checkpoint", ""], "expected a word that is not empty"
     ),
     "no checkpoint": (
-        ["train", "TRAIN", "--resume_from_checkpoint", "TMP/no"], "expected true or a checkpoint's"
+        ["train", "TRAIN", "--resume_from_checkpoint", "TMP/no"], "expected true, auto or a"
     ),
     "two answers": (
         ["train", "TRAIN", "--resume", "--resume_from_checkpoint", "false"], "resume: expected one"

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,17 +27,21 @@ FSDP2 = ("dpo-snapshot", "dpo-offloaded", "dpo-resident", "kto-resident", "kto-s
 pytestmark = pytest.mark.filterwarnings("ignore:a step of", "ignore:moved aside")
 
 
-def processes(count: int, kind: str, source: Path | None, step: int, into: Path, cases) -> None:
+def run(count: int, kind: str, source: Path | None, step: int, into: Path, cases) -> Any:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
         str(count), "-m", "tests.distributed.resized_run", kind, str(source), str(step), str(into),
         *cases,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    run = subprocess.run(
+    return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
-    assert run.returncode == 0, run.stderr[-4000:]
+
+
+def processes(*args) -> None:
+    ended = run(*args)
+    assert ended.returncode == 0, ended.stderr[-4000:]
 
 
 def found(folder: Path, case: str) -> dict[str, list[float]]:
@@ -83,6 +88,19 @@ def test_one_process_then_two_then_four(kind, tmp_path):
     for case in cases:
         check_same(found(tmp_path / "2", case), whole[case])
         check_same(found(tmp_path / "4", case), whole[case])
+
+
+@pytest.mark.matrix
+def test_a_missing_shard_ends_all_with_its_name(tmp_path):
+    processes(4, "fsdp2", None, 0, tmp_path / "4", ["dpo-resident"])
+    name = "reference/model.shards/__3_0.distcp"
+    (tmp_path / "4" / "dpo-resident" / "checkpoint-3" / name).unlink()
+    ended = run(2, "fsdp2", tmp_path / "4", 3, tmp_path / "2", ["dpo-resident"])
+    assert ended.returncode != 0
+    said = re.findall(r"ValueError: .*", ended.stderr)
+    assert len(said) == 2
+    assert len({*said}) == 1
+    assert said[0].endswith(f"checkpoint-3 is damaged: {name} is missing")
 
 
 # --- what is refused

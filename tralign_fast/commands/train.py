@@ -58,6 +58,7 @@ def _run(options: TrainOptions, config: Any) -> int:
     from tralign_fast import TRTrainer
     from tralign_fast.training.checkpoints import check_output_dir, check_writable
     from tralign_fast.training.option_conflicts import check_evaluation, check_trackers
+    from tralign_fast.training.runs import resume_of
 
     # before hours of loading
     checkpoint = checkpoint_of(options.resume, config.resume_from_checkpoint)
@@ -66,7 +67,8 @@ def _run(options: TrainOptions, config: Any) -> int:
     check_writable(config.output_dir)
     bits, adapter = quantization_of(options), adapter_of(options, config)
     config.model_init_kwargs = loading_of(options, config)
-    if not checkpoint and not config.overwrite_output_dir:
+    goes_on = resume_of(Path(config.output_dir or "."), checkpoint)
+    if not goes_on and not config.overwrite_output_dir:
         check_output_dir(config.output_dir)
     rows, held_out = load_sets(options)
     trainer = TRTrainer(
@@ -130,13 +132,14 @@ def renamed(rows: Any, columns: dict[str, str], source: str) -> Any:
 
 
 def checkpoint_of(resume: bool, given: str | bool | None) -> str | bool | None:
-    """What to go on from: a folder, True for the newest whole checkpoint, None for nothing."""
+    """What to go on from: a folder, True for the newest whole checkpoint, "auto" for that one if
+    there is any, None for nothing."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     named = words.get(given.lower(), given) if isinstance(given, str) else given
     if resume and named is False:
         raise ValueError("resume: expected one answer, got true, and resume_from_checkpoint false")
-    if isinstance(named, str) and not Path(named).is_dir():
+    if isinstance(named, str) and named != "auto" and not Path(named).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint: expected true or a checkpoint's folder, got {named!r}"
+            f"resume_from_checkpoint: expected true, auto or a checkpoint's folder, got {named!r}"
         )
     return named or (True if resume else None)

@@ -72,7 +72,7 @@ def told_to_all() -> Iterator[None]:
         raise own
     for process, text in enumerate(every):
         if text is not None:
-            raise ValueError(f"process {process}: {text}") from own
+            raise ValueError(f"process {process}: {text}") from None
 
 
 def _version(name: str) -> str:

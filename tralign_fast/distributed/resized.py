@@ -13,7 +13,8 @@ must stay. What depends on how rows are grouped besides:
 | a term that is a mean over tokens; a        | another grouping is another mean: one line        |
 | load-balancing loss                         |                                                   |
 | shards of DeepSpeed or of tensor            | refused                                           |
-| parallelism, a stream that is dealt out by its files, batch_rebalance  |                                                   |
+| parallelism, a stream that is dealt out by  |                                                   |
+| its files, batch_rebalance                  |                                                   |
 """
 
 from __future__ import annotations

@@ -68,8 +68,10 @@ class ResumableTrainer(Trainer):
         """Trains, or goes on from a checkpoint.
 
         Args:
-            resume_from_checkpoint: True: the newest whole checkpoint of the run in `output_dir`; or
-                a checkpoint's folder. What may differ from the run that wrote it: `resume.py`.
+            resume_from_checkpoint: True: the newest whole checkpoint of the run in `output_dir`;
+                "auto": the same if there is one, else a run starts; or a checkpoint's folder. What
+                may differ from the run that wrote it: `resume.py`. Processes that torchrun has
+                started again (`--max-restarts`) go on from the newest one of their run.
 
         Raises:
             ValueError: the folder holds another run or is in use; there is nothing whole to resume

@@ -9,6 +9,8 @@ that it is neither resumed nor counted, and nothing is lost.
 | no resume                       | any run: refused; with `overwrite_output_dir` moved aside      |
 | `resume_from_checkpoint=True`   | this run: the newest whole one; all that is newer moves aside  |
 |                                 | another run: passed over, moves aside                          |
+| "auto", and a restart           | the newest whole one if there is any, else as without resume   |
+| of torchrun's                   |                                                                |
 | a path inside the folder        | this run: that one, newer ones move aside; another's: refused  |
 | a path elsewhere                | the same run: as inside; none: the run goes on in this folder; |
 |                                 | another: refused; with `overwrite_output_dir` moved aside      |
@@ -30,6 +32,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tralign_fast.distributed.elastic import launch, restarts
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.training.manifest import (
     check_manifest,
@@ -92,6 +95,18 @@ def newest_checkpoint(output_dir: str | None) -> Path:
     return _newest(Path(output_dir or "."))[0]
 
 
+def resume_of(folder: Path, resume: str | bool | None) -> str | bool | None:
+    """What to go on from: a path, True for the newest whole checkpoint, None for nothing.
+
+    Processes that torchrun has started again go on from the newest one of the run that they began,
+    whatever they are asked to resume.
+    """
+    there = bool(_checkpoints(folder) or _checkpoints(folder / WRITING))
+    if there and restarts() > 0 and _read_run(folder).get("launch") == launch():
+        return True
+    return (there or None) if resume == "auto" else resume
+
+
 def open_run(
     folder: Path,
     resume: str | bool | None,
@@ -113,6 +128,7 @@ def open_run(
             or another run's.
     """
     _clear_up(folder)
+    resume = resume_of(folder, resume)
     if not resume:
         if not overwrite:
             check_output_dir(str(folder))
@@ -138,8 +154,8 @@ def open_run(
         return OpenedRun(identity, str(checkpoint), facts)
     others = [c for c in _checkpoints(folder) if not _goes_on(c, identity, facts["step"])]
     move_aside(folder, others, f"newer than {checkpoint.name}, damaged or another run's")
-    if present is None:
-        write_durably(folder / RUN_FILE, _description(identity))
+    if present is None or _read_run(folder).get("launch") != launch():
+        write_durably(folder / RUN_FILE, _description(identity, _read_run(folder)))
     return OpenedRun(identity, str(checkpoint), facts)
 
 
@@ -201,15 +217,22 @@ def _goes_on(checkpoint: Path, identity: str, step: int) -> bool:
 
 def run_in(folder: Path) -> str | None:
     """The identity of the run in a folder."""
+    return _read_run(folder).get("run")
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / RUN_FILE).read_text())["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        content = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _description(identity: str) -> dict[str, Any]:
+def _description(identity: str, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Of a run that starts, or that goes on: it has started before."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"run": identity, "started": now, "host": platform.node(), "process": os.getpid()}
+    place = {"host": platform.node(), "process": os.getpid(), "launch": launch()}
+    return {"run": identity, "started": (before or {}).get("started", now), **place}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -37,6 +37,7 @@ from tralign_fast.distributed.context_parallel import (
     dividing,
     dividing_processes,
 )
+from tralign_fast.distributed.pace import Pace
 from tralign_fast.distributed.processes import even_parts, take_off_autocast
 from tralign_fast.distributed.tensor_parallel import gather_once, sharing_processes
 from tralign_fast.model.router import asked, router_coefficient
@@ -184,6 +185,8 @@ class TRTrainer(ResumableTrainer):
         self._once = OncePerRun()
         # what is not finite shows in the logs, and asking each loss would wait for the device
         args.logging_nan_inf_filter = False
+        self._pace = Pace(self.accelerator)
+        self.add_callback(self._pace)
         self.add_callback(self._finite)
         self.add_callback(_SyncReference(self.reference, self._lookahead))
         self._means = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
@@ -242,7 +245,8 @@ class TRTrainer(ResumableTrainer):
             return [], None
         if self.reference.must_score(self.state.global_step):
             self._lookahead.score_window(epoch_iterator)
-        return self._lookahead.take(epoch_iterator, num_batches), None
+        with self._pace.loading():
+            return self._lookahead.take(epoch_iterator, num_batches), None
 
     def training_step(
         self,
@@ -313,7 +317,8 @@ class TRTrainer(ResumableTrainer):
         ref_logps = self.reference.logps(inputs)
         batch = asked(inputs) if self.aux_loss_enabled else inputs
         wanted = statistics_of(batch, self.args.use_weighting)
-        logps, found = token_logps_and_statistics(model, batch, wanted)
+        with self._pace.forward(self.model):
+            logps, found = token_logps_and_statistics(model, batch, wanted)
         weights = None
         if self.args.use_weighting:
             weights = pair_weights(logps, found["log_sum_sq_probs"], batch.offsets)
