@@ -115,7 +115,7 @@ def processes(*, fsdp=None, zero_stage=None, offload="none"):
         ("resident", {"nvme"}),
         ("snapshot", set()),
         ("offloaded", {"zero3", "nvme"}),
-        ("adapter", {"fsdp2", "zero3", "nvme"}),
+        ("adapter", set()),
         ("precomputed", set()),
         ("host_copy", {"fsdp2", "zero3", "nvme"}),
     ],

@@ -52,6 +52,7 @@ CASES = {
     "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 40, **HARD}),
     "dpo-compiled": ("dpo", {"reference": "resident", **COMPILED, **SOFT}),
     "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
+    "dpo-adapter": ("dpo", {"reference": "adapter", **SOFT}),
     "dpo-precomputed": ("dpo", PRECOMPUTED),
     "kto-precomputed": ("kto", PRECOMPUTED),
     "kto-split": ("kto", {"reference": "resident", "token_budget": 60, **SOFT}),
@@ -59,7 +60,10 @@ CASES = {
 REFUSED = {  # cases that a kind cannot run, and what it says
     "zero3": {"dpo-offloaded": "cannot hold weights", "dpo-compiled": "cannot compile layers"}
 }
-RESUMED = ("dpo-resident", "dpo-snapshot", "dpo-offloaded", "kto-snapshot", "dpo-precomputed")
+RESUMED = (
+    "dpo-resident", "dpo-snapshot", "dpo-offloaded", "dpo-adapter", "kto-snapshot",
+    "dpo-precomputed",
+)  # fmt: skip
 
 
 def rows_of(method):
@@ -78,7 +82,7 @@ def train(case, folder, *, batch, resume_from=None, **extra):
     tokenizer = make_small_tokenizer()
     method, options = CASES[case]
     policy = make_tiny_llama(tokenizer)
-    if case == "dpo-lora":
+    if case in ("dpo-lora", "dpo-adapter"):
         policy = get_peft_model(policy, LoraConfig(r=2, target_modules="all-linear"))
     trainer = make(
         policy, tokenizer, folder, method, rows_of(method),

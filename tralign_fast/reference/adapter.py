@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tralign_fast.model.graphs import without_graphs
@@ -24,8 +25,17 @@ from tralign_fast.reference.deltas import (
 from tralign_fast.reference.lora import mixes_by_tensor, refusal, trained_adapters
 from tralign_fast.reference.offloaded import OffloadedReference
 from tralign_fast.reference.room import CHUNK, Room, Stage
-from tralign_fast.reference.sharding import process_index
+from tralign_fast.reference.sharding import (
+    broadcast_from_main,
+    is_sharded,
+    named_parameters,
+    process_index,
+    reshard,
+    whole_tensors,
+)
 from tralign_fast.reference.trust_region import TrustRegion
+
+_FILE = "adapters.safetensors"
 
 
 class AdapterReference(OffloadedReference):
@@ -47,6 +57,10 @@ class AdapterReference(OffloadedReference):
     a GPU), and a sweep brings in one layer at a time.
 
     A DoRA layer's `diag(d_k)` goes into `B_k`, and their mean on `W` is a vector (`DoraDelta`).
+    Where FSDP2 or ZeRO-3 shards the policy, every process holds past adapters whole: a move gathers
+    the policy's factors, as many bytes as the adapter has, in few collectives, and a sweep adds
+    none to those of the forward.
+
     What else the policy trains (biases, `modules_to_save`, tokens, layers unfrozen by hand,
     adapters whose weight is affine in what they train, as IA3's) moves as in `OffloadedReference`.
     Scores are swept for a window, as there, and for τ = 1 at every step.
@@ -63,7 +77,7 @@ class AdapterReference(OffloadedReference):
     """
 
     name = "adapter"
-    can_be_sharded = frozenset()
+    can_be_sharded = frozenset({"FSDP2", "ZeRO-3"})
     grows = True
 
     def __init__(
@@ -88,6 +102,7 @@ class AdapterReference(OffloadedReference):
             for name, adapter, layer in layers
         }
         self._weights = [1.0]  # w_k, newest first
+        self._is_common = False  # whether all processes have agreed on the first adapter
         super().__init__(policy, schedule, rounding=rounding, seed=seed)
         self._make_room()
 
@@ -108,7 +123,7 @@ class AdapterReference(OffloadedReference):
 
     def mixed_parameters(self) -> dict[str, Tensor]:
         factors = {id(p) for delta in self._deltas.values() for p in delta.factors}
-        trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in named_parameters(self.policy).items() if p.requires_grad}
         return {name: p for name, p in trained.items() if id(p) not in factors}
 
     @contextlib.contextmanager
@@ -116,6 +131,7 @@ class AdapterReference(OffloadedReference):
         if self._inside:
             yield
             return
+        self._agree()
         # the factors' addresses change with every sweep
         with super().weights(), without_graphs(), contextlib.ExitStack() as stack:
             stage = self._stage()
@@ -138,12 +154,51 @@ class AdapterReference(OffloadedReference):
             stage.add(delta, tensors)
         return stage
 
+    def _agree(self) -> None:
+        """The first adapter is that of the first process: FSDP2 fills the others' weights later
+        than it was kept.
+
+        Raises:
+            ValueError: a sharded policy with an adapter whose factors cannot be gathered.
+        """
+        if self._is_common or not is_sharded(self.policy):
+            return
+        self._is_common = True
+        for name, delta in self._deltas.items():
+            if type(delta) is not LayerDelta:
+                raise ValueError(
+                    f'reference="adapter": {name} is no plain LoRA on a linear layer, and a '
+                    "sharded policy's reference holds no other; use ref_model_mixup_alpha=1 with "
+                    'reference="snapshot", or DDP'
+                )
+        held = [tensor for delta in self._deltas.values() for tensor in delta.held()]
+        broadcast_from_main(held, self._deltas[next(iter(self._deltas))].factors[0].device)
+
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Inside, every delta has the policy's factors whole."""
+        if not is_sharded(self.policy):
+            yield
+            return
+        self._agree()
+        reshard(self.policy)
+        deltas = self._deltas.values()
+        whole = iter(whole_tensors([factor for delta in deltas for factor in delta.factors]))
+        for delta in deltas:
+            delta.whole = (next(whole), next(whole))
+        try:
+            yield
+        finally:
+            for delta in deltas:
+                delta.whole = None
+
     @torch.no_grad()
     def move(self) -> None:
         super().move()
         weights = self._moved(self._weights)
-        for delta in self._deltas.values():
-            delta.fetch(len(weights))
+        with self._gathered():
+            for delta in self._deltas.values():
+                delta.fetch(len(weights))
         if any(delta.becomes_matrix(len(weights)) for delta in self._deltas.values()):
             self._wait()  # once, not for each factor
         for delta in self._deltas.values():
@@ -182,15 +237,17 @@ class AdapterReference(OffloadedReference):
             for name, delta in self._deltas.items()
             for part, tensor in delta.state().items()
         }
-        self._save_tensors(folder, "adapters.safetensors", tensors)
-        if process_index() == 0:
+        if process_index() == 0:  # all hold the same
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, folder / _FILE)
             (folder / "adapters.json").write_text(json.dumps({"weights": self._weights}) + "\n")
 
     def load_weights(self, folder: Path) -> None:
         super().load_weights(folder)
         self._wait()
         self._weights = json.loads((folder / "adapters.json").read_text())["weights"]
-        tensors = self._load_tensors(folder, "adapters.safetensors")
+        tensors = load_file(folder / _FILE)
+        self._is_common = True
         for name, delta in self._deltas.items():
             prefix = f"{name}."
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

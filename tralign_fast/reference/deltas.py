@@ -33,7 +33,7 @@ class LayerDelta:
         self, layer: Any, adapter: str, home: torch.device | None, room: Room | None = None
     ) -> None:
         self.layer, self.adapter = layer, adapter
-        self.factors = self._parameters()
+        self.whole: tuple[Tensor, Tensor] | None = None  # the factors, where shards were gathered
         self.stage: Stage | None = None  # in a sweep, of all layers
         self._home = home
         self._room = room or Room()
@@ -43,8 +43,9 @@ class LayerDelta:
         self._weights = [1.0]
         self._matrix: Tensor | None = None  # (…, out, in) float32
 
-    def _parameters(self) -> tuple[nn.Parameter, ...]:
-        """What of the policy this stands for, and nobody else moves."""
+    @property
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """What of the policy this stands for, and nobody else moves; FSDP2 makes others of them."""
         return tuple(module.weight for module in self._modules())
 
     def _modules(self) -> tuple[Any, Any]:
@@ -52,6 +53,8 @@ class LayerDelta:
 
     def _current(self) -> tuple[Tensor, Tensor]:
         """The policy's factors: (…, r, in) and (…, out, r)."""
+        if self.whole is not None:
+            return self.whole
         down, up = (module.weight.detach() for module in self._modules())
         return down, up
 
@@ -204,8 +207,9 @@ class DoraDelta(LayerDelta):
     def _magnitude(self) -> Any:
         return self.layer.lora_magnitude_vector[self.adapter]
 
-    def _parameters(self) -> tuple[nn.Parameter, ...]:
-        return *super()._parameters(), self._magnitude.weight
+    @property
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        return *super().factors, self._magnitude.weight
 
     @torch.no_grad()
     def _scales(self) -> Tensor:
@@ -313,17 +317,18 @@ _DELTA_METHODS = ("get_delta_factors", "get_delta_weight")
 class EmbeddingDelta(LayerDelta):
     """An embedding's factors are parameters that its forward reads: they are replaced, whole."""
 
-    def _parameters(self) -> tuple[nn.Parameter, ...]:
+    @property
+    def factors(self) -> tuple[nn.Parameter, ...]:
         layer = self.layer
         return layer.lora_embedding_A[self.adapter], layer.lora_embedding_B[self.adapter]
 
     def _current(self) -> tuple[Tensor, Tensor]:
-        down, up = (factor.detach() for factor in self._parameters())
+        down, up = (factor.detach() for factor in self.factors)
         return down, up  # (r, V) and (H, r)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        held = self._parameters()
+        held = self.factors
         before = [parameter.data for parameter in held]
         down, up = self._on(held[0].device)
         up = self._weighted(up)

@@ -130,10 +130,12 @@ class FiniteSteps(TrainerCallback):
 def check_weights(model: nn.Module) -> None:
     """Raises ValueError where a trained weight is NaN or infinite: finite gradients may overflow a
     weight, and no checkpoint is to hold it."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    # a process may have no row of a small weight that is sharded
+    trained = ((n, _local(p)) for n, p in model.named_parameters() if p.requires_grad)
+    named = [(name, own) for name, own in trained if own.numel()]
     if not named:
         return
-    norms = [torch.linalg.vector_norm(_local(p), float("inf")).float() for _, p in named]
+    norms = [torch.linalg.vector_norm(own, float("inf")).float() for _, own in named]
     device = norms[0].device
     finite = torch.isfinite(torch.stack([norm.to(device) for norm in norms])).tolist()
     if not all(finite):
