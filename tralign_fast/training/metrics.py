@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tralign_fast.data.packing import PackedBatch
-from tralign_fast.ops.preference import METRICS
+from tralign_fast.ops.preference import METRICS, PackedLoss
 
 # Rows of `token_totals`, under TRL's names, and what they are made of.
 TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
@@ -126,3 +126,13 @@ def _averages(
     totals = torch.where(present, means, 0.0).sum(0)
     table = torch.stack([totals, present.sum(0).double()], 1).tolist()
     return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
+
+
+def outputs_of(result: PackedLoss, batch: PackedBatch) -> dict[str, Tensor]:
+    """What `compute_loss` returns beside the loss, and evaluation hands to `compute_metrics`."""
+    if batch.is_desirable is None:
+        predictions = torch.stack(result.rewards.chunk(2), dim=-1)  # (B, 2)
+        labels = torch.zeros(len(batch), dtype=torch.int64, device=predictions.device)
+    else:
+        predictions, labels = result.rewards[: len(batch)], batch.is_desirable.long()
+    return {"logps": result.logps, "predictions": predictions, "labels": labels}

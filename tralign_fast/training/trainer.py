@@ -32,11 +32,7 @@ from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
 from tralign_fast.distributed.alike import check_versions, told_to_all
-from tralign_fast.distributed.context_parallel import (
-    check_division,
-    dividing,
-    dividing_processes,
-)
+from tralign_fast.distributed.context_parallel import check_division, dividing, dividing_processes
 from tralign_fast.distributed.pace import Pace
 from tralign_fast.distributed.processes import even_parts, take_off_autocast
 from tralign_fast.distributed.tensor_parallel import gather_once, sharing_processes
@@ -46,7 +42,7 @@ from tralign_fast.model.scoring import (
     sequence_logps,
     token_logps_and_statistics,
 )
-from tralign_fast.ops.preference import PackedLoss, preference_loss
+from tralign_fast.ops.preference import preference_loss
 from tralign_fast.ops.segments import pair_weights
 from tralign_fast.reference import choose_reference
 from tralign_fast.reference.base import ReferencePolicy
@@ -61,7 +57,12 @@ from tralign_fast.training.inputs import collator_of, tokenized
 from tralign_fast.training.load_balance import add_balance, with_slopes
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.method import settle_method
-from tralign_fast.training.metrics import PreferenceMetrics, statistics_of, token_totals
+from tralign_fast.training.metrics import (
+    PreferenceMetrics,
+    outputs_of,
+    statistics_of,
+    token_totals,
+)
 from tralign_fast.training.model_card import add_trust_region
 from tralign_fast.training.models import RunModels, activation_offloading
 from tralign_fast.training.once import OncePerRun
@@ -330,10 +331,12 @@ class TRTrainer(ResumableTrainer):
         )  # fmt: skip
         if batch.share > 0:
             mode = "train" if self.model.training else "eval"
-            counts = float(batch.weight > 0)  # else its examples are another process's
-            tokens = token_totals(found, batch) * counts
-            self._means[mode].record(result.totals * counts, tokens, batch.share)
-            if mode == "train" and counts:  # in the state, so that a resumed run goes on counting
+            totals = (result.totals, token_totals(found, batch))
+            if batch.weight == 0:  # its examples are another process's
+                totals = tuple(torch.zeros_like(t) for t in totals)
+            self._means[mode].record(*totals, batch.share)
+            # in the state, so that a resumed run goes on counting
+            if mode == "train" and batch.weight > 0:
                 self.state.num_input_tokens_seen += batch.sequence_tokens
         step = self.state.global_step + 1
         loss = add_balance(self, result.loss, batch)
@@ -342,7 +345,7 @@ class TRTrainer(ResumableTrainer):
         loss = loss if scale == 1.0 else loss * scale
         if self.is_deepspeed_enabled:  # its backward steps
             self._finite.check()
-        return (loss, _outputs(result, batch)) if return_outputs else loss
+        return (loss, outputs_of(result, batch)) if return_outputs else loss
 
     def _kl(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> Tensor | None:
         """() KTO's KL term of all processes; None: there is none, or the loss makes it itself."""
@@ -496,13 +499,3 @@ class _SyncReference(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.reference.schedule.should_sync(state.global_step):
             self.reference.sync()
-
-
-def _outputs(result: PackedLoss, batch: PackedBatch) -> dict[str, Tensor]:
-    """What `compute_loss` returns beside the loss, and evaluation hands to `compute_metrics`."""
-    if batch.is_desirable is None:
-        predictions = torch.stack(result.rewards.chunk(2), dim=-1)  # (B, 2)
-        labels = torch.zeros(len(batch), dtype=torch.int64, device=predictions.device)
-    else:
-        predictions, labels = result.rewards[: len(batch)], batch.is_desirable.long()
-    return {"logps": result.logps, "predictions": predictions, "labels": labels}
