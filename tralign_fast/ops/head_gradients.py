@@ -61,8 +61,13 @@ class HeadGradients:
         new = weight.new_empty if all_columns else weight.new_zeros
         self.weight = new(weight.shape) if needs[1] else None
         self.bias = new(weight.shape[0]) if needs[2] else None
-        dtype = x.dtype if one_part else torch.float32
-        self.hidden = x.new_zeros(x.shape, dtype=dtype) if needs[0] else None
+        self._one_part = one_part
+        if not needs[0]:
+            self.hidden = None
+        elif one_part:
+            self.hidden = torch.empty_like(x, memory_format=torch.contiguous_format)
+        else:
+            self.hidden = x.new_zeros(x.shape, dtype=torch.float32)
         _, self._tile_backward_ = tile_ops(saved.backend, saved.transform)
         # powers leave a factor of each row to the products
         self._factor = _factor_of(saved, grad)
@@ -82,7 +87,8 @@ class HeadGradients:
         elif self.saved.logps is None:
             tile_powers_(logits, targets, start, self.saved.logsumexp)
         if self.hidden is not None:
-            tiles.accumulate_(self.hidden, logits, self.saved.weight[columns].to(logits.dtype))
+            add_product_ = tiles.product_into_ if self._one_part else tiles.accumulate_
+            add_product_(self.hidden, logits, self.saved.weight[columns].to(logits.dtype))
         if self.weight is not None and isinstance(columns, slice):
             tiles.product_into_(self.weight[columns], logits.t(), self._scaled)
         elif self.weight is not None:

@@ -61,8 +61,10 @@ def linear_logprobs_op(
     tile_forward_, _ = tile_ops(backend, scores)
     if keeps_powers:
         with autocast_off(hidden.device):
-            powers.forward_(x, weight, targets, bias, logsumexp, target_logit, kept, tile, scores)
-        return log_probs(target_logit, logsumexp), logsumexp, kept, logsumexp.new_empty(0, rows)
+            logps = powers.forward_(
+                x, weight, targets, bias, logsumexp, target_logit, kept, tile, scores
+            )
+        return logps, logsumexp, kept, logsumexp.new_empty(0, rows)
     fused = _is_fused(backend, compute_dtype, statistics)
     running = RunningStatistics(wanted, x, scores, backend) if wanted else None
     scratch = x.new_empty(0 if fused else rows * min(tile, vocab - keep))

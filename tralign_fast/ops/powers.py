@@ -71,8 +71,8 @@ def forward_(
     kept: Tensor,  # (N·K,), written: the powers of the first K columns
     tile: int,
     transform: LogitTransform,
-) -> None:
-    """Logsumexp and target logits of all columns, powers of the first."""
+) -> Tensor:
+    """(N,) the log-probs; and the logsumexp of all columns, powers of the first."""
     forward = kernel("linear_logprob_forward_")
     options = transform.kernel_options()
     x = aligned(x)
@@ -93,6 +93,7 @@ def forward_(
     again.logps = log_probs(target_logit, logsumexp)
     for start, stop in tiles.cut(0, keep, tile):
         again.make_(start, stop, again.view(start, stop), repair=True)
+    return again.logps
 
 
 class Powers(tiles.Logits):
@@ -153,8 +154,8 @@ class RowFactor:
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy that the kernels' wide loads can address."""
-    if matrix.stride(1) == 1 and (matrix.data_ptr() | matrix.stride(0)) % _ALIGNED == 0:
+    """The matrix, or a copy that the kernels' wide loads can address; allocators align memory."""
+    if matrix.stride(1) == 1 and (matrix.storage_offset() | matrix.stride(0)) % _ALIGNED == 0:
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
 
