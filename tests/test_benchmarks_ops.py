@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import ema
 from benchmarks.ops import arms, results, turns, vocab_filter
-from benchmarks.ops.__main__ import scaling_cases
+from benchmarks.ops.__main__ import default_arms, scaling_cases
 
 CASE = arms.Case(tokens=16, hidden=8, vocab=300, dtype="fp32", device="cpu")
 ARMS = ("bare", "tralign_fast", "eager")
@@ -40,7 +40,8 @@ def test_every_arm_is_called_checked_and_measured(runs):
         assert all(e > 0 for run in of_dtype[1:] for e in run.errors or [0])
 
 
-@pytest.mark.parametrize("name", ["tralign_fast", "tralign_fast_lean", "eager", "eager_scored",
+@pytest.mark.parametrize("name", ["tralign_fast", "tralign_fast_lean", "tralign_fast_1_gib",
+                                  "tralign_fast_node", "eager", "eager_scored",
                                   "torch", "trl", "liger", "liger_scaled"])  # fmt: skip
 def test_arms_do_the_same_work(name):
     inputs = arms.make_inputs(CASE)
@@ -77,6 +78,33 @@ def test_the_arm_that_has_only_a_mean_does_the_same_products(monkeypatch):
     assert inputs.weight.grad is not None
     assert not inputs.hidden.grad.flatten(0, 1)[~inputs.mask.flatten()].any()
     assert "quack" in arms.UNCHECKED
+
+
+def test_arms_of_a_gpu_are_left_out_elsewhere():
+    for scaling in (None, "N"):
+        on_cpu, on_gpu = (default_arms(scaling, on_gpu) for on_gpu in (False, True))
+        assert not {*on_cpu} & {*arms.GPU_ARMS}
+        assert {*on_gpu} == {*on_cpu, *arms.GPU_ARMS}
+        assert len(on_gpu) == len({*on_gpu})
+    with pytest.raises(ValueError, match="powers are kept by Triton"):
+        arms.ARMS["tralign_fast_powers"][1](arms.make_inputs(CASE))
+
+
+def test_the_arm_of_powers_keeps_them(monkeypatch):
+    """On a GPU; here the node is asked what it was told."""
+    import tralign_fast
+
+    told = []
+    own = tralign_fast.linear_preference_loss
+    monkeypatch.setattr(
+        tralign_fast, "linear_preference_loss",
+        lambda *args, kept, **options: told.append(kept) or own(*args, **options), raising=False,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    make = arms.make_tralign_fast_powers(arms.make_inputs(replace(CASE, dtype="bf16")))
+    monkeypatch.undo()
+    assert make().isfinite()
+    assert told == ["powers"]
 
 
 def test_the_exact_gradients_are_autograds():

@@ -14,6 +14,9 @@ default sizes are those of Llama-3-8B, on a CPU smaller ones.
 noise of the machine hits all alike. An arm that has used up `--arm_seconds` leaves the round (at
 least one steady call is timed); `calls` says how many were.
 
+On a GPU our arms are four: logits kept within what is free (`tralign_fast`), within 1 GiB, head and
+loss as one node, and that with powers kept in place of logits, which is not measured so far.
+
 quack's operator gives the mean of cross entropies and no log-probs of tokens, which DPO needs: its
 arm computes that mean of policy and reference, forward and backward, and is not checked. An arm
 whose package is missing is a row with the reason.
@@ -44,7 +47,7 @@ import torch
 
 from benchmarks.common import environment, write_csv
 from benchmarks.ops import vocab_filter
-from benchmarks.ops.arms import ARMS, DTYPES, Case
+from benchmarks.ops.arms import ARMS, DTYPES, GPU_ARMS, Case
 from benchmarks.ops.results import make_records, merge, plot_comparison, plot_scaling, table
 from benchmarks.ops.turns import ArmProcess, measure
 
@@ -54,13 +57,21 @@ SCALING_ARMS = ("bare", "tralign_fast", "tralign_fast_lean", "cce", "eager_score
 
 
 def scaling_cases(axis: str, base: Case) -> list[Case]:
+    tokens = (256, 1024, 4096, 16384)
     sizes = {
-        "N": ("tokens", (256, 1024, 4096, 16384)),
+        "N": ("tokens", (128, *tokens, 32768) if base.device == "cuda" else tokens),
         "V": ("vocab", (32768, 65536, 131072, 262144)),
         "H": ("hidden", (512, 1024, 2048, 4096)),
     }
     name, values = sizes[axis]
     return [replace(base, **{name: value}) for value in values]
+
+
+def default_arms(scaling: str | None, on_gpu: bool) -> list[str]:
+    arms = [*SCALING_ARMS] if scaling else [*ARMS]
+    if on_gpu:
+        return arms + [arm for arm in GPU_ARMS if arm not in arms]
+    return [arm for arm in arms if arm not in GPU_ARMS]
 
 
 def compare(args: argparse.Namespace, cases: Sequence[Case], gate: bool = True) -> list[dict]:
@@ -84,7 +95,7 @@ def compare(args: argparse.Namespace, cases: Sequence[Case], gate: bool = True) 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     on_gpu = args.device == "cuda"
-    args.arms = args.arms or list(SCALING_ARMS if args.scaling else ARMS)
+    args.arms = args.arms or default_arms(args.scaling, on_gpu)
     args.dtype = args.dtype or (["bf16"] if on_gpu else list(DTYPES))
     args.rounds = args.rounds or (3 if args.scaling else 9)
     # compile times are those of a first user, not of whoever ran this before

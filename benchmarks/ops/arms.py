@@ -120,11 +120,43 @@ def make_tralign_fast(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: _of_scored(inputs, linear_logprobs)
 
 
-def make_tralign_fast_lean(inputs: Inputs) -> Callable[[], Tensor]:
+def _with_budget(inputs: Inputs, megabytes: int) -> Callable[[], Tensor]:
     from tralign_fast import linear_logprobs
 
-    recomputed = functools.partial(linear_logprobs, logits_budget_mb=LEAN_MB)
-    return lambda: _of_scored(inputs, recomputed)
+    score = functools.partial(linear_logprobs, logits_budget_mb=megabytes)
+    return lambda: _of_scored(inputs, score)
+
+
+def make_tralign_fast_lean(inputs: Inputs) -> Callable[[], Tensor]:
+    return _with_budget(inputs, LEAN_MB)
+
+
+def make_tralign_fast_1_gib(inputs: Inputs) -> Callable[[], Tensor]:
+    return _with_budget(inputs, 1024)
+
+
+def make_tralign_fast_node(inputs: Inputs, **options: Any) -> Callable[[], Tensor]:
+    from tralign_fast import linear_logprobs, linear_preference_loss
+
+    count, device = len(inputs.index), inputs.hidden.device
+    offsets = torch.arange(SEQUENCES + 1, device=device) * (count // SEQUENCES)
+
+    def call() -> Tensor:
+        rows, ref_rows = (h.flatten(0, 1)[inputs.index] for h in (inputs.hidden, inputs.ref_hidden))
+        with torch.no_grad():
+            ref_logps = linear_logprobs(ref_rows, inputs.ref_weight, inputs.scored_targets)
+        return linear_preference_loss(
+            rows, inputs.weight, inputs.scored_targets, offsets,
+            ref_logps.view(SEQUENCES, -1).sum(1), loss="dpo", beta=BETA, **options,
+        ).loss  # fmt: skip
+
+    return call
+
+
+def make_tralign_fast_powers(inputs: Inputs) -> Callable[[], Tensor]:
+    if not (inputs.hidden.is_cuda and inputs.hidden.dtype == torch.bfloat16):
+        raise ValueError("powers are kept by Triton, in bf16; elsewhere this would be another arm")
+    return make_tralign_fast_node(inputs, kept="powers")
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -233,6 +265,9 @@ ARMS: dict[str, tuple[str, Callable[[Inputs], Callable[[], Tensor]]]] = {
     "bare": ("the bare matrix products", make_bare),
     "tralign_fast": ("tralign-fast", make_tralign_fast),
     "tralign_fast_lean": (f"tralign-fast, logits_budget_mb={LEAN_MB}", make_tralign_fast_lean),
+    "tralign_fast_1_gib": ("tralign-fast, logits_budget_mb=1024", make_tralign_fast_1_gib),
+    "tralign_fast_node": ("tralign-fast, linear_preference_loss", make_tralign_fast_node),
+    "tralign_fast_powers": ("tralign-fast, the same, powers kept", make_tralign_fast_powers),
     "cce": ("cut-cross-entropy", make_cce),
     "compiled": ("eager, torch.compile, scored rows", make_compiled),
     "eager_scored": ("eager, scored rows", make_eager_scored),
@@ -243,5 +278,7 @@ ARMS: dict[str, tuple[str, Callable[[Inputs], Callable[[], Tensor]]]] = {
     "trl": ("TRL", make_trl),
     "torch": ("F.linear_cross_entropy", make_torch),
 }
+# what differs from another arm on a GPU alone
+GPU_ARMS = ("tralign_fast_1_gib", "tralign_fast_powers")
 # whose result is not the loss that is checked
 UNCHECKED = ("bare", "quack")

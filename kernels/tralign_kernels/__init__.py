@@ -5,6 +5,7 @@ from .adafactor_shards import AdafactorShard
 from .adamw import AdamWOptions, adamw_step_
 from .ema import ema_naive, ema_update_
 from .linear_logprob import linear_logprob_forward_, linear_logprob_naive
+from .linear_powers import linear_powers_, linear_powers_naive, scale_rows_
 from .logprob import logprob_backward_, logprob_forward_, logprob_naive
 from .lora_merge import lora_merge_, lora_merge_naive
 from .optimizer_naive import adafactor_naive, adamw_naive
@@ -27,6 +28,8 @@ __all__ = [
     "ema_update_",
     "linear_logprob_forward_",
     "linear_logprob_naive",
+    "linear_powers_",
+    "linear_powers_naive",
     "logprob_backward_",
     "logprob_forward_",
     "logprob_naive",
@@ -34,4 +37,5 @@ __all__ = [
     "lora_merge_naive",
     "preference_forward",
     "preference_naive",
+    "scale_rows_",
 ]

@@ -62,12 +62,24 @@ SMALL_LAUNCH = {
     "gfx942": (DotLaunch(64, 64, 16, 8, 1),),
 }
 
+# Where the powers of the scores are stored too, of aligned halves. Not timed. Their tile passes
+# shared memory on its way, 64 kB of 128×256, which leaves stages of half the depth.
+POWERS_LAUNCH = {
+    "sm_80": (DotLaunch(128, 128, 64, 8, 3),),
+    "sm_90": (
+        DotLaunch(128, 256, 32, 8, 6, tma=True, persistent=True),
+        DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),
+    ),
+    "sm_100": (DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),),
+    "gfx942": (DotLaunch(128, 128, 64, 8, 2),),
+}
+
 # Columns of a work item: 16 tiles of 128. Llama 3's vocabulary has 63 items a row, so that 2,048
 # rows make 504 of them (3.8 for each of an H100's 132 SMs) and leave 0.5 kB a row to combine.
-_SPLIT = 2048
+SPLIT = 2048
 # Rows whose hidden states stay in the L2 cache (16 MB at H = 4,096, of an A100's 40 and an H100's
 # 50) while all of the weight passes by; it is read from device memory once for every such group.
-_GROUP = 2048
+GROUP = 2048
 _COMBINE_BLOCK = 128
 
 
@@ -89,7 +101,7 @@ def _load_tile(
 
 
 @triton.jit
-def _place_of(item, row_blocks, splits, GROUP_BLOCKS: tl.constexpr):
+def place_of(item, row_blocks, splits, GROUP_BLOCKS: tl.constexpr):
     """(block of rows, split): rows vary fastest within a group of blocks, then splits, then groups.
 
     Programs that run together read the same part of the weight, which thus comes from device memory
@@ -105,6 +117,41 @@ def _place_of(item, row_blocks, splits, GROUP_BLOCKS: tl.constexpr):
     return block, split
 
 
+@triton.jit
+def scores_of_tile(
+    hidden, weight, bias_ptr, first_row, first_column, N, W, H, hidden_stride, weight_stride,
+    inner, outer, dtype: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) fp32 scores; -inf in columns that are not there."""
+    column = first_column + tl.arange(0, COLUMNS)
+    inside = column < W
+    x = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if BIAS:  # first, not last: registers are scarcest after the product
+        x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    for k in range(0, H, DEPTH):
+        a = _load_tile(hidden, first_row, k, N, H, hidden_stride, ROWS, DEPTH, TMA)
+        b = _load_tile(weight, first_column, k, W, H, weight_stride, COLUMNS, DEPTH, TMA)
+        x = dot(a, b.T, x, PRECISION)
+    z = score(round_nearest(x, dtype).to(tl.float32), inner, outer, SOFTCAP)
+    return tl.where(inside[None, :], z, -float("inf"))
+
+
+@triton.jit
+def store_tile(target, first_row, first_column, rows, columns, stride, values, TMA: tl.constexpr):
+    """`values` into a row-major matrix, what lies outside of it left out."""
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    if TMA:
+        target.store([first_row, first_column], round_nearest(values, target.dtype))
+    else:
+        row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        address = target + row.to(tl.int64)[:, None] * stride + column[None, :]
+        tl.store(address, round_nearest(values, target.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["start", "N"])
 def _linear_logprob_kernel(
     hidden,  # (N, H): pointer or, with TMA, descriptor
@@ -114,16 +161,19 @@ def _linear_logprob_kernel(
     peak_ptr,  # (splits, N) fp32: maximum of an item's scores
     mass_ptr,  # (splits, N) fp32: sum of exp(score - maximum)
     target_logit_ptr,  # (N,) fp32
+    powers,  # (N, W) exp(score), where asked for: pointer or, with TMA, descriptor
     start,
     N,
     W,
     H,
     hidden_stride,
     weight_stride,
+    powers_stride,
     inner,
     outer,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    POWERS: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -135,7 +185,7 @@ def _linear_logprob_kernel(
     dtype: tl.constexpr = hidden.dtype if TMA else hidden.dtype.element_ty
     row_blocks, splits = tl.cdiv(N, ROWS), tl.cdiv(W, SPLIT)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        block, split = _place_of(item, row_blocks, splits, GROUP // ROWS)
+        block, split = place_of(item, row_blocks, splits, GROUP // ROWS)
         first_row = block * ROWS
         row = first_row + tl.arange(0, ROWS)
         row_inside = row < N
@@ -149,24 +199,23 @@ def _linear_logprob_kernel(
         mass = tl.zeros((ROWS,), tl.float32)
         target_logit = tl.zeros((ROWS,), tl.float32)
         for first_column in range(begin, end, COLUMNS):
+            z = scores_of_tile(
+                hidden, weight, bias_ptr, first_row, first_column, N, W, H, hidden_stride,
+                weight_stride, inner, outer, dtype, BIAS, SOFTCAP, TMA, PRECISION, ROWS, COLUMNS,
+                DEPTH,
+            )  # fmt: skip
             column = first_column + tl.arange(0, COLUMNS)
-            inside = column < W
-            x = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if BIAS:  # first, not last: registers are scarcest after the product
-                x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-            for k in range(0, H, DEPTH):
-                a = _load_tile(hidden, first_row, k, N, H, hidden_stride, ROWS, DEPTH, TMA)
-                b = _load_tile(weight, first_column, k, W, H, weight_stride, COLUMNS, DEPTH, TMA)
-                x = dot(a, b.T, x, PRECISION)
-            z = score(round_nearest(x, dtype).to(tl.float32), inner, outer, SOFTCAP)
-            z = tl.where(inside[None, :], z, -float("inf"))
             at_target = column[None, :] == target[:, None]
             target_logit += tl.sum(tl.where(at_target, z, 0.0), axis=1)
             # maxima skip NaN, sums do not; a row of -inf so far: exp(-inf - 0) = 0, not NaN
             new_peak = tl.maximum(peak, tl.max(z, axis=1))
             pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-            mass = mass * tl.exp(peak - pivot) + tl.sum(tl.exp(z - pivot[:, None]), axis=1)
+            power = tl.exp(z - pivot[:, None])
+            mass = mass * tl.exp(peak - pivot) + tl.sum(power, axis=1)
             peak = new_peak
+            if POWERS:
+                power *= tl.exp(pivot)[:, None]
+                store_tile(powers, first_row, first_column, N, W, powers_stride, power, TMA)
         partial = split.to(tl.int64) * N + row
         tl.store(peak_ptr + partial, peak, mask=row_inside)
         tl.store(mass_ptr + partial, mass, mask=row_inside)
@@ -208,6 +257,7 @@ def linear_logprob_forward_(
     target_logit: Tensor,  # (N,) float32, written where the target lies in the tile
     *,
     bias: Tensor | None = None,  # (W,) of the same dtype
+    powers: Tensor | None = None,  # (N, W) bf16, written: see `linear_powers`
     **transform: float | None,  # of `logprob.fold`
 ) -> None:
     """`logprob_forward_(F.linear(hidden, weight, bias), ...)` without the logits.
@@ -226,40 +276,44 @@ def linear_logprob_forward_(
     if N == 0 or W == 0:
         return
     name = architecture(hidden.device)
-    wide = hidden.dtype != torch.float32 and _is_aligned(hidden) and _is_aligned(weight)
+    wide = is_wide(hidden, weight)
     candidates = (WIDE_LAUNCH if wide else SMALL_LAUNCH)[name]
     inner, outer, softcap = fold(**transform)  # pyright: ignore[reportArgumentType]
-    if softcap:
-        candidates = [c for c in candidates if _fits_softcap(c)]
-    splits = triton.cdiv(W, _SPLIT)
+    if powers is not None:
+        check_powers(powers, hidden, weight, softcap)
+        candidates = POWERS_LAUNCH[name]
+    elif softcap:
+        candidates = [c for c in candidates if fits_softcap(c)]
+    splits = triton.cdiv(W, SPLIT)
     peaks, masses = hidden.new_empty((2, splits, N), dtype=torch.float32)
 
     def run(launch: DotLaunch) -> None:
         items = triton.cdiv(N, launch.rows) * splits
         assert items < 2**31, (N, W)
-        programs = min(items, _multiprocessors(hidden.device)) if launch.persistent else items
-        _linear_logprob_kernel[(programs,)](
-            _describe(hidden, launch.rows, launch.depth) if launch.tma else hidden,
-            _describe(weight, launch.columns, launch.depth) if launch.tma else weight,
+        _linear_logprob_kernel[(programs_of(items, launch, hidden.device),)](
+            *operands_of(hidden, weight, launch),
             hidden if bias is None else bias,  # any pointer, not read
             targets.contiguous(),
             peaks,
             masses,
             target_logit,
+            target_of(powers, launch) if powers is not None else hidden,  # likewise
             start,
             N,
             W,
             H,
             hidden.stride(0),
             weight.stride(0),
+            0 if powers is None else powers.stride(0),
             inner,
             outer,
             BIAS=bias is not None,
             SOFTCAP=softcap,
+            POWERS=powers is not None,
             TMA=launch.tma,
             PRECISION=FLOAT_PRECISION[name],
-            SPLIT=_SPLIT,
-            GROUP=_GROUP if wide else 0,  # small tiles have no registers left for it on sm_80
+            SPLIT=SPLIT,
+            GROUP=GROUP if wide else 0,  # small tiles have no registers left for it on sm_80
             ROWS=launch.rows,
             COLUMNS=launch.columns,
             DEPTH=launch.depth,
@@ -268,7 +322,8 @@ def linear_logprob_forward_(
         )
 
     with device_of(hidden):
-        key = (_linear_logprob_kernel, name, hidden.dtype, N, W, H, bias is None, softcap)
+        key = (_linear_logprob_kernel, name, hidden.dtype, N, W, H, bias is None, softcap,
+               powers is None)  # fmt: skip
         run(pick(candidates, key, run))
         _combine_kernel[(triton.cdiv(N, _COMBINE_BLOCK),)](
             peaks,
@@ -304,12 +359,43 @@ def _check(
         assert vector.is_contiguous(), vector.stride()
 
 
-def _fits_softcap(launch: DotLaunch) -> bool:
+def fits_softcap(launch: DotLaunch) -> bool:
     """tanh takes more registers than 128 accumulators a thread leave: the tile may have 64."""
     return launch.rows * launch.columns <= 64 * 32 * launch.num_warps
 
 
-def _is_aligned(matrix: Tensor) -> bool:
+def is_wide(hidden: Tensor, weight: Tensor) -> bool:
+    return hidden.dtype != torch.float32 and is_aligned(hidden) and is_aligned(weight)
+
+
+def check_powers(powers: Tensor, hidden: Tensor, weight: Tensor, softcap: bool) -> None:
+    assert not softcap, "a softcap's slope is not in the powers"
+    assert powers.shape == (len(hidden), len(weight)), powers.shape
+    assert powers.dtype == hidden.dtype == torch.bfloat16, (powers.dtype, hidden.dtype)
+    for matrix in (powers, hidden, weight):
+        assert matrix.stride(1) == 1, matrix.stride()
+        assert is_aligned(matrix), (matrix.data_ptr(), matrix.shape, matrix.stride())
+
+
+def programs_of(items: int, launch: DotLaunch, device: torch.device) -> int:
+    return min(items, _multiprocessors(device)) if launch.persistent else items
+
+
+def operands_of(hidden: Tensor, weight: Tensor, launch: DotLaunch) -> tuple[Any, Any]:
+    """As pointers or, with TMA, descriptors."""
+    if not launch.tma:
+        return hidden, weight
+    return (
+        _describe(hidden, launch.rows, launch.depth),
+        _describe(weight, launch.columns, launch.depth),
+    )
+
+
+def target_of(powers: Tensor, launch: DotLaunch) -> Any:
+    return _describe(powers, launch.rows, launch.columns) if launch.tma else powers
+
+
+def is_aligned(matrix: Tensor) -> bool:
     """Whether TMA can address it, and pointers 16 bytes a thread: as every language model's."""
     return (matrix.data_ptr() | matrix.stride(0) | matrix.shape[1]) % 16 == 0
 
@@ -322,115 +408,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3  # interpreted: fewer programs than items, as on a GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def aot_configurations(backend: str) -> list[dict[str, Any]]:
-    """Every configuration that the launcher can launch on `backend`, as `ema.aot_configurations`.
-
-    targets: the architectures that launch it. representative: whether the tests compile it, which
-    leave the candidates of TRALIGN_AUTOTUNE and most of the rest to benchmarks.report.
-    """
-    architectures = ["sm_80", "sm_90", "sm_100"] if backend == "cuda" else ["gfx942"]
-    configurations = [_combine_configuration()]
-    for name in architectures:
-        for dtype in DTYPES.values():
-            small = SMALL_LAUNCH[name]
-            candidates = small if dtype == "fp32" else WIDE_LAUNCH[name]
-            for launch, aligned in [*((c, True) for c in candidates), (small[0], False)]:
-                plain, every = (False, False), (True, _fits_softcap(launch))
-                for bias, softcap in (plain, every):
-                    configuration = _configuration(name, dtype, launch, aligned, bias, softcap)
-                    by_default = dtype == "bf16" and launch == candidates[0]
-                    configuration["representative"] = by_default or (
-                        dtype == "fp32" and softcap and not aligned
-                    )
-                    configurations.append(configuration)
-    return configurations
-
-
-def _configuration(
-    target: str, dtype: str, launch: DotLaunch, aligned: bool, bias: bool, softcap: bool
-) -> dict[str, Any]:
-    N, W, H = 2048, 128_256, 4096  # Llama-3-8B
-    constexprs = {
-        "BIAS": bias,
-        "SOFTCAP": softcap,
-        "TMA": launch.tma,
-        "PRECISION": FLOAT_PRECISION[target],
-        "SPLIT": _SPLIT,
-        "GROUP": _GROUP if launch in WIDE_LAUNCH[target] else 0,
-        "ROWS": launch.rows,
-        "COLUMNS": launch.columns,
-        "DEPTH": launch.depth,
-    }
-    pointer = f"*{dtype}"
-    hidden = f"tensordesc<{dtype}[{launch.rows}, {launch.depth}]>" if launch.tma else pointer
-    weight = f"tensordesc<{dtype}[{launch.columns}, {launch.depth}]>" if launch.tma else pointer
-    # arguments divisible by 16: pointers, W, H, row strides
-    divisible = (0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 12) if aligned else (0, 1, 2, 3, 4, 5, 6)
-    name = f"linear_logprob {dtype} {launch.rows}x{launch.columns}"
-    name += " bias" * bias + " softcap" * softcap + " unaligned" * (not aligned)
-    return {
-        "name": name,
-        "targets": (target,),
-        "fn": _linear_logprob_kernel,
-        "signature": {
-            "hidden": hidden,
-            "weight": weight,
-            "bias_ptr": pointer,
-            "targets_ptr": "*i64",
-            "peak_ptr": "*fp32",
-            "mass_ptr": "*fp32",
-            "target_logit_ptr": "*fp32",
-            **dict.fromkeys(("start", "N", "W", "H", "hidden_stride", "weight_stride"), "i32"),
-            "inner": "fp32",
-            "outer": "fp32",
-            **dict.fromkeys(constexprs, "constexpr"),
-        },
-        "constexprs": constexprs,
-        "attrs": {
-            (i,): [["tt.divisibility", 16]] for i in divisible if not (launch.tma and i in (0, 1))
-        },
-        "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-        "shape": f"N={N} W={W} H={H}",
-        **traffic(N, W, H, 4 if dtype == "fp32" else 2, launch, bias),
-    }
-
-
-def traffic(N: int, W: int, H: int, size: int, launch: DotLaunch, bias: bool) -> dict[str, int]:
-    """Bytes that the kernel asks for (caches serve most), and that any kernel must."""
-    row_blocks, splits = triton.cdiv(N, launch.rows), triton.cdiv(W, _SPLIT)
-    columns = sum(
-        triton.cdiv(min(_SPLIT, W - begin), launch.columns) for begin in range(0, W, _SPLIT)
-    )
-    operands = (columns * N + row_blocks * W) * H * size
-    # targets are read for every item; its two numbers are written
-    vectors = N * (splits * (8 + 8) + 4) + bias * row_blocks * W * size
-    least = (N + W) * H * size + N * (8 + 8 + 4) + bias * W * size
-    return {"moved": operands + vectors, "minimum": least}
-
-
-def _combine_configuration() -> dict[str, Any]:
-    N, splits = 2048, triton.cdiv(128_256, _SPLIT)
-    traffic = 8 * N * splits + 16 * N
-    return {
-        "name": "linear_logprob combine",
-        "fn": _combine_kernel,
-        "signature": {
-            "peak_ptr": "*fp32",
-            "mass_ptr": "*fp32",
-            "logsumexp_ptr": "*fp32",
-            "N": "i32",
-            "splits": "i32",
-            "BLOCK": "constexpr",
-        },
-        "constexprs": {"BLOCK": _COMBINE_BLOCK},
-        "attrs": {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2)},
-        "options": {"num_warps": 4},
-        "shape": f"N={N} splits={splits}",
-        "moved": traffic,
-        "minimum": traffic,
-    }
 
 
 def linear_logprob_naive(

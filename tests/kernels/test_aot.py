@@ -49,8 +49,13 @@ def test_every_kernel_is_listed() -> None:
         assert listed.count("_logprob_backward_kernel") == 3 * 2 * 2
         # ref × θ dtypes × alignment, the halves in two roundings
         assert listed.count("_ema_kernel") == 3 * 3 * 2 + 2 * 3 * 2
-        # tile candidates and the unaligned tile × plain or not; fp32 has one candidate
-        assert listed.count("_linear_logprob_kernel") == (2 * (2 + 1) + 1 + 1) * 2
+        # tile candidates and the unaligned tile × plain or not; fp32 has one candidate. With powers
+        # each candidate × bias
+        powers = len(linear_logprob.POWERS_LAUNCH[target])
+        assert listed.count("_linear_logprob_kernel") == (2 * (2 + 1) + 1 + 1 + powers) * 2
+        # as many, and the last to repair
+        assert listed.count("_linear_powers_kernel") == (powers + 1) * 2
+        assert listed.count("_scale_rows_kernel") == 2  # aligned or not
         assert listed.count("_combine_kernel") == 1
         # losses, two in the other normalisation, lengths, KL given, sums, f-divergence and weights
         assert listed.count("_preference_kernel") == 14 + 2 + 1 + 2 + 2 + 1 + 1

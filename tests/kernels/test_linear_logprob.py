@@ -32,7 +32,7 @@ def small_tiles(monkeypatch) -> None:
     for table in ("WIDE_LAUNCH", "SMALL_LAUNCH"):
         names = getattr(linear_logprob, table)
         monkeypatch.setattr(linear_logprob, table, dict.fromkeys(names, (SMALL,)))
-    monkeypatch.setattr(linear_logprob, "_SPLIT", 64)
+    monkeypatch.setattr(linear_logprob, "SPLIT", 64)
 
 
 def make(rows: int, vocab: int, depth: int, dtype: torch.dtype, device: torch.device, seed=0):
@@ -112,7 +112,7 @@ def test_groups_of_rows(device, group, rows, monkeypatch) -> None:
     """Every item is one group's: nothing is left out, and nothing changes but the order."""
     inputs = make(rows, V, 48, torch.bfloat16, device)[:3]  # aligned: small tiles have one group
     whole = run(*inputs)
-    monkeypatch.setattr(linear_logprob, "_GROUP", group)
+    monkeypatch.setattr(linear_logprob, "GROUP", group)
     grouped = run(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(grouped, whole, strict=True))
     check(grouped, *inputs)
@@ -159,12 +159,12 @@ def test_descriptors_and_few_programs_change_no_bit(device, monkeypatch) -> None
                 linear_logprob, "WIDE_LAUNCH", dict.fromkeys(linear_logprob.WIDE_LAUNCH, (other,))
             )
             if device.type == "cpu":  # no descriptor on Ampere
-                assert linear_logprob._is_aligned(inputs[0])
+                assert linear_logprob.is_aligned(inputs[0])
                 actual = run(*inputs)
                 assert all(a.equal(b) for a, b in zip(actual, want, strict=True))
             # what TMA cannot address is loaded through pointers
             inputs = make(N, V, 37, dtype, device)
-            assert not linear_logprob._is_aligned(inputs[0])
+            assert not linear_logprob.is_aligned(inputs[0])
             check(run(*inputs), *inputs)
 
 

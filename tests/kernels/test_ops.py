@@ -5,7 +5,8 @@ import torch
 
 import tralign_kernels
 from tralign_fast import linear_logprobs, logprobs_from_logits
-from tralign_fast.ops.logprobs import columns_forward, linear_logprobs_naive
+from tralign_fast.ops.head_operator import columns_forward
+from tralign_fast.ops.logprobs import linear_logprobs_naive
 from tralign_fast.ops.statistics import STATISTICS
 from tralign_fast.ops.transform import LogitTransform
 

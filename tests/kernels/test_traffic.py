@@ -15,7 +15,10 @@ from tralign_kernels import (
     ema,
     ema_update_,
     linear_logprob,
+    linear_logprob_builds,
     linear_logprob_forward_,
+    linear_powers,
+    linear_powers_,
     logprob,
     logprob_backward_,
     logprob_forward_,
@@ -24,6 +27,7 @@ from tralign_kernels import (
     optimizer_builds,
     preference,
     preference_forward,
+    scale_rows_,
 )
 from tralign_kernels.launch import DotLaunch
 
@@ -74,7 +78,7 @@ def test_logprob(asked):
 def test_linear_logprob(asked, monkeypatch):
     launch = DotLaunch(16, 32, 16, 4, 2)
     monkeypatch.setattr(linear_logprob, "SMALL_LAUNCH", {"sm_80": (launch,)})
-    monkeypatch.setattr(linear_logprob, "_SPLIT", 64)
+    monkeypatch.setattr(linear_logprob, "SPLIT", 64)
     monkeypatch.setattr(linear_logprob, "_combine_kernel", {(1,): lambda *_, **__: None})
     N, W, H = 19, 150, 37
     bias = torch.zeros(W, dtype=HALF)
@@ -82,7 +86,33 @@ def test_linear_logprob(asked, monkeypatch):
         torch.ones(N, H, dtype=HALF), torch.ones(W, H, dtype=HALF),
         torch.zeros(N, dtype=torch.int64), 0, torch.zeros(N, 2), torch.zeros(N), bias=bias,
     )  # fmt: skip
-    assert sum(asked) == linear_logprob.traffic(N, W, H, 2, launch, bias=True)["moved"]
+    assert sum(asked) == linear_logprob_builds.traffic(N, W, H, 2, launch, bias=True)["moved"]
+
+
+def test_linear_powers(asked, monkeypatch):
+    launch = DotLaunch(16, 32, 16, 4, 2)
+    monkeypatch.setattr(linear_powers, "POWERS_LAUNCH", {"sm_80": (launch,)})
+    monkeypatch.setattr(linear_logprob, "POWERS_LAUNCH", {"sm_80": (launch,)})
+    monkeypatch.setattr(linear_logprob, "SPLIT", 64)
+    monkeypatch.setattr(linear_logprob, "_combine_kernel", {(1,): lambda *_, **__: None})
+    N, W, H = 19, 144, 32
+    bias, powers = torch.zeros(W, dtype=HALF), torch.zeros(N, W, dtype=HALF)
+    matrices = torch.ones(N, H, dtype=HALF), torch.ones(W, H, dtype=HALF)
+    targets, logsumexp, logps = torch.arange(N), torch.zeros(N, 2), torch.zeros(N)
+    linear_logprob_forward_(
+        *matrices, targets, 0, torch.zeros(N, 2), logps, bias=bias, powers=powers
+    )
+    forward = linear_logprob_builds.traffic(N, W, H, 2, launch, bias=True, powers=True)
+    assert sum(asked) == forward["moved"]
+    for repair in (False, True):
+        asked.clear()
+        linear_powers_(*matrices, targets, 0, logsumexp, logps, powers, bias=bias, repair=repair)
+        stated = linear_logprob_builds.powers_traffic(N, W, H, launch, bias=True, repair=repair)
+        assert sum(asked) == stated["moved"]
+    asked.clear()
+    scale_rows_(matrices[0], matrices[0], logsumexp, logps, 1.0)
+    block = linear_powers.SCALE_LAUNCH["cuda"].block
+    assert sum(asked) == linear_logprob_builds.scale_traffic(N, H, block)["moved"]
 
 
 @pytest.mark.parametrize("case", ["sigmoid", "sums", "lengths", "kto", "mismatched"])

@@ -114,11 +114,11 @@ def test_no_row_and_unknown_names():
 
 
 def test_registered_with_torch_library():
-    from tralign_fast.ops import logprobs
+    from tralign_fast.ops import head_operator
 
     hidden, weight, _, targets = make(6, 20)
     args = (hidden, weight, targets, None, [1.0, 0.0, 1.0], "torch", torch.float32, 8, 8, 0.0)
     torch.library.opcheck(
-        logprobs.linear_logprobs_op, (*args, "entropy is_top1"),
+        head_operator.linear_logprobs_op, (*args, "entropy is_top1"),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tralign_fast.ops import logprobs
+from tralign_fast.ops import head_operator
 
 CATEGORIES = (
     "parameters", "gradients", "optimizer", "reference", "activations", "logits tile",
@@ -158,9 +158,9 @@ def _report(sums: dict[str, int], peak: int) -> MemoryReport:
 
 
 _BODIES: dict[Any, Callable[..., Any]] = {
-    torch.ops.tralign_fast.linear_logprobs.default: logprobs.linear_logprobs_op._init_fn,
+    torch.ops.tralign_fast.linear_logprobs.default: head_operator.linear_logprobs_op._init_fn,
     torch.ops.tralign_fast.linear_logprobs_backward.default: (
-        logprobs._linear_logprobs_backward_op._init_fn
+        head_operator.linear_logprobs_backward_op._init_fn
     ),
 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tralign_fast.ops import tiles
+from tralign_fast.ops import powers, tiles
 from tralign_fast.ops.tile_ops import row_factor, tile_ops, tile_powers_
 from tralign_fast.ops.transform import LogitTransform
 
@@ -26,9 +26,17 @@ class Saved:
     logsumexp: Tensor  # (N, 2) float32
     transform: LogitTransform
     backend: str
+    logps: Tensor | None = None  # (N,), where powers are kept
 
     def logits(self, kept: Tensor, tile: int) -> tiles.Logits:
-        return tiles.Logits(self.x, self.weight, self.bias, kept, tile)
+        if self.logps is None:
+            return tiles.Logits(self.x, self.weight, self.bias, kept, tile)
+        made = powers.Powers(
+            self.x, self.weight, self.bias, kept, tile, self.targets, self.logsumexp,
+            self.transform,
+        )  # fmt: skip
+        made.logps = self.logps
+        return made
 
 
 class HeadGradients:
@@ -53,16 +61,18 @@ class HeadGradients:
         new = weight.new_empty if all_columns else weight.new_zeros
         self.weight = new(weight.shape) if needs[1] else None
         self.bias = new(weight.shape[0]) if needs[2] else None
-        dtype = x.dtype if one_part else torch.float32
-        self.hidden = x.new_zeros(x.shape, dtype=dtype) if needs[0] else None
+        self._one_part = one_part
+        if not needs[0]:
+            self.hidden = None
+        elif one_part:
+            self.hidden = torch.empty_like(x, memory_format=torch.contiguous_format)
+        else:
+            self.hidden = x.new_zeros(x.shape, dtype=torch.float32)
         _, self._tile_backward_ = tile_ops(saved.backend, saved.transform)
-        # PyTorch leaves a factor of each row to the products where it can
-        self._factor = (
-            row_factor(x.dtype, saved.logsumexp, grad, saved.transform)
-            if saved.backend == "torch"
-            else None
-        )
-        self._scaled = x if self._factor is None else (x * self._factor).to(x.dtype)
+        # powers leave a factor of each row to the products
+        self._factor = _factor_of(saved, grad)
+        self._scaled = x if self._factor is None or not needs[1] else self._factor.times(x)
+        self._column = None if self._factor is None or not needs[2] else self._factor.column()
 
     def add_(
         self,
@@ -74,19 +84,20 @@ class HeadGradients:
         """The part of these columns."""
         if self._factor is None:
             self._tile_backward_(logits, targets, start, self.saved.logsumexp, self.grad)
-        else:
+        elif self.saved.logps is None:
             tile_powers_(logits, targets, start, self.saved.logsumexp)
         if self.hidden is not None:
-            tiles.accumulate_(self.hidden, logits, self.saved.weight[columns].to(logits.dtype))
+            add_product_ = tiles.product_into_ if self._one_part else tiles.accumulate_
+            add_product_(self.hidden, logits, self.saved.weight[columns].to(logits.dtype))
         if self.weight is not None and isinstance(columns, slice):
             tiles.product_into_(self.weight[columns], logits.t(), self._scaled)
         elif self.weight is not None:
             self.weight[columns] = (logits.t() @ self._scaled).to(self.weight.dtype)
         if self.bias is not None:
-            if self._factor is None:
+            if self._column is None:
                 sums = logits.sum(0, dtype=torch.float32)
             else:
-                sums = self._factor[:, 0].to(logits.dtype) @ logits
+                sums = self._column[:, 0].to(logits.dtype) @ logits
             self.bias[columns] = sums.to(self.bias.dtype)
 
     def add_rank_one_(self, share: Tensor, q: Tensor) -> None:  # (N,), (V,) float32
@@ -102,7 +113,7 @@ class HeadGradients:
     def scale_(self) -> None:
         """What the products left to do; once, after the last tile."""
         if self._factor is not None and self.hidden is not None:
-            self.hidden.mul_(self._factor)
+            self._factor.scale_(self.hidden)
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(d hidden in `dtype`, d weight, d bias), empty where not needed."""
@@ -111,3 +122,28 @@ class HeadGradients:
             for t in (self.hidden, self.weight, self.bias)
         )
         return hidden.to(dtype), weight, bias
+
+
+class _TorchFactor:
+    """As `powers.RowFactor`, in PyTorch."""
+
+    def __init__(self, factor: Tensor) -> None:  # (N, 1) float32
+        self._factor = factor
+
+    def times(self, rows: Tensor) -> Tensor:
+        return (rows * self._factor).to(rows.dtype)
+
+    def scale_(self, rows: Tensor) -> None:
+        rows.mul_(self._factor)
+
+    def column(self) -> Tensor:
+        return self._factor
+
+
+def _factor_of(saved: Saved, grad: Tensor) -> powers.RowFactor | _TorchFactor | None:
+    if saved.logps is not None:
+        return powers.RowFactor(saved.logsumexp, grad, saved.transform)
+    if saved.backend != "torch":
+        return None
+    factor = row_factor(saved.x.dtype, saved.logsumexp, grad, saved.transform)
+    return None if factor is None else _TorchFactor(factor)

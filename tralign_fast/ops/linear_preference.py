@@ -17,15 +17,8 @@ import torch
 from torch import Tensor
 
 from tralign_fast.ops.consumption import refuse_second_derivative
-from tralign_fast.ops.logprobs import (
-    HeadNode,
-    HeadOptions,
-    checked_options,
-    is_cut,
-    linear_logprobs,
-    linear_logprobs_op,
-    wants_grad,
-)
+from tralign_fast.ops.head_operator import HeadNode, HeadOptions, linear_logprobs_op
+from tralign_fast.ops.logprobs import checked_options, is_cut, linear_logprobs, wants_grad
 from tralign_fast.ops.objective import Objective
 from tralign_fast.ops.packed_batch import Batch, checked
 from tralign_fast.ops.preference import PackedLoss, loss_and_gradient, packed, preference_loss
@@ -54,7 +47,7 @@ class _LinearPreference(torch.autograd.Function):
         )
         if wants_gradient:
             assert gradient is not None
-            HeadNode.save(ctx, inputs, options, logsumexp, kept, gradient)
+            HeadNode.save(ctx, inputs, options, logps, logsumexp, kept, gradient)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.rewards, result.logps, result.totals)
         return result.loss, result.rewards, result.logps, result.totals
@@ -86,6 +79,7 @@ def linear_preference_loss(
     backend: str = "auto",
     logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
+    kept: str = "logits",
     **preference: Any,
 ) -> PackedLoss:
     """A loss of `LOSSES` from hidden states, head and loss in one node of autograd.
@@ -103,7 +97,7 @@ def linear_preference_loss(
 
     Args:
         hidden, weight, targets, bias, softcap, logit_scale, temperature, logits_budget_mb,
-            vocab_filter: as in `linear_logprobs`.
+            vocab_filter, kept: as in `linear_logprobs`.
         offsets, ref_logps, loss: as in `preference_loss`; sequence s owns the tokens
             [offsets[s], offsets[s + 1]).
         backend: of both: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
@@ -126,8 +120,9 @@ def linear_preference_loss(
         )  # fmt: skip
         return preference_loss(logps, ref_logps, offsets, loss=loss, backend=backend, **preference)
     options = checked_options(
-        hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter
-    )
+        hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter,
+        kept=kept,
+    )  # fmt: skip
     # checked before the head's work; the log-probs that belong there come from it
     place = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
     batch, objective = checked(place, ref_logps, offsets, loss, **preference)

@@ -1,327 +1,26 @@
 """Log-probabilities of target tokens without a matrix of log-probabilities.
 
-Letters: N scored tokens, H hidden size, V vocabulary, W columns of one vocabulary tile.
+Letters: N scored tokens, H hidden size, V vocabulary.
 
-The logits are made tile by tile, (N, W) at a time: how they are cut and multiplied is in
-`ops.tiles`, what happens to a tile of logits in `ops.tile_ops` (PyTorch) and
-`tralign_kernels.logprob` (Triton). Where no logits are kept, a Triton forward of half-precision
-inputs takes one kernel for product and reduction instead (`tralign_kernels.linear_logprob`).
+The operator below is in `ops.head_operator`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tralign_fast.ops import tiles
-from tralign_fast.ops.backend import kernel, pick_backend
-from tralign_fast.ops.checks import autocast_off, check_arguments, check_targets, logits_dtype
-from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
-from tralign_fast.ops.cpu.pages import give_back
-from tralign_fast.ops.head_gradients import HeadGradients, Saved
+from tralign_fast.ops import powers, tiles
+from tralign_fast.ops.backend import pick_backend
+from tralign_fast.ops.checks import check_arguments, logits_dtype
+from tralign_fast.ops.head_operator import HeadOptions, is_fused, linear_logprobs_op
 from tralign_fast.ops.logits_budget import budget_bytes
-from tralign_fast.ops.statistics import STATISTICS, RunningStatistics, named_statistics
-from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
+from tralign_fast.ops.statistics import STATISTICS
 from tralign_fast.ops.transform import LogitTransform
-from tralign_fast.ops.vocab_filter import VocabFilter
 
 _PLAIN = LogitTransform()
-
-
-@torch.library.custom_op("tralign_fast::linear_logprobs", mutates_args=())
-def linear_logprobs_op(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    targets: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,)
-    transform: list[float],  # `LogitTransform.numbers()`
-    backend: str,
-    compute_dtype: torch.dtype,
-    tile: int,
-    keep: int,  # columns whose logits are kept, the first ones: whole tiles
-    vocab_filter: float,  # for the backward
-    statistics: str = "",  # names of `STATISTICS`, with blanks between
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-probs (N,) fp32, logsumexp (N, 2) fp32, kept logits: tile after tile, flat, statistics
-    (number of names, N) fp32)."""
-    check_targets(targets, weight.shape[0])
-    wanted = statistics.split()
-    target_logit, logsumexp, kept, table = columns_forward(
-        hidden, weight, targets, bias, LogitTransform.of(transform), backend, compute_dtype, tile,
-        keep, wanted,
-    )  # fmt: skip
-    found = logsumexp.new_empty(len(wanted), len(hidden))
-    if table is not None:
-        found = named_statistics(wanted, table, len(weight))
-    return log_probs(target_logit, logsumexp), logsumexp, kept, found
-
-
-def columns_forward(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    targets: Tensor,  # (N,) int64, of other columns too
-    bias: Tensor | None,  # (V,)
-    transform: LogitTransform,
-    backend: str,
-    compute_dtype: torch.dtype,
-    tile: int,
-    keep: int,
-    wanted: Collection[str],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(the target's score (N,) fp32, NaN where it is none of these columns, logsumexp (N, 2) fp32,
-    kept logits, `RunningStatistics.table` if any are wanted) of the columns that these rows of a
-    head make."""
-    rows, vocab = hidden.shape[0], weight.shape[0]
-    logsumexp = new_logsumexp(rows, hidden.device)
-    target_logit = torch.full((rows,), float("nan"), device=hidden.device)
-    x = hidden.to(compute_dtype)
-    kept = x.new_empty(rows * keep)
-    if rows == 0:
-        return target_logit, logsumexp, kept, None
-    tile_forward_, _ = tile_ops(backend, transform)
-    fused = is_fused(backend, compute_dtype, wanted)
-    running = RunningStatistics(wanted, x, transform, backend) if wanted else None
-    scratch = x.new_empty(0 if fused else rows * min(tile, vocab - keep))
-    with autocast_off(hidden.device):
-        for start, stop in tiles.cut(0, keep if fused else vocab, tile):
-            out = tiles.view(kept, scratch, rows, start, stop, keep)
-            part = None if bias is None else bias[start:stop]
-            logits = tiles.project(x, weight[start:stop], part, out, start < keep)
-            tile_forward_(logits, targets, start, logsumexp, target_logit, statistics=running)
-            del logits  # before the next tile is made
-            if running is not None:
-                running.see_weight(weight[start:stop], part)
-        if fused:
-            _fused_forward_(
-                x, weight, targets, bias, logsumexp, target_logit, keep, tile, transform
-            )
-        table = None if running is None else running.columns(x)
-    return target_logit, logsumexp, kept, table
-
-
-def is_fused(backend: str, dtype: torch.dtype, statistics: Collection[str] = "") -> bool:
-    """Whether product and reduction are one kernel where nobody reads the logits again.
-
-    Not with statistics, which that kernel does not compute: by an H200's rates (4.2 TB/s, 700
-    TFLOP/s, H = 4,096), writing and reading the logits once is a tenth of their product.
-
-    Not in fp32: logits that the backward computes again by another product would differ from those
-    of the logsumexp in their last digits, which are the digits of a probability near one.
-    """
-    return backend == "triton" and dtype != torch.float32 and not statistics
-
-
-def _fused_forward_(
-    x: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    targets: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    target_logit: Tensor,
-    first: int,  # column
-    tile: int,
-    transform: LogitTransform,
-) -> None:
-    linear_logprob_forward_ = kernel("linear_logprob_forward_")
-    x = x if x.stride(1) == 1 else x.contiguous()
-    # a weight of another dtype (autocast) is converted tile by tile, never as a whole
-    tile = weight.shape[0] if weight.dtype == x.dtype else tile
-    for start, stop in tiles.cut(first, weight.shape[0], tile):
-        part = weight[start:stop].to(x.dtype)
-        linear_logprob_forward_(
-            x, part if part.stride(1) == 1 else part.contiguous(), targets, start, logsumexp,
-            target_logit, bias=None if bias is None else bias[start:stop].to(x.dtype).contiguous(),
-            **transform.kernel_options(),
-        )  # fmt: skip
-
-
-@linear_logprobs_op.register_fake
-def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, keep, vocab_filter,
-      statistics=""):  # fmt: skip
-    rows = hidden.shape[0]
-    kept = hidden.new_empty(rows * keep, dtype=compute_dtype)
-    # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
-    fused = is_fused(backend, compute_dtype, statistics)
-    kept.new_empty(0 if fused else rows * min(tile, weight.shape[0] - keep))
-    logsumexp = hidden.new_empty((rows, 2), dtype=torch.float32)
-    found = logsumexp.new_empty(len(statistics.split()), rows)
-    return hidden.new_empty(rows, dtype=torch.float32), logsumexp, kept, found
-
-
-@torch.library.custom_op("tralign_fast::linear_logprobs_backward", mutates_args=("kept",))
-def _linear_logprobs_backward_op(
-    grad: Tensor,  # (N,) float32
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    targets: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    logsumexp: Tensor,  # (N, 2) float32
-    kept: Tensor,  # (N·W,), of the first W columns: consumed
-    transform: list[float],  # `LogitTransform.numbers()`
-    backend: str,
-    tile: int,
-    needs: list[bool],  # gradient of hidden, of weight, of bias
-    vocab_filter: float,  # 0: none
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d hidden, d weight, d bias), empty where not needed."""
-    if hidden.shape[0] == 0:
-        zeros = (hidden, weight, weight[:, 0])
-        d_hidden, d_weight, d_bias = (
-            torch.zeros_like(t) if need else t.new_empty(0)
-            for t, need in zip(zeros, needs, strict=True)
-        )
-        return d_hidden, d_weight, d_bias
-    with autocast_off(hidden.device):
-        saved = Saved(
-            hidden.to(kept.dtype), weight, bias, targets, logsumexp, LogitTransform.of(transform),
-            backend,
-        )  # fmt: skip
-        logits = saved.logits(kept, tile)
-        gradients = HeadGradients(
-            saved, grad, needs,
-            one_part=len(logits.parts) == 1 and not vocab_filter, all_columns=not vocab_filter,
-        )  # fmt: skip
-        if vocab_filter:
-            _filtered_backward_(vocab_filter, saved, logits, gradients)
-        else:
-            _dense_backward_(saved, logits, gradients)
-    return gradients.results(hidden.dtype)
-
-
-def _dense_backward_(saved: Saved, logits: tiles.Logits, gradients: HeadGradients) -> None:
-    rows = len(saved.targets)
-    for start, stop in logits.parts:
-        gradients.add_(logits.of(start, stop), saved.targets, start, slice(start, stop))
-        if start < logits.keep:
-            give_back(logits.kept, rows * start, rows * stop)
-    gradients.scale_()
-
-
-def _filtered_backward_(
-    epsilon: float, saved: Saved, logits: tiles.Logits, gradients: HeadGradients
-) -> None:
-    columns_filter = VocabFilter(epsilon, saved)
-    copies = logits.new_tile()
-    for start, stop in logits.parts:
-        tile = logits.of(start, stop)
-        columns_filter.scan(tile, start)
-        part, places, columns = columns_filter.take(tile, start, copies)
-        if columns.numel():
-            gradients.add_(part, places, 0, columns)
-    if columns_filter.decide():
-        gradients.scale_()
-        columns_filter.correct_(gradients)
-        return
-    for start, stop in logits.parts:
-        tile = logits.of(start, stop)
-        part, places, columns = columns_filter.take(tile, start, copies, staying=False)
-        if columns.numel():
-            gradients.add_(part, places, 0, columns)
-    gradients.scale_()
-
-
-@_linear_logprobs_backward_op.register_fake
-def _(grad, hidden, weight, targets, bias, logsumexp, kept, transform, backend, tile, needs,
-      vocab_filter):  # fmt: skip
-    scratch = hidden.shape[0] * min(tile, weight.shape[0])
-    logits = kept.new_empty(scratch if kept.numel() == 0 else 0)
-    copies = kept.new_empty(scratch if vocab_filter else 0)
-    del logits, copies
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else (0,)),
-        weight.new_empty(weight.shape if needs[1] else (0,)),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
-    )
-
-
-class HeadOptions(NamedTuple):
-    """What the operator takes after its tensors."""
-
-    transform: list[float]
-    backend: str
-    compute_dtype: torch.dtype
-    tile: int
-    keep: int
-    vocab_filter: float
-    statistics: str
-
-
-class HeadNode:
-    """What a node of autograd does whose inputs are those of the head: the part of its forward
-    that is saved on `ctx`, and the gradients of these inputs by those of the log-probs."""
-
-    @staticmethod
-    def save(
-        ctx: Any,
-        inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],  # hidden, weight, targets, bias
-        options: HeadOptions,
-        logsumexp: Tensor,  # (N, 2)
-        kept: Tensor,
-        *more: Tensor,
-    ) -> None:
-        ctx.options = options
-        ctx.consumption = Consumption(kept)
-        ctx.save_for_backward(*inputs, logsumexp, kept, *more)
-
-    @staticmethod
-    def saved(ctx: Any) -> tuple[Tensor, ...]:
-        """What `save` was given, but for the options."""
-        return saved_tensors(ctx, _CONSUMED)
-
-    @staticmethod
-    def gradients(
-        ctx: Any,
-        saved: tuple[Tensor, ...],  # the first six of `saved`
-        grad: Tensor,  # (N,) float32
-        needs: list[bool],  # gradient of hidden, of weight, of bias
-    ) -> list[Tensor | None]:
-        """(d hidden, d weight, d bias)"""
-        *inputs, kept = saved
-        ctx.consumption.check(kept, _CONSUMED)
-        if kept.numel() == 0:  # the operator declares that it writes here: nothing saved, then
-            kept = kept.new_empty(0)
-        options = ctx.options
-        found = _linear_logprobs_backward_op(
-            grad, *inputs, kept,
-            options.transform, options.backend, options.tile, needs, options.vocab_filter,
-        )  # fmt: skip
-        return [g if need else None for g, need in zip(found, needs, strict=True)]
-
-
-_CONSUMED = (
-    "linear_logprobs: the first backward consumed the kept logits (or its inputs were changed in "
-    "place); call it again, or pass logits_budget_mb=0 to recompute them"
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    _, logsumexp, kept, found = output
-    # without this, autograd would make (N, V) zeros as the gradient of the kept logits
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(logsumexp, kept, found)
-    HeadNode.save(ctx, inputs[:4], HeadOptions(*inputs[4:]), logsumexp, kept)
-
-
-def _backward(ctx, grad, *_):
-    d_hidden, d_weight, d_bias = head_backward(ctx, grad)
-    return (d_hidden, d_weight, None, d_bias, *(None,) * len(ctx.options))
-
-
-def head_backward(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
-    """(d hidden, d weight, d bias) by the gradient (N,) of the log-probs, of a node that takes
-    hidden, weight, targets and bias first."""
-    refuse_second_derivative("linear_logprobs")
-    saved = HeadNode.saved(ctx)
-    if grad is None:
-        return [None] * 3
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    return HeadNode.gradients(ctx, saved, grad.float(), needs)
-
-
-linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_logprobs(
@@ -336,6 +35,7 @@ def linear_logprobs(
     backend: str = "auto",
     logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
+    kept: str = "logits",
 ) -> Tensor:
     """Log-probabilities of `targets` under the LM head, without holding a matrix (N, V) of them.
 
@@ -383,6 +83,10 @@ def linear_logprobs(
             up to 4096 and half of the memory that is free (module
             `tralign_fast.ops.logits_budget`).
         vocab_filter: ε in [0, 1), 3e-5 if in doubt; None and 0 leave no column out.
+        kept: what is kept for the backward: "logits", or "powers" (Triton, bf16, no softcap, no
+            vocab_filter): the forward stores exp(score), which the backward's products take as it
+            is, without a pass over it (module `tralign_kernels.linear_powers`). As near to exact
+            as with logits; not timed on a GPU so far.
 
     Returns:
         (N,) float32. N = 0 gives an empty tensor that can be differentiated.
@@ -395,7 +99,7 @@ def linear_logprobs(
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
     return _run(
-        hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter
+        hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter, kept=kept
     )[0]  # fmt: skip
 
 
@@ -449,11 +153,12 @@ def _run(
     logits_budget_mb: float | None,
     vocab_filter: float | None,
     statistics: str = "",
+    kept: str = "logits",
 ) -> tuple[Tensor, Tensor]:
     """(log-probs (N,), statistics (number of names, N)), of arguments that may be wrong."""
     options = checked_options(
         hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter,
-        statistics,
+        statistics, kept,
     )  # fmt: skip
     if is_cut(weight):
         from tralign_fast.ops.vocab_parallel import run_on_shards
@@ -473,6 +178,7 @@ def checked_options(
     logits_budget_mb: float | None,
     vocab_filter: float | None,
     statistics: str = "",
+    kept: str = "logits",
 ) -> HeadOptions:
     """How the head's products are cut, for arguments that may be wrong."""
     check_arguments(hidden, weight, targets, bias, vocab_filter)
@@ -487,9 +193,15 @@ def checked_options(
         wants_grad=wants, wants_all_or_none=bool(vocab_filter),
         is_fused=is_fused(backend, compute_dtype, statistics),
     )  # fmt: skip
+    others = {
+        "vocab_filter": vocab_filter, "statistics": statistics, "a head cut up": is_cut(weight),
+    }  # fmt: skip
+    keeps_powers = powers.keeps_powers(
+        kept, wants, backend, compute_dtype, weight, transform, others
+    )
     return HeadOptions(
         transform.numbers(), backend, compute_dtype, tile, keep, float(vocab_filter or 0.0),
-        statistics,
+        statistics, keeps_powers,
     )  # fmt: skip
 
 

@@ -105,9 +105,13 @@ class Logits:
         """Memory of a tile's size."""
         return self.x.new_empty(len(self.x) * (self.parts[0][1] if self.parts else 0))
 
+    def view(self, start: int, stop: int) -> Tensor:
+        """The memory of a tile."""
+        return view(self.kept, self._scratch, len(self.x), start, stop, self.keep)
+
     def of(self, start: int, stop: int) -> Tensor:
         """(N, W), overwritten by the next."""
-        logits = view(self.kept, self._scratch, len(self.x), start, stop, self.keep)
+        logits = self.view(start, stop)
         if start < self.keep:
             return logits
         part = None if self.bias is None else self.bias[start:stop]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tralign_fast.ops.checks import check_targets
-from tralign_fast.ops.logprobs import HeadNode, HeadOptions, columns_forward, head_backward
+from tralign_fast.ops.head_operator import HeadNode, HeadOptions, columns_forward, head_backward
 from tralign_fast.ops.statistics import merged_tables, named_statistics
 from tralign_fast.ops.tile_ops import fold_, log_probs, new_logsumexp
 from tralign_fast.ops.transform import LogitTransform
@@ -148,11 +148,11 @@ def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, ke
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, *options, columns, ctx.group, statistics = inputs
-    _, logsumexp, kept, found = output
+    logps, logsumexp, kept, found = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logsumexp, kept, found)
     own = (hidden, weight, targets - columns[0], bias)  # the targets as columns of this weight
-    HeadNode.save(ctx, own, HeadOptions(*options, 0.0, statistics), logsumexp, kept)  # pyright: ignore[reportCallIssue]
+    HeadNode.save(ctx, own, HeadOptions(*options, 0.0, statistics), logps, logsumexp, kept)  # pyright: ignore[reportCallIssue]
 
 
 def _backward(ctx, grad, *_):

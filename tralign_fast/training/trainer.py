@@ -288,11 +288,9 @@ class TRTrainer(ResumableTrainer):
             parts = with_slopes(self, model, parts)
         if self._objective.sums_tokens:
             tokens = sum(sum(p.scored_lengths[: len(p)]) for p in parts if p.share > 0)
+            counts = ((p.nll_tokens or tokens * p.share) if p.share > 0 else None for p in parts)
             parts = tuple(
-                dataclasses.replace(
-                    p, nll_tokens=(p.nll_tokens or tokens * p.share) if p.share > 0 else None
-                )
-                for p in parts
+                dataclasses.replace(p, nll_tokens=n) for p, n in zip(parts, counts, strict=True)
             )
         if not self._objective.needs_kl:
             return parts
@@ -331,10 +329,10 @@ class TRTrainer(ResumableTrainer):
         )  # fmt: skip
         if batch.share > 0:
             mode = "train" if self.model.training else "eval"
-            totals = (result.totals, token_totals(found, batch))
+            totals, tokens = result.totals, token_totals(found, batch)
             if batch.weight == 0:  # its examples are another process's
-                totals = tuple(torch.zeros_like(t) for t in totals)
-            self._means[mode].record(*totals, batch.share)
+                totals, tokens = torch.zeros_like(totals), torch.zeros_like(tokens)
+            self._means[mode].record(totals, tokens, batch.share)
             # in the state, so that a resumed run goes on counting
             if mode == "train" and batch.weight > 0:
                 self.state.num_input_tokens_seen += batch.sequence_tokens
