@@ -20,6 +20,7 @@ def train(places: list[str]) -> None:
     model, rows, folder = places
     config = TRConfig(
         output_dir=folder,  # one folder for all machines: checkpoints lie there
+        ref_model_sync_steps=2,
         per_device_train_batch_size=2,  # in each worker
         max_steps=4,
         save_steps=2,
@@ -29,10 +30,9 @@ def train(places: list[str]) -> None:
     trainer = TRTrainer(model, args=config, train_dataset=load_rows(rows))
     trainer.train(resume_from_checkpoint="auto")  # where workers died and Ray starts others
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        print(f"{config.world_size} workers, {folder}")
+    print(f"worker {config.process_index} of {config.world_size}: {folder}")
 
 
-scaling = ScalingConfig(WORKERS, use_gpu="ACCELERATE_USE_CPU" not in os.environ)
+scaling = ScalingConfig(num_workers=WORKERS, use_gpu="ACCELERATE_USE_CPU" not in os.environ)
 run = RunConfig(failure_config=FailureConfig(max_failures=3))
 TorchTrainer(train, train_loop_config=places, scaling_config=scaling, run_config=run).fit()
