@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from accelerate import ParallelismConfig
+from accelerate import Accelerator, ParallelismConfig
 
 from tests.training.tensor_parallel_run import (
     CASES,
@@ -24,6 +24,7 @@ from tests.training.tensor_parallel_run import (
 )
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.distributed.context_parallel import check_division
+from tralign_fast.distributed.processes import check_distribution
 from tralign_fast.distributed.tensor_parallel import check_layers
 from tralign_fast.reference import reference_class
 
@@ -111,24 +112,30 @@ def test_they_resume_in_mid_window(case, together):
 
 
 @pytest.mark.parametrize(
-    ("processes", "place", "options", "message"),
+    ("processes", "options", "message"),
     [
-        (3, "resident", {}, "4 attention heads cannot be shared by 3 processes"),
-        (4, "resident", {}, "2 key-value heads cannot be shared by 4 processes"),
-        (2, "resident", {}, "cuts weights that are no DTensors"),
-        (2, "adapter", {}, 'reference="adapter" cannot hold weights that tensor parallelism'),
-        (2, "resident", {"log_kl_initial": True}, "log_kl_initial is not supported beside"),
-        (2, "resident", {"torch_compile": True}, "torch_compile is not supported beside"),
+        (3, {}, "4 attention heads cannot be shared by 3 processes"),
+        (4, {}, "2 key-value heads cannot be shared by 4 processes"),
+        (2, {}, "cuts weights that are no DTensors"),
+        (2, {"log_kl_initial": True}, "log_kl_initial is not supported beside"),
+        (2, {"torch_compile": True}, "torch_compile is not supported beside"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused_with_the_numbers(
-    processes, place, options, message, tiny_llama
+    processes, options, message, tiny_llama
 ):
     tiny_llama._tp_size = processes
     args = SimpleNamespace(**{"log_kl_initial": False, "torch_compile": False, **options})
     with pytest.raises(ValueError, match=message) as caught:
-        check_layers(tiny_llama, reference_class(place), args)
+        check_layers(tiny_llama, args)
     assert "\n" not in str(caught.value)
+
+
+def test_past_adapters_are_refused_beside_shared_layers(tiny_llama):
+    tiny_llama._tp_size = 2
+    with pytest.raises(ValueError, match='"adapter" cannot hold weights that tensor parallelism'):
+        check_distribution(Accelerator(cpu=True), reference_class("adapter"), tiny_llama)
+    check_distribution(Accelerator(cpu=True), reference_class("snapshot"), tiny_llama)
 
 
 @pytest.mark.parametrize(

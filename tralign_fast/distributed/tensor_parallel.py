@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from tralign_fast.model.patching import causal_lm_of
 from tralign_fast.ops.ema import local_shard
-from tralign_fast.reference.base import ReferencePolicy
 
 
 def sharing_processes(model: Any) -> int:
@@ -36,9 +35,9 @@ def is_sharded_by_transformers(model: Any) -> bool:
 _WHOLE_ALONE = ("log_kl_initial", "torch_compile")
 
 
-def check_layers(model: PreTrainedModel, place: type[ReferencePolicy], args: Any) -> None:
-    """Raises ValueError where processes cannot share the layers of a model as they are cut, a
-    reference cannot live in that place beside it, or an option of the run wants whole layers."""
+def check_layers(model: PreTrainedModel, args: Any) -> None:
+    """Raises ValueError where processes cannot share the layers of a model as they are cut, or an
+    option of the run wants whole layers."""
     processes = sharing_processes(model)
     if processes == 1:
         return
@@ -46,12 +45,6 @@ def check_layers(model: PreTrainedModel, place: type[ReferencePolicy], args: Any
         raise ValueError(
             f"{option} is not supported beside tensor parallelism (tp_size={processes}): leave it "
             "out, or use FSDP2"
-        )
-    if "tensor parallelism" not in place.can_be_sharded:
-        raise ValueError(
-            f'reference="{place.name}" cannot hold weights that tensor parallelism shards: use '
-            'reference="resident", or hard updates (ref_model_mixup_alpha=1) with '
-            'reference="snapshot"'
         )
     config: Any = causal_lm_of(model).config.get_text_config()
     name = type(causal_lm_of(model)).__name__

@@ -61,8 +61,8 @@ class RunModels:
         self._args = args
         self.prepared = contextlib.ExitStack()
         kind = reference_class(place)
-        check_distribution(accelerator, kind)
-        check_layers(policy, kind, args)
+        check_distribution(accelerator, kind, policy)
+        check_layers(policy, args)
         self._compile_options = take_over_compilation(accelerator, args)
         # copies of the policy are made before it is prepared
         if kind.needs_second_model and start is None:
