@@ -40,7 +40,10 @@ CASES = {
     for place, schedule in (("resident", SOFT), ("snapshot", HARD), ("offloaded", SOFT))
 } | {
     "dpo-tied": ("dpo", {"reference": "resident", **SOFT}),  # and a vocabulary of an odd size
-    "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 60, **HARD}),
+    "dpo-split": (
+        "dpo", {"reference": "snapshot", "token_budget": 60, "max_grad_norm": 0.0, **HARD}
+    ),
+    "dpo-by-name": ("dpo", {"reference": "resident", **SOFT}),
     "dpo-precomputed": (
         "dpo", {"reference": "auto", "sync_ref_model": None, "precompute_ref_log_probs": True}
     ),
@@ -76,6 +79,8 @@ def save_models(folder: Path) -> None:
 
 
 def model_of(case: str, folder: Path, **sizes):
+    if case == "dpo-by-name":
+        return str(folder / "model")
     name = "model-tied" if case == "dpo-tied" else "model"
     cut = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
     model = AutoModelForCausalLM.from_pretrained(folder / name, **cut)
@@ -145,6 +150,8 @@ def run(folder: Path, layout: str, cases: list[str]) -> None:
     for case in cases:
         saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
         options = {"batch": batch, **saving, **more()}
+        if case == "dpo-by-name":
+            options["model_init_kwargs"] = {"distributed_config": sizes}
         found[case] = train(case, folder / layout, model_of(case, folder, **sizes), **options)
         if case in RESUMED:
             checkpoint = str(folder / layout / case / "checkpoint-4")  # in mid-window
