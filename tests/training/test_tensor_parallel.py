@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator, ParallelismConfig
+from peft import LoraConfig, get_peft_model
 from transformers.distributed import DistributedConfig
 
 from tests.training.tensor_parallel_run import (
@@ -26,7 +28,7 @@ from tests.training.tensor_parallel_run import (
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.distributed.context_parallel import check_division
 from tralign_fast.distributed.processes import check_distribution
-from tralign_fast.distributed.tensor_parallel import check_layers
+from tralign_fast.distributed.tensor_parallel import check_layers, copy_sharded
 from tralign_fast.reference import reference_class
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +132,7 @@ def test_a_layout_that_cannot_be_is_refused_with_the_numbers(
     tiny_llama._tp_size = processes
     args = SimpleNamespace(**{"log_kl_initial": False, "torch_compile": False, **options})
     with pytest.raises(ValueError, match=message) as caught:
-        check_layers(tiny_llama, args)
+        check_layers(tiny_llama, None, args)
     assert "\n" not in str(caught.value)
 
 
@@ -139,6 +141,20 @@ def test_past_adapters_are_refused_beside_shared_layers(tiny_llama):
     with pytest.raises(ValueError, match='"adapter" cannot hold weights that tensor parallelism'):
         check_distribution(Accelerator(cpu=True), reference_class("adapter"), tiny_llama)
     check_distribution(Accelerator(cpu=True), reference_class("snapshot"), tiny_llama)
+
+
+def test_a_ref_model_that_is_cut_otherwise_is_refused(tiny_llama):
+    whole = copy.deepcopy(tiny_llama)
+    tiny_llama._tp_size = 2
+    for policy, start, sizes in ((tiny_llama, whole, (1, 2)), (whole, tiny_llama, (2, 1))):
+        message = "ref_model is cut up with tp_size={}, the policy with tp_size={}".format(*sizes)
+        with pytest.raises(ValueError, match=message):
+            check_layers(policy, start, SimpleNamespace())
+
+
+def test_a_second_model_with_an_adapter_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="a second model with an adapter cannot be cut up"):
+        copy_sharded(get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])))
 
 
 @pytest.mark.parametrize(

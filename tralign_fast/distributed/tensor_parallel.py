@@ -35,10 +35,15 @@ def is_sharded_by_transformers(model: Any) -> bool:
 _WHOLE_ALONE = ("log_kl_initial", "torch_compile")
 
 
-def check_layers(model: PreTrainedModel, args: Any) -> None:
-    """Raises ValueError where processes cannot share the layers of a model as they are cut, or an
-    option of the run wants whole layers."""
+def check_layers(model: PreTrainedModel, start: PreTrainedModel | None, args: Any) -> None:
+    """Raises ValueError where processes cannot share the layers of a model as they are cut, its
+    first reference is cut otherwise, or an option of the run wants whole layers."""
     processes = sharing_processes(model)
+    if start is not None and sharing_processes(start) != processes:
+        raise ValueError(
+            f"ref_model is cut up with tp_size={sharing_processes(start)}, the policy with tp_size="
+            f"{processes}: load both with the same distributed_config, or leave ref_model out"
+        )
     if processes == 1:
         return
     if option := next((name for name in _WHOLE_ALONE if getattr(args, name)), None):
@@ -81,7 +86,16 @@ def gather_once(accelerator: Accelerator, processes: int) -> Callable[[Tensor], 
 @torch.no_grad()
 def copy_sharded(model: Any) -> PreTrainedModel:
     """A copy of a model that transformers has cut up: the forwards that it gave to the layers would
-    run the original's weights in a deep copy."""
+    run the original's weights in a deep copy.
+
+    Raises:
+        ValueError: an adapter lies over the model.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "a second model with an adapter cannot be cut up as the policy is: use hard updates "
+            '(ref_model_mixup_alpha=1) with reference="snapshot"'
+        )
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         twin: Any = type(model)(config)

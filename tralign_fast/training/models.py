@@ -62,7 +62,7 @@ class RunModels:
         self.prepared = contextlib.ExitStack()
         kind = reference_class(place)
         check_distribution(accelerator, kind, policy)
-        check_layers(policy, args)
+        check_layers(policy, start, args)
         self._compile_options = take_over_compilation(accelerator, args)
         # copies of the policy are made before it is prepared
         if kind.needs_second_model and start is None:
