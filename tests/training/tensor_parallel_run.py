@@ -56,8 +56,13 @@ RESUMED = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
 LAYOUTS = {  # processes, what transformers cuts the model into, options of the run
     "tp2": (2, {"tp_size": 2}, lambda: {}),
     "tp2-fsdp2": (4, {"tp_size": 2, "fsdp_size": 2}, lambda: {}),
-    "cp2": (2, {}, lambda: {**FSDP, "parallelism_config": ParallelismConfig(cp_size=2)}),
+    "cp2": (2, {}, lambda: _divided(cp_size=2)),
+    "cp2-fsdp2": (4, {}, lambda: _divided(cp_size=2, dp_shard_size=2)),
 }
+
+
+def _divided(**sizes):
+    return {**FSDP, "parallelism_config": ParallelismConfig(**sizes)}
 
 
 def rows_of(method):
@@ -140,12 +145,12 @@ def _open_accelerate_to_cpus() -> None:
 
 def run(folder: Path, layout: str, cases: list[str]) -> None:
     AcceleratorState._reset_state()  # an earlier layout's
-    if layout == "cp2":
+    if layout.startswith("cp2"):
         _let_accelerate_shard_on_cpus()
     else:
         _open_accelerate_to_cpus()
     _, sizes, more = LAYOUTS[layout]
-    batch = ROWS // sizes.get("fsdp_size", 1)
+    batch = ROWS // 2 if layout.endswith("fsdp2") else ROWS
     found = {}
     for case in cases:
         saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
