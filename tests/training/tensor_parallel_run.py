@@ -40,7 +40,10 @@ CASES = {
     for place, schedule in (("resident", SOFT), ("snapshot", HARD), ("offloaded", SOFT))
 } | {
     "dpo-tied": ("dpo", {"reference": "resident", **SOFT}),  # and a vocabulary of an odd size
-    "dpo-split": ("dpo", {"reference": "snapshot", "token_budget": 60, **HARD}),
+    "dpo-split": (
+        "dpo", {"reference": "snapshot", "token_budget": 60, "max_grad_norm": 0.0, **HARD}
+    ),
+    "dpo-by-name": ("dpo", {"reference": "resident", **SOFT}),
     "dpo-precomputed": (
         "dpo", {"reference": "auto", "sync_ref_model": None, "precompute_ref_log_probs": True}
     ),
@@ -53,8 +56,13 @@ RESUMED = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
 LAYOUTS = {  # processes, what transformers cuts the model into, options of the run
     "tp2": (2, {"tp_size": 2}, lambda: {}),
     "tp2-fsdp2": (4, {"tp_size": 2, "fsdp_size": 2}, lambda: {}),
-    "cp2": (2, {}, lambda: {**FSDP, "parallelism_config": ParallelismConfig(cp_size=2)}),
+    "cp2": (2, {}, lambda: _divided(cp_size=2)),
+    "cp2-fsdp2": (4, {}, lambda: _divided(cp_size=2, dp_shard_size=2)),
 }
+
+
+def _divided(**sizes):
+    return {**FSDP, "parallelism_config": ParallelismConfig(**sizes)}
 
 
 def rows_of(method):
@@ -76,6 +84,8 @@ def save_models(folder: Path) -> None:
 
 
 def model_of(case: str, folder: Path, **sizes):
+    if case == "dpo-by-name":
+        return str(folder / "model")
     name = "model-tied" if case == "dpo-tied" else "model"
     cut = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
     model = AutoModelForCausalLM.from_pretrained(folder / name, **cut)
@@ -135,16 +145,18 @@ def _open_accelerate_to_cpus() -> None:
 
 def run(folder: Path, layout: str, cases: list[str]) -> None:
     AcceleratorState._reset_state()  # an earlier layout's
-    if layout == "cp2":
+    if layout.startswith("cp2"):
         _let_accelerate_shard_on_cpus()
     else:
         _open_accelerate_to_cpus()
     _, sizes, more = LAYOUTS[layout]
-    batch = ROWS // sizes.get("fsdp_size", 1)
+    batch = ROWS // 2 if layout.endswith("fsdp2") else ROWS
     found = {}
     for case in cases:
         saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
         options = {"batch": batch, **saving, **more()}
+        if case == "dpo-by-name":
+            options["model_init_kwargs"] = {"distributed_config": sizes}
         found[case] = train(case, folder / layout, model_of(case, folder, **sizes), **options)
         if case in RESUMED:
             checkpoint = str(folder / layout / case / "checkpoint-4")  # in mid-window

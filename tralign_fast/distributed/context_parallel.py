@@ -39,6 +39,11 @@ def check_division(accelerator: Accelerator, collator: Any) -> None:
             "averages gradients over it where transformers has cut the model up; use fsdp_size "
             "instead of cp_size"
         )
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            f"cp_size={sizes.cp_size} beside DeepSpeed is not supported: accelerate gives its "
+            "processes other rows each; use FSDP2"
+        )
     if not isinstance(collator, PreferenceCollator):
         raise ValueError(
             f"cp_size={sizes.cp_size}: batches are divided by PreferenceCollator, got a "

@@ -14,19 +14,30 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from tralign_fast.data.packing import PackedBatch, SplitBatch
-from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
+from tralign_fast.distributed.tensor_parallel import (
+    is_sharded_by_transformers,
+    sharing_processes,
+)
 from tralign_fast.model.prepare import PreparedModel, prepare_model
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import gathered, is_sharded
 
 
-def check_distribution(accelerator: Accelerator, place: type[ReferencePolicy]) -> None:
-    """Raises ValueError where a reference cannot live in that place beside a sharded policy."""
+def check_distribution(
+    accelerator: Accelerator, place: type[ReferencePolicy], policy: PreTrainedModel | None = None
+) -> None:
+    """Raises ValueError where a reference cannot live in that place beside a sharded policy.
+
+    Args:
+        policy: the model, whose layers processes may share; None: none do.
+    """
     fsdp, zero3 = _fsdp_plugin(accelerator), _zero3_plugin(accelerator)
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError('FSDP version 1 is not supported: set fsdp_config={"version": 2}')
     sharded = "ZeRO-3" if zero3 is not None else "FSDP2" if fsdp is not None else None
+    if policy is not None and sharing_processes(policy) > 1:
+        sharded = "tensor parallelism"
     if sharded is not None and sharded not in place.can_be_sharded:
         raise ValueError(
             f'reference="{place.name}" cannot hold weights that {sharded} shards: use '

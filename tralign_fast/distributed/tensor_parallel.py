@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from tralign_fast.model.patching import causal_lm_of
 from tralign_fast.ops.ema import local_shard
-from tralign_fast.reference.base import ReferencePolicy
 
 
 def sharing_processes(model: Any) -> int:
@@ -36,22 +35,21 @@ def is_sharded_by_transformers(model: Any) -> bool:
 _WHOLE_ALONE = ("log_kl_initial", "torch_compile")
 
 
-def check_layers(model: PreTrainedModel, place: type[ReferencePolicy], args: Any) -> None:
-    """Raises ValueError where processes cannot share the layers of a model as they are cut, a
-    reference cannot live in that place beside it, or an option of the run wants whole layers."""
+def check_layers(model: PreTrainedModel, start: PreTrainedModel | None, args: Any) -> None:
+    """Raises ValueError where processes cannot share the layers of a model as they are cut, its
+    first reference is cut otherwise, or an option of the run wants whole layers."""
     processes = sharing_processes(model)
+    if start is not None and sharing_processes(start) != processes:
+        raise ValueError(
+            f"ref_model is cut up with tp_size={sharing_processes(start)}, the policy with tp_size="
+            f"{processes}: load both with the same distributed_config, or leave ref_model out"
+        )
     if processes == 1:
         return
     if option := next((name for name in _WHOLE_ALONE if getattr(args, name)), None):
         raise ValueError(
             f"{option} is not supported beside tensor parallelism (tp_size={processes}): leave it "
             "out, or use FSDP2"
-        )
-    if "tensor parallelism" not in place.can_be_sharded:
-        raise ValueError(
-            f'reference="{place.name}" cannot hold weights that tensor parallelism shards: use '
-            'reference="resident", or hard updates (ref_model_mixup_alpha=1) with '
-            'reference="snapshot"'
         )
     config: Any = causal_lm_of(model).config.get_text_config()
     name = type(causal_lm_of(model)).__name__
@@ -88,7 +86,16 @@ def gather_once(accelerator: Accelerator, processes: int) -> Callable[[Tensor], 
 @torch.no_grad()
 def copy_sharded(model: Any) -> PreTrainedModel:
     """A copy of a model that transformers has cut up: the forwards that it gave to the layers would
-    run the original's weights in a deep copy."""
+    run the original's weights in a deep copy.
+
+    Raises:
+        ValueError: an adapter lies over the model.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "a second model with an adapter cannot be cut up as the policy is: use hard updates "
+            '(ref_model_mixup_alpha=1) with reference="snapshot"'
+        )
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         twin: Any = type(model)(config)

@@ -62,10 +62,10 @@ class RunModels:
         self._args = args
         self.prepared = contextlib.ExitStack()
         kind = reference_class(place)
-        check_distribution(accelerator, kind)
+        check_distribution(accelerator, kind, policy)
         if args.gradient_release:
             check_release(accelerator, args.optim)
-        check_layers(policy, kind, args)
+        check_layers(policy, start, args)
         self._compile_options = take_over_compilation(accelerator, args)
         # copies of the policy are made before it is prepared
         if kind.needs_second_model and start is None:
