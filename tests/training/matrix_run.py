@@ -28,6 +28,7 @@ from tests.training import release_checks
 from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import kto_rows, pair_rows
+from tralign_fast.data.tokenization import lend_in_groups
 
 STEPS, SAVED = 8, 5  # the checkpoint lies in the midst of a window
 PROCESSES = 4
@@ -55,6 +56,10 @@ RELEASED = {
 CASES |= RELEASED
 # past adapters that are moved at every step lie where the policy does; a base of few bits
 CASES["dpo-adapter-always"] = ("dpo", {"reference": "adapter", **SOFT, "ref_model_sync_steps": 1})
+# an order that gives processes unequal numbers of rows
+for method, place in (("dpo", "snapshot"), ("kto", "resident")):
+    options = {"reference": place, "train_sampling_strategy": "batch_rebalance", **PLACES[place]}
+    CASES[f"{method}-unequal"] = (method, options)
 CASES["dpo-adapter-4bit"] = ("dpo", {"reference": "adapter", **SOFT})
 
 
@@ -92,11 +97,14 @@ def trainer_of(case: str, folder: Path, *, batch: int, **extra: Any) -> Any:
         torch.manual_seed(0)
         config = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
         policy = get_peft_model(policy, config)
-    return make(
+    options = {"train_sampling_strategy": "sequential", **options, **extra}
+    trainer = make(
         policy, tokenizer, folder, method, rows_of(method), max_steps=STEPS, learning_rate=2e-3,
-        per_device_train_batch_size=batch, train_sampling_strategy="sequential",
-        **{**options, **extra},
+        per_device_train_batch_size=batch, **options,
     )  # fmt: skip
+    if case == "kto-unequal":  # what a row borrows is not to be a matter of its batch
+        trainer.train_dataset = lend_in_groups(trainer.train_dataset, PROCESSES * ROWS)
+    return trainer
 
 
 def train(case: str, folder: Path, *, resume_from: str | None = None, **extra: Any) -> list[float]:

@@ -31,6 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tralign_fast.data.columns import one_dataset
 from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
+from tralign_fast.distributed.levelling import CountWeights, level_tokens, mean_of_all
 from tralign_fast.distributed.processes import even_parts, take_off_autocast
 from tralign_fast.model.router import asked, router_coefficient
 from tralign_fast.model.scoring import (
@@ -171,6 +172,8 @@ class TRTrainer(ResumableTrainer):
         self._lookahead = Lookahead(self)
         self._finite = FiniteSteps()
         self._once = OncePerRun()
+        unequal = args.train_sampling_strategy == "batch_rebalance"
+        self._counts = CountWeights(self.accelerator, unequal)
         # what is not finite shows in the logs, and asking each loss would wait for the device
         args.logging_nan_inf_filter = False
         self.add_callback(self._finite)
@@ -223,6 +226,12 @@ class TRTrainer(ResumableTrainer):
             return EpochLengthSampler(sampler, seed)
         return sampler
 
+    def _get_dataloader(self, dataset: Any, *args, is_training: bool = False, **kwargs) -> Any:
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if is_training and not self._objective.needs_kl:  # whose rows borrow from their batch
+            level_tokens(loader, dataset, self.accelerator)
+        return loader
+
     # --- a step -----------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -231,7 +240,9 @@ class TRTrainer(ResumableTrainer):
             return [], None
         if self.reference.must_score(self.state.global_step):
             self._lookahead.score_window(epoch_iterator)
-        return self._lookahead.take(epoch_iterator, num_batches), None
+        batches = self._lookahead.take(epoch_iterator, num_batches)
+        self._counts.start(batches)
+        return batches, None
 
     def training_step(
         self,
@@ -283,6 +294,7 @@ class TRTrainer(ResumableTrainer):
             for part in (part.to(self.args.device) for part in parts):
                 gap = sequence_logps(model, part) - self.reference.logps(part)
                 total = total + part.share * gap[len(part) :].mean()
+        total = mean_of_all(self.accelerator, total, len(inputs))
         return tuple(dataclasses.replace(part, kl=total) for part in parts)
 
     def compute_loss(
@@ -318,20 +330,22 @@ class TRTrainer(ResumableTrainer):
         step = self.state.global_step + 1
         loss = add_balance(self, result.loss, batch)
         loss = self._finite.guarded(loss, result.logps, ref_logps, batch.rows, step)
-        loss = loss if batch.share == 1.0 else loss * batch.share
+        if self.model.training:
+            loss = self._counts.weigh(loss, batch)
+        elif batch.share != 1.0:
+            loss = loss * batch.share
         if self.is_deepspeed_enabled:  # its backward steps
             self._finite.check()
         return (loss, _outputs(result, batch)) if return_outputs else loss
 
     def _kl(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> Tensor | None:
         """() KTO's KL term of all processes; None: there is none, or the loss makes it itself."""
-        kl = batch.kl
-        if not self._objective.needs_kl or (kl is None and self.accelerator.num_processes == 1):
+        if not self._objective.needs_kl or batch.kl is not None:
+            return batch.kl
+        if self.accelerator.num_processes == 1:
             return None
-        if kl is None:
-            gap = batch.sum_per_sequence(logps.detach()) - ref_logps
-            kl = gap[len(batch) :].mean()
-        return self.accelerator.reduce(kl, reduction="mean")  # pyright: ignore[reportReturnType]
+        gap = batch.sum_per_sequence(logps.detach()) - ref_logps
+        return mean_of_all(self.accelerator, gap[len(batch) :].mean(), len(batch))
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
