@@ -340,7 +340,7 @@ def _leave_products_to_mkl() -> None:
 def _score_with_full_logits() -> None:
     """The head by the book: log_softmax over the logits of every position, padding too."""
     import tralign_fast.reference.resident as resident
-    import tralign_fast.training.trainer as trainer
+    import tralign_fast.training.batch_terms as batch_terms
 
     def sequence_logps(model: Any, batch: Any) -> Any:
         logits = model(
@@ -353,5 +353,5 @@ def _score_with_full_logits() -> None:
         return batch.sum_per_sequence(logps.flatten(0, 1)[batch.score_index, batch.targets])
 
     assert hasattr(resident, "sequence_logps")
-    assert hasattr(trainer, "sequence_logps")
-    resident.sequence_logps = trainer.sequence_logps = sequence_logps
+    assert hasattr(batch_terms, "sequence_logps")
+    resident.sequence_logps = batch_terms.sequence_logps = sequence_logps

@@ -95,6 +95,11 @@ class PackedBatch:
         return False
 
     @property
+    def own_examples(self) -> int:
+        """B, or 0 where the examples are another's and weigh nothing."""
+        return len(self) if self.share > 0 and self.weight > 0 else 0
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the model computes."""
         return self.input_ids.numel()

@@ -145,21 +145,29 @@ def add_lengths(dataset: Rows, column: str) -> Rows:
     """The tokens of every row of a tokenised dataset as one more column, by which
     `train_sampling_strategy="group_by_length"` groups; a stream is returned as it is.
     """
+    lengths = row_lengths(dataset)
+    if lengths is None:
+        return dataset
+    if column in dataset.column_names:  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+        raise ValueError(
+            f"length_column_name={column!r} is a column of tokenised rows; expected another name"
+        )
+    return dataset.add_column(column, lengths)  # pyright: ignore[reportReturnType, reportArgumentType, reportCallIssue]
+
+
+def row_lengths(dataset: Any) -> list[int] | None:
+    """The tokens of every row of a tokenised dataset, a prompt once; None for a stream."""
     import pyarrow.compute as pc
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
-        return dataset
+        return None
     counted = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
     table = dataset.with_format("arrow").select_columns(
         [name for name in dataset.column_names if name in counted]
     )[:]
     lengths = [pc.list_value_length(values).to_pylist() for values in table.columns]  # pyright: ignore[reportAttributeAccessIssue]
-    if column in dataset.column_names:
-        raise ValueError(
-            f"length_column_name={column!r} is a column of tokenised rows; expected another name"
-        )
-    return dataset.add_column(column, [sum(row) for row in zip(*lengths, strict=True)])  # pyright: ignore[reportReturnType, reportArgumentType, reportCallIssue]
+    return [sum(row) for row in zip(*lengths, strict=True)]
 
 
 @dataclass(frozen=True)

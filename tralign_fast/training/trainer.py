@@ -8,7 +8,6 @@ the reference, log-probs, loss, the reference's move), evaluation and metrics.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import weakref
 from collections.abc import Callable
@@ -33,13 +32,13 @@ from tralign_fast.data.packing import PackedBatch, SplitBatch
 from tralign_fast.data.sampling import EpochLengthSampler
 from tralign_fast.distributed.alike import check_versions, told_to_all
 from tralign_fast.distributed.context_parallel import check_division, dividing, dividing_processes
+from tralign_fast.distributed.levelling import CountWeights, level_tokens
 from tralign_fast.distributed.pace import Pace
 from tralign_fast.distributed.processes import even_parts, take_off_autocast
 from tralign_fast.distributed.tensor_parallel import gather_once, sharing_processes
 from tralign_fast.model.router import asked, router_coefficient
 from tralign_fast.model.scoring import (
     hidden_kl,
-    sequence_logps,
     token_logps_and_statistics,
 )
 from tralign_fast.ops.preference import preference_loss
@@ -48,13 +47,14 @@ from tralign_fast.reference import choose_reference
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.training.arguments import run_arguments
+from tralign_fast.training.batch_terms import mean_kl, whole_batch_terms
 from tralign_fast.training.block_adafactor import BlockAdafactor
 from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import GradientRelease, releases
 from tralign_fast.training.inputs import collator_of, tokenized
-from tralign_fast.training.load_balance import add_balance, with_slopes
+from tralign_fast.training.load_balance import add_balance
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.method import settle_method
 from tralign_fast.training.metrics import (
@@ -184,6 +184,8 @@ class TRTrainer(ResumableTrainer):
         self._lookahead = Lookahead(self)
         self._finite = FiniteSteps()
         self._once = OncePerRun()
+        unequal = args.train_sampling_strategy == "batch_rebalance"
+        self._counts = CountWeights(self.accelerator, unequal)
         # what is not finite shows in the logs, and asking each loss would wait for the device
         args.logging_nan_inf_filter = False
         self._pace = Pace(self.accelerator)
@@ -238,6 +240,12 @@ class TRTrainer(ResumableTrainer):
             return EpochLengthSampler(sampler, seed, self.args.world_size)
         return sampler
 
+    def _get_dataloader(self, dataset: Any, *args, is_training: bool = False, **kwargs) -> Any:
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if is_training and not self._objective.needs_kl:  # whose rows borrow from their batch
+            level_tokens(loader, dataset, self.accelerator)
+        return loader
+
     # --- a step -----------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -247,7 +255,9 @@ class TRTrainer(ResumableTrainer):
         if self.reference.must_score(self.state.global_step):
             self._lookahead.score_window(epoch_iterator)
         with self._pace.loading():
-            return self._lookahead.take(epoch_iterator, num_batches), None
+            batches = self._lookahead.take(epoch_iterator, num_batches)
+        self._counts.start(batches)
+        return batches, None
 
     def training_step(
         self,
@@ -257,7 +267,7 @@ class TRTrainer(ResumableTrainer):
     ) -> Tensor:
         """Forward and backward of a micro-batch, part after part where it is split."""
         self.largest_batch = max(self.largest_batch, *(part.num_tokens for part in inputs.parts))
-        parts = self._whole_batch_terms(model, inputs)
+        parts = whole_batch_terms(self, model, inputs)
         losses = []
         state = self.accelerator.gradient_state
         steps = state.sync_gradients
@@ -275,31 +285,6 @@ class TRTrainer(ResumableTrainer):
         if self.args.token_budget is None:
             return batch.parts
         return even_parts(self.accelerator, batch)
-
-    def _whole_batch_terms(
-        self, model: nn.Module, inputs: PackedBatch | SplitBatch
-    ) -> tuple[PackedBatch, ...]:
-        """The parts of a batch, each with what the loss needs to know of the whole: KTO's KL term,
-        which is computed first, and the tokens that an SFT term is a mean over."""
-        parts = self.parts_of(inputs)
-        if len(parts) == 1:
-            return parts
-        if self.aux_loss_enabled:
-            parts = with_slopes(self, model, parts)
-        if self._objective.sums_tokens:
-            tokens = sum(sum(p.scored_lengths[: len(p)]) for p in parts if p.share > 0)
-            counts = ((p.nll_tokens or tokens * p.share) if p.share > 0 else None for p in parts)
-            parts = tuple(
-                dataclasses.replace(p, nll_tokens=n) for p, n in zip(parts, counts, strict=True)
-            )
-        if not self._objective.needs_kl:
-            return parts
-        total: Any = 0.0
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for part in (part.to(self.args.device) for part in parts):
-                gap = sequence_logps(model, part) - self.reference.logps(part)
-                total = total + part.share * part.weight * gap[len(part) :].mean()
-        return tuple(dataclasses.replace(part, kl=total) for part in parts)
 
     def compute_loss(
         self,
@@ -323,7 +308,7 @@ class TRTrainer(ResumableTrainer):
             weights = pair_weights(logps, found["log_sum_sq_probs"], batch.offsets)
         result = preference_loss(
             logps, ref_logps, batch.offsets, loss=self._objective,
-            is_desirable=batch.is_desirable, kl=self._kl(batch, logps, ref_logps),
+            is_desirable=batch.is_desirable, kl=mean_kl(self, batch, logps, ref_logps),
             lengths=batch.completion_lengths, token_weights=batch.token_weights,
             example_weights=weights, nll_tokens=batch.nll_tokens,
         )  # fmt: skip
@@ -339,21 +324,10 @@ class TRTrainer(ResumableTrainer):
         step = self.state.global_step + 1
         loss = add_balance(self, result.loss, batch)
         loss = self._finite.guarded(loss, result.logps, ref_logps, batch.rows, step)
-        scale = batch.share * batch.weight
-        loss = loss if scale == 1.0 else loss * scale
+        loss = self._counts.weigh(loss, batch, self.model.training)
         if self.is_deepspeed_enabled:  # its backward steps
             self._finite.check()
         return (loss, outputs_of(result, batch)) if return_outputs else loss
-
-    def _kl(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor) -> Tensor | None:
-        """() KTO's KL term of all processes; None: there is none, or the loss makes it itself."""
-        kl = batch.kl
-        if not self._objective.needs_kl or (kl is None and self.accelerator.num_processes == 1):
-            return None
-        if kl is None:
-            gap = batch.sum_per_sequence(logps.detach()) - ref_logps
-            kl = gap[len(batch) :].mean() * batch.weight
-        return self.accelerator.reduce(kl, reduction="mean")  # pyright: ignore[reportReturnType]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
@@ -393,7 +367,7 @@ class TRTrainer(ResumableTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         loss = torch.zeros((), device=self.args.device)
         rewards, labels = [], []
-        for part in self._whole_batch_terms(model, inputs):
+        for part in whole_batch_terms(self, model, inputs):
             batch = self._prepare_inputs(part)
             with torch.no_grad(), self.compute_loss_context_manager():
                 part_loss, outputs = self.compute_loss(model, batch, return_outputs=True)
