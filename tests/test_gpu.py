@@ -12,6 +12,7 @@ from tests.model.test_attention import build, collate, gradients, run
 from tralign_fast import linear_logprobs
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import sequence_logps
+from tralign_fast.ops.logits_budget import free_bytes
 from tralign_fast.ops.logprobs import linear_logprobs_naive
 
 pytestmark = [
@@ -57,8 +58,9 @@ def test_variable_length_attention_is_as_good_as_one_call_a_sequence(name, layou
         assert error <= allowed + 2**-8 * truth.norm(), (error, allowed, truth.norm())
 
 
+@pytest.mark.parametrize("kept", ["logits", "powers"])
 @pytest.mark.parametrize("budget_mb", [0, 192, 1024])
-def test_the_head_of_llama_3(budget_mb):
+def test_the_head_of_llama_3(budget_mb, kept):
     """Kept, kept in part, recomputed: N = 1,024, V = 128,256, against fp32."""
     g = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(1024, 512, generator=g, device="cuda").bfloat16().requires_grad_()
@@ -68,7 +70,7 @@ def test_the_head_of_llama_3(budget_mb):
     grad = torch.randn(1024, generator=g, device="cuda")
 
     def ours():
-        logps = linear_logprobs(hidden, weight, targets, logits_budget_mb=budget_mb)
+        logps = linear_logprobs(hidden, weight, targets, logits_budget_mb=budget_mb, kept=kept)
         return logps.detach(), *torch.autograd.grad(logps, (hidden, weight), grad)
 
     ours()  # cuBLAS allocates its workspace, once
@@ -77,6 +79,7 @@ def test_the_head_of_llama_3(budget_mb):
     values = ours()
     # both gradients, fp32 and bf16 of hidden states; logits within the budget or 16 MiB
     others = 2 * weight.numel() + 8 * hidden.numel() + (4 << 20)
+    others += 2 * hidden.numel() * (kept == "powers")  # hidden states times their rows' factors
     peak = torch.cuda.max_memory_allocated() - before
     assert peak <= others + (max(budget_mb, 16) << 20), peak
     leaves = [t.detach().float().requires_grad_() for t in (hidden, weight)]
@@ -84,6 +87,34 @@ def test_the_head_of_llama_3(budget_mb):
     expected = exact.detach(), *torch.autograd.grad(exact, leaves, grad)
     for mine, truth in zip(values, expected, strict=True):
         assert (mine.float() - truth).norm() <= 2**-7 * truth.norm()
+
+
+@pytest.mark.parametrize("height", [-70.0, 70.0])
+def test_powers_of_rows_out_of_the_ordinary(height):
+    """A third of the rows are made again: the shipped tiles, beside logits that are kept."""
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 512, generator=g, device="cuda")
+    weight = torch.randn(8_192, 512, generator=g, device="cuda") / 512**0.5
+    hidden[:, 0], weight[:, 0] = 0, 1
+    hidden[::3, 0] = height
+    leaves = [t.bfloat16().requires_grad_() for t in (hidden, weight)]
+    targets = torch.randint(0, 8_192, (300,), generator=g, device="cuda")
+    grad = torch.randn(300, generator=g, device="cuda")
+    both = []
+    for kept in ("powers", "logits"):
+        logps = linear_logprobs(*leaves, targets, kept=kept)
+        both.append([logps.detach(), *torch.autograd.grad(logps, leaves, grad)])
+    for mine, other in zip(*both, strict=True):
+        assert (mine.float() - other.float()).norm() <= 2**-6 * other.float().norm()
+
+
+def test_the_budget_sees_what_is_free():
+    device = torch.device("cuda", torch.cuda.current_device())
+    before = free_bytes(device)
+    block = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    assert before - free_bytes(device) == pytest.approx(1 << 30, rel=0.05)
+    del block  # held by the allocator, and free
+    assert free_bytes(device) == pytest.approx(before, abs=64 << 20)
 
 
 def test_log_probs_have_the_same_bits_in_every_run():

@@ -265,6 +265,32 @@ def test_fake_tensors_pass_through(inputs):
     assert [g.shape for g in grads] == [(N, H), (V, H), (V,)]
 
 
+@pytest.mark.parametrize("budget", [1024, 0])
+def test_a_trace_of_a_gpu_keeps_powers_in_the_memory_of_logits(budget):
+    """Kernels that do nothing, and the same tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tralign_fast.memory import LiveTensors
+    from tralign_fast.ops.backend import pretend_gpu
+
+    peaks = {}
+    for kept in ("logits", "powers"):
+        with FakeTensorMode(), pretend_gpu(), LiveTensors(fake=True) as live:
+            hidden = torch.empty(4096, 64, dtype=torch.bfloat16, requires_grad=True)
+            weight = torch.empty(32_000, 64, dtype=torch.bfloat16, requires_grad=True)
+            targets, offsets = (torch.empty(n, dtype=torch.int64) for n in (4096, 5))
+            out = linear_preference_loss(
+                hidden, weight, targets, offsets, torch.empty(4), loss="dpo", beta=0.3, kept=kept,
+                logits_budget_mb=budget,
+            )  # fmt: skip
+            out.loss.backward()
+        assert weight.grad is not None
+        assert weight.grad.shape == weight.shape
+        peaks[kept] = live.report().peak
+    # hidden states times their rows' factors
+    assert peaks["powers"] == pytest.approx(peaks["logits"], abs=4096 * 64 * 2 + 4096 * 16)
+
+
 def test_compiled_code_may_call_it(inputs):
     hidden, weight, _, targets, offsets, reference = inputs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tralign_fast.ops import logits_budget, logprobs
 from tralign_fast.ops.logits_budget import budget_bytes, free_bytes
 
 MIB, GIB = 2**20, 2**30
-ON_GPU = SimpleNamespace(device=torch.device("cuda", 0))  # all that is asked of hidden states
+ON_GPU: Any = SimpleNamespace(device=torch.device("cuda", 0))  # all that is asked of hidden states
 
 
 @pytest.fixture
