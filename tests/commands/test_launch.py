@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_presets_are_options_of_a_run(parallel, monkeypatch, tmp_path):
 def test_the_exit_code_is_of_the_process_that_ended_by_itself():
     assert launch.code_of([-15, 2]) == 2
     assert launch.code_of([-9, -15]) == 143
+
+
+def test_a_launcher_that_is_ended_says_no_more_than_its_code(monkeypatch):
+    from accelerate.commands import launch as accelerate
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def ended(args):
+        raise SignalException("got signal: 15", sigval=signal.SIGTERM)
+
+    monkeypatch.setattr(accelerate, "multi_gpu_launcher", ended)
+    assert launch.launch(2, "ddp", []) == 143
 
 
 def test_a_process_of_a_launcher_starts_no_others(monkeypatch):
