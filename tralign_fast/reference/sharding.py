@@ -59,9 +59,9 @@ def gathered(model: nn.Module | Tensor) -> contextlib.AbstractContextManager[Any
     parameters = [p for p in weights if hasattr(p, "ds_tensor")]
     if not parameters:
         return contextlib.nullcontext()
-    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
-    return GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def own_file(folder: Path, name: str) -> Path:
