@@ -56,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tralign-fast: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # of `tralign-fast plan | head`, which has read enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        return 141
     except Exception as error:
         message = _message_of(error)
         if message is None:

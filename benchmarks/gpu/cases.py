@@ -202,24 +202,8 @@ def flops_of(config: Any, shape: Shape, lora_rank: int | None) -> Flops:
     trains adapters twice, and its adapters' three times. The reference is the base alone: adapters
     of a reference could be merged into it.
     """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    query, key = heads * head_dim, kv_heads * head_dim
-    linears = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
-    linears += [(hidden, inner), (hidden, inner), (inner, hidden)]
-    layers, tokens = config.num_hidden_layers, shape.tokens
+    from tralign_fast.memory import step_flops
 
-    weights = 2.0 * layers * tokens * sum(a * b for a, b in linears)
-    p, c = shape.prompt, shape.completion
-    seen = shape.pairs * (p * p / 2 + 2 * (c * p + c * c / 2))  # (query, key) that attend
-    attention = layers * 4.0 * query * seen
-    head = 2.0 * shape.pairs * 2 * c * hidden * config.vocab_size
-    adapters = 0.0
-    if lora_rank is not None:
-        adapters = 2.0 * layers * tokens * lora_rank * sum(a + b for a, b in linears)
-
-    reference = weights + attention + head
-    products = 3 if lora_rank is None else 2
-    policy = products * (weights + head) + 3 * (attention + adapters)
-    return Flops(reference + policy, weights + attention + adapters)
+    sizes = step_flops.sizes_of(config)
+    flops = step_flops.flops_of(sizes, shape.pairs, shape.tokens, lora_rank)
+    return Flops(flops.needed, flops.recomputed)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from tralign_fast import TRConfig, cli
 from tralign_fast.command_line import Given
@@ -63,11 +66,39 @@ def test_presets_are_options_of_a_run(parallel, monkeypatch, tmp_path):
         assert given.fsdp_config["version"] == 2
     if parallel == "zero3":
         assert given.deepspeed["zero_optimization"]["stage"] == 3
+        # DeepSpeed reckons it; "auto" is filled before it knows of other processes, and refused
+        assert "train_batch_size" not in given.deepspeed
+
+
+def test_weights_under_zero3_are_gathered_by_deepspeed(monkeypatch):
+    """`deepspeed.zero` is a name of the package and no module that can be imported."""
+    from tralign_fast.reference import sharding
+
+    seen = []
+    zero = SimpleNamespace(GatheredParameters=lambda weights: seen.append(weights) or "gathered")
+    package = ModuleType("deepspeed")
+    package.zero = zero  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "deepspeed", package)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.ds_tensor = torch.zeros(1)  # pyright: ignore[reportAttributeAccessIssue]
+    assert sharding.gathered(weight) == "gathered"
+    assert seen == [[weight]]
 
 
 def test_the_exit_code_is_of_the_process_that_ended_by_itself():
     assert launch.code_of([-15, 2]) == 2
     assert launch.code_of([-9, -15]) == 143
+
+
+def test_a_launcher_that_is_ended_says_no_more_than_its_code(monkeypatch):
+    from accelerate.commands import launch as accelerate
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def ended(args):
+        raise SignalException("got signal: 15", sigval=signal.SIGTERM)
+
+    monkeypatch.setattr(accelerate, "multi_gpu_launcher", ended)
+    assert launch.launch(2, "ddp", []) == 143
 
 
 def test_a_process_of_a_launcher_starts_no_others(monkeypatch):

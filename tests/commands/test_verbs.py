@@ -143,6 +143,15 @@ def test_env_says_where_it_runs(capsys):
     assert "kernels" in out
 
 
+def test_a_reader_who_has_enough_is_told_nothing(monkeypatch, capsys):
+    def closed(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_run", closed)
+    assert cli.main(["env"]) == 141
+    assert capsys.readouterr().err == ""
+
+
 # --- recipes --------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -47,6 +48,21 @@ def test_the_ends_of_the_range_of_pythons_are_tested():
     named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
     assert {named[0], named[-1]} <= tested
     assert f'requires-python = ">={named[0]}"' in text
+
+
+def test_the_oldest_python_is_the_one_that_files_are_checked_for():
+    """`make check` refuses newer syntax (ruff) and a newer standard library (pyright); syntax once
+    more here, for who runs the tests alone."""
+    text = (ROOT / "pyproject.toml").read_text()
+    oldest = re.findall(r'^requires-python = ">=(3\.\d+)"', text, re.M)
+    assert re.findall(r'^pythonVersion = "(.*)"', text, re.M) == oldest
+    assert re.findall(r'^target-version = "py(.*)"', text, re.M) == [oldest[0].replace(".", "")]
+    version = tuple(map(int, oldest[0].split(".")))
+    files = [f for folder in ("tralign_fast", "kernels", "examples", "benchmarks", "tests", ".ci")
+             for f in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    assert len(files) > 300
+    for file in files:
+        ast.parse(file.read_text(encoding="utf-8"), str(file), feature_version=version)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def launch(processes: int, parallel: str, arguments: list[str]) -> int:
     """
     options_of(parallel)
     from accelerate.commands import launch as accelerate
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parser = accelerate.launch_command_parser()
@@ -65,6 +66,8 @@ def launch(processes: int, parallel: str, arguments: list[str]) -> int:
         accelerate.multi_gpu_launcher(args)
     except ChildFailedError as error:
         return code_of([failure.exitcode for failure in error.failures.values()])
+    except SignalException as end:  # sent to the launcher, which has passed it on
+        return 128 + end.sigval
     return 0
 
 

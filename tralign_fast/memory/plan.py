@@ -16,6 +16,16 @@ from tralign_fast.memory.forked import in_processes
 from tralign_fast.memory.layers import trace_deep
 from tralign_fast.memory.presets import MODELS, PRESETS, preset_of
 from tralign_fast.memory.sharding import per_gpu
+from tralign_fast.memory.step_flops import sizes_of
+from tralign_fast.memory.time_model import (
+    CARDS,
+    DEFAULT_CARD,
+    Layout,
+    Rates,
+    StepTime,
+    rates_of,
+    step_time,
+)
 from tralign_fast.ops.logits_budget import STANDARD_MB
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.reference import REFERENCES, reference_class
@@ -46,6 +56,13 @@ class PlanOptions:
     gpus: Annotated[int, AT_LEAST_ONE] = _option(
         1, "GPUs among which FSDP2 shards weights, gradients and optimizer states."
     )
+    nodes: Annotated[int, AT_LEAST_ONE] = _option(1, "Machines that the GPUs stand in.")
+    card: str | None = _option(
+        None, f"For the seconds of a step: {', '.join(CARDS)}. None: h100 for several GPUs."
+    )
+    tflops: float | None = _option(None, "TFLOP/s that its matrix products reach.")
+    nvlink_gbs: float | None = _option(None, "GB/s that a GPU reaches inside of a machine.")
+    interconnect_gbs: float | None = _option(None, "GB/s a GPU that machines reach between them.")
     method: str = _option("dpo", f"The loss: {', '.join(LOSSES)}.", "--loss_type")
     reference: str = _option("auto", f"auto, {', '.join(REFERENCES)}.")
     alpha: float = _option(
@@ -93,6 +110,8 @@ class Plan:
     remedy: Alternative | None
     theirs: MemoryReport | None
     why: str | None
+    time: StepTime | None = None  # of what is chosen, or else was asked
+    no_time: str | None = None  # why there is none
 
     @property
     def asked(self) -> Alternative:
@@ -126,6 +145,7 @@ def run_plan(options: PlanOptions) -> int:
 def make_plan(options: PlanOptions) -> Plan:
     """Traces what was asked and, if it does not fit or the options say so, what else there is."""
     memory, work = parse_memory(options.gpu_memory), workload(options)
+    rates = _rates(options)
     # those that are traced whatever the others say can be traced at the same time
     others = list(changes(work, options.gpus))
     sure = [c for c in others if options.alternatives and c[1].tokens == work.tokens]
@@ -141,7 +161,29 @@ def make_plan(options: PlanOptions) -> Plan:
         if remedy is None:
             remedy = _first_that_fits(others[len(sure) :], tried, memory, options.gpus)
     theirs, why = _trace_trl(work) if options.trl else (None, None)
-    return Plan(memory, tried, remedy, theirs, why)
+    plan = Plan(memory, tried, remedy, theirs, why)
+    if rates is None:
+        return plan
+    layout = Layout(options.gpus, options.nodes)
+    try:
+        time = step_time((plan.chosen or plan.asked).work, sizes_of(work.model), rates, layout)
+    except ValueError as error:
+        return dataclasses.replace(plan, no_time=str(error))
+    return dataclasses.replace(plan, time=time)
+
+
+def _rates(options: PlanOptions) -> Rates | None:
+    """What the seconds of a step are reckoned with, if they were asked for.
+
+    Raises:
+        ValueError: GPUs that do not fill the nodes, a card that is not known, or no rate.
+    """
+    if options.gpus % options.nodes:
+        raise ValueError(f"--nodes {options.nodes}: expected a divisor of --gpus {options.gpus}")
+    own = (options.tflops, options.nvlink_gbs, options.interconnect_gbs)
+    if options.gpus == 1 and options.card is None and own == (None, None, None):
+        return None
+    return rates_of(options.card or DEFAULT_CARD, *own)
 
 
 def _first_that_fits(

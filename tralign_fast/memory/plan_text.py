@@ -19,6 +19,8 @@ from tralign_fast.memory.plan import (
     fits,
     hub_id,
 )
+from tralign_fast.memory.time_model import DEFAULT_CARD, Layout
+from tralign_fast.memory.time_model import as_text as time_text
 from tralign_fast.memory.workload import Workload
 from tralign_fast.ops.logits_budget import STANDARD_MB
 
@@ -54,13 +56,21 @@ def recipe_of(options: PlanOptions, work: Workload) -> dict[str, Any]:
     return recipe
 
 
-def command_of(recipe: dict[str, Any]) -> str:
-    """The same as a command line."""
+def command_of(recipe: dict[str, Any], nodes: int = 1) -> str:
+    """The same as a command line; on several machines one that each of them runs."""
     words = []
+    start = "tralign-fast train"
+    if nodes > 1:
+        recipe = {**recipe}
+        here = recipe.pop("num_processes") // nodes
+        start = (
+            f"torchrun --nnodes {nodes} --nproc_per_node {here} --rdzv_backend c10d \\\n  "
+            "--rdzv_endpoint HOST:29500 -m tralign_fast train"
+        )
     for name, value in recipe.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
         words.append(f"--{name} {shlex.quote(text)}")
-    return " \\\n  ".join(["tralign-fast train", *words])
+    return " \\\n  ".join([start, *words])
 
 
 def as_json(options: PlanOptions, plan: Plan) -> dict[str, Any]:
@@ -80,8 +90,10 @@ def as_json(options: PlanOptions, plan: Plan) -> dict[str, Any]:
         },
         "alternatives": {a.change: a.report.peak for a in plan.tried[1:]},
         "cards": {str(card): a and (a.change or "as asked") for card, a in by_card(plan).items()},
+        "time": plan.time and dataclasses.asdict(plan.time),
+        "time_note": plan.no_time,
         "recipe": recipe,
-        "command": recipe and command_of(recipe),
+        "command": recipe and command_of(recipe, options.nodes),
         "note": NOTE,
     }  # fmt: skip
 
@@ -98,12 +110,17 @@ def as_text(options: PlanOptions, plan: Plan) -> str:
     if plan.why:
         parts.append(plan.why)
     parts += ["", _bars(plan), "", _cards(plan), "", _answer(options, plan)]
+    if plan.time is not None:
+        layout, card = Layout(options.gpus, options.nodes), options.card or DEFAULT_CARD
+        parts += ["", time_text(plan.time, layout, card)]
+    if plan.no_time is not None:
+        parts += ["", f"no seconds of a step: {plan.no_time}"]
     if plan.chosen is not None:
         recipe = recipe_of(options, plan.chosen.work)
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
         parts += [
             "",
-            command_of(recipe),
+            command_of(recipe, options.nodes),
             "",
             "the same as a recipe (train --config FILE):",
             "",
