@@ -8,6 +8,7 @@ of an arm that nobody killed.
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from benchmarks.common import commit
 from benchmarks.evidence.cache import key_of, read_json, write_json
 from benchmarks.evidence.overoptimize_arms import Arm, Settings
 from benchmarks.evidence.overoptimize_material import Material, load_material
-from benchmarks.evidence.overoptimize_measure import Gauge
+from benchmarks.evidence.overoptimize_measure import Diverged, Gauge, turning_point
 from tralign_fast import TRConfig, TRTrainer
 
 Result = dict[str, Any]
@@ -97,7 +98,9 @@ def run_arm(arm: Arm, material: Material, root: Path, deadline: float | None = N
     diverged = None
     try:
         trainer.train(resume_from_checkpoint=resume or None)
-    except ValueError as error:  # what FiniteSteps says of steps without a finite gradient
+    except Diverged as error:
+        diverged = str(error)
+    except ValueError as error:  # what the trainer says of steps without a finite gradient
         if "finite" not in str(error):
             raise
         diverged = str(error).splitlines()[0]
@@ -105,6 +108,7 @@ def run_arm(arm: Arm, material: Material, root: Path, deadline: float | None = N
         "arm": asdict(arm),
         "points": points,
         "diverged": diverged,
+        "material": material.facts.get("policy", ""),
         "finished": diverged is not None or trainer.state.global_step >= material.settings.steps,
         "totals": {
             "seconds": points[-1]["seconds"],
@@ -166,11 +170,30 @@ def _trainer(arm: Arm, material: Material, folder: Path) -> TRTrainer:
     )
 
 
+_material = functools.lru_cache(load_material)  # of a worker: read once for all its arms
+
+
 def _in_worker(
     arm: Arm, source: str, settings: Settings, root: Path, device: str, deadline: float | None
 ) -> Result:
     torch.set_num_threads(1)
-    return run_arm(arm, load_material(source, settings, root, device), root, deadline)
+    return run_arm(arm, _material(source, settings, root, device), root, deadline)
+
+
+def facts(source: str, settings: Settings, root: Path, device: str) -> dict[str, Any]:
+    """Of the material: sizes of its parts, accuracies of the golds."""
+    return load_material(source, settings, root, device).facts
+
+
+def in_a_line(result: Result) -> str:
+    """Where an arm turned over and where it ended, or why it ended early."""
+    best, last = turning_point(result["points"]), result["points"][-1]
+    ended = "" if result["finished"] else ", not finished"
+    text = (
+        f"gold {best['height']:.2f} at step {best['step']} and KL {best['kl']:.1f}, "
+        f"{last['gold']:.2f} at step {last['step']} and KL {last['kl']:.1f}{ended}"
+    )
+    return f"{text}; diverged: {result['diverged']}" if result["diverged"] else text
 
 
 def run(

@@ -143,6 +143,8 @@ def _make(
     facts: dict[str, Any] = {
         "rows": {"gold": len(gold), "gold_test": len(gold_test), "policy": len(policy),
                  "test": len(test)},
+        # a card does not train twice to the same bits
+        "policy": float(sum(p.detach().double().sum() for p in model.parameters())).hex(),
         "accuracy": {name: hh_models.accuracy(judge, gold_test) for name, judge in judges.items()},
     }  # fmt: skip
     pairs, held_out = {}, {}

@@ -1,7 +1,8 @@
-"""What is measured of a policy on the way: its fresh samples, their distance, three kinds of mass."""
+"""What is measured of a policy on the way: fresh samples, their distance, three kinds of mass."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -36,6 +37,10 @@ def win_rate(rewards: Sequence[float], others: Sequence[float]) -> float:
     """Share of prompts whose answer has the larger reward; ties count half."""
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(rewards, others, strict=True)]
     return sum(wins) / len(wins)
+
+
+class Diverged(Exception):
+    """A policy whose log-probs are not finite."""
 
 
 class Gauge:
@@ -79,16 +84,23 @@ class Gauge:
 
         Args:
             start: figures of the initial policy; None: `model` is it.
+
+        Raises:
+            Diverged: log-probs that are not finite, of which no sample can be drawn.
         """
         modes, python = model.training, random.getstate()
         model.eval()
         devices = [model.device] if model.device.type == "cuda" else []
         try:
+            with autocast(model.device, self.material.settings.bf16):
+                of_pairs = self._of_pairs(model)
+            if not all(map(math.isfinite, of_pairs.values())):
+                raise Diverged("held-out log-probs are not finite")
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(self.seed)
                 answers = self._sample(model)
             with autocast(model.device, self.material.settings.bf16):
-                return {**self._of_samples(model, answers, start), **self._of_pairs(model)}
+                return {**self._of_samples(model, answers, start), **of_pairs}
         finally:
             model.train(modes)
             random.setstate(python)

@@ -107,7 +107,7 @@ def split(
     is_short: Sequence[bool],
     seed: int = 0,
 ) -> Parts:
-    """Parts of the given numbers of rows (about: a conversation stays whole); the gold has the rest.
+    """Parts of about these numbers of rows (a conversation stays whole); the gold has the rest.
 
     Args:
         is_short: rows whose prompt and answers the policy can hold. Policy and test are of these.
