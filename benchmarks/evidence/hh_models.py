@@ -43,8 +43,9 @@ def small_smollm2(layers: int, vocabulary: int) -> tuple[Any, Any]:
     depth = model.config.num_hidden_layers
     if layers < depth:
         kept = [*range(layers - 2), depth - 2, depth - 1]
-        model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in kept)
-        for index, layer in enumerate(model.model.layers):
+        layers_: list[Any] = [model.model.layers[i] for i in kept]
+        model.model.layers = torch.nn.ModuleList(layers_)
+        for index, layer in enumerate(layers_):
             layer.self_attn.layer_idx = index
         model.config.num_hidden_layers = layers
         model.config.layer_types = None

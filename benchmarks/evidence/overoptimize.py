@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -209,7 +211,10 @@ def run(
     """Every arm with its result as it ends; an arm that has its result costs nothing.
 
     On a card several arms run at once, each in a process of its own: steps of so small a model
-    leave most of it idle.
+    leave most of it idle. An arm that stops by an error of its own is named, and the others go on.
+
+    Raises:
+        ValueError: what `load_material` refuses; a process that was killed, or lost its card.
     """
     material = load(source, settings, root, device)  # made once, before any worker needs it
     if workers <= 1:
@@ -226,7 +231,17 @@ def run(
         while waiting:
             ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in ended:
-                yield waiting.pop(future), future.result()
+                arm = waiting.pop(future)
+                if (error := future.exception()) is None:
+                    yield arm, future.result()
+                elif isinstance(error, BrokenProcessPool):
+                    raise ValueError(
+                        f"a process ended in mid-arm ({arm}, or another of its time); finished "
+                        "arms and checkpoints are kept: the same command goes on"
+                    ) from error
+                else:  # its checkpoints are kept; the other arms go on
+                    said = (str(error).splitlines() or [""])[0]
+                    print(f"{arm}: stopped: {type(error).__name__}: {said}", file=sys.stderr)
             if deadline is not None and time.time() > deadline:
                 for future in [f for f in waiting if f.cancel()]:
                     del waiting[future]

@@ -44,7 +44,9 @@ class Material:
         """A fresh copy of the SFT policy, on the device, float32."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder / "policy", dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self.folder / "policy", dtype=torch.float32
+        )
         return model.to(self.device)
 
     @property
@@ -115,9 +117,12 @@ def _make(
     model.to(device)
 
     def ids(row: Row) -> tuple[Ids, Ids, Ids]:
-        answers = (hh_models.answer_ids(tokenizer, row[key], settings.new_tokens)
-                   for key in ("chosen", "rejected"))  # fmt: skip
-        return hh_models.prompt_ids(tokenizer, row["prompt"], settings.prompt_tokens), *answers
+        chosen, rejected = (
+            hh_models.answer_ids(tokenizer, row[key], settings.new_tokens)
+            for key in ("chosen", "rejected")
+        )
+        prompt = hh_models.prompt_ids(tokenizer, row["prompt"], settings.prompt_tokens)
+        return prompt, chosen, rejected
 
     lengths = [
         len(hh_models.prompt_ids(tokenizer, r["prompt"], settings.prompt_tokens + 1)) for r in rows

@@ -54,6 +54,7 @@ def read_pairs(source: str | Path) -> list[Row]:
             f"{HUB_ID} has them; found {', '.join(rows.column_names)}"
         )
     pairs, faults = [], Counter()
+    row: Any
     for row in rows:
         pair = _pair(row["chosen"], row["rejected"])
         if isinstance(pair, str):

@@ -9,6 +9,8 @@ import json
 import math
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -380,3 +382,27 @@ def test_the_command_says_what_is_left(material, tmp_path, monkeypatch, capsys):
     assert "4 of 4 arms are left: the same command goes on" in capsys.readouterr().out
     with (tmp_path / "overoptimize_quick.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 1
+
+
+def test_of_several_workers_one_that_fails_leaves_the_others(monkeypatch, capsys):
+    def stops(arm, *_):
+        if arm.seed == 0:
+            return {"arm": arm.seed}
+        error = RuntimeError("CUDA error: out of memory\nlong") if arm.seed == 1 else None
+        raise error or BrokenProcessPool("terminated abruptly")
+
+    def pool(workers, mp_context):  # threads: a process takes seconds to import torch
+        assert mp_context.get_start_method() == "spawn"
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr(overoptimize, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(overoptimize, "_in_worker", stops)
+    few = [arms.Arm("dpo", 0.1, 0.0, 0, seed) for seed in (1, 0)]
+    load = {"load": lambda *_: None, "workers": 2}
+    found = dict(overoptimize.run(few, "made", TINY, None, "cpu", **load))
+    assert found == {few[1]: {"arm": 0}}
+    stopped = capsys.readouterr().err.splitlines()
+    assert "dpo frozen β=0.1 seed 1: stopped: RuntimeError: CUDA error: out of memory" in stopped
+    lost = [arms.Arm("dpo", 0.1, 0.0, 0, 2)]
+    with pytest.raises(ValueError, match="a process ended in mid-arm"):
+        list(overoptimize.run(lost, "made", TINY, None, "cpu", **load))
