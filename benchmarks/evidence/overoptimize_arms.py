@@ -153,6 +153,13 @@ def _stages(settings: Settings) -> Iterator[Arm]:
         yield Arm("dpo", STAGE_BETA / stages, 0.0, 0, 0)
 
 
+def _literature(settings: Settings) -> Iterator[Arm]:
+    """HyPO (arXiv 2602.11902) with a frozen and a moving reference; an anchor that trails far."""
+    yield Arm("hypo", 0.1, 0.0, 0, 0)
+    yield Arm("hypo", 0.1, 0.6, 1, 0)
+    yield Arm("dpo", 0.1, 0.05, 1, 0)
+
+
 STAGES, STAGE_BETA = (2, 4), 0.3
 
 # What --arms takes. `all` is their union in this order: what matters most comes first.
@@ -164,6 +171,7 @@ EXPERIMENTS = {
     "people": lambda s: _curves("dpo", s, "people"),
     "interval": _interval,
     "stages": _stages,
+    "literature": _literature,
 }
 
 
