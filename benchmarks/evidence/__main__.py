@@ -97,8 +97,10 @@ def overoptimize(options: argparse.Namespace) -> None:
     def write() -> None:
         rows = [{**row, **system} for row in experiment.records(results)]
         write_csv(options.out / f"{name}.csv", rows)
-        plot(options.out / f"{name}.png", results, _title(results, settings, system))
-        (root / f"{name}_samples.md").write_text(samples_page(results))
+        whole = {arm: result for arm, result in results.items() if result["finished"]}
+        if whole:  # a mean over seeds ends with its shortest
+            plot(options.out / f"{name}.png", whole, _title(whole, settings, system))
+            (root / f"{name}_samples.md").write_text(samples_page(whole))
 
     for arm, result in experiment.run(
         arms, options.data, settings, root, device, workers, deadline

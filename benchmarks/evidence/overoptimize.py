@@ -79,9 +79,7 @@ def run_arm(arm: Arm, material: Material, root: Path, deadline: float | None = N
         points: a dict (`Gauge`) for the start and every measured step; totals; finished: False
         where the deadline came first; diverged: why the arm ended early, or None.
     """
-    config = {"arm": asdict(arm), "material": material.folder.name,
-              "settings": asdict(material.settings)}  # fmt: skip
-    done = root / f"arm-{key_of(config)}.json"
+    done = _file_of(arm, material, root)
     if (found := read_json(done)) is not None:
         return found
     folder = done.with_suffix("")
@@ -124,6 +122,15 @@ def run_arm(arm: Arm, material: Material, root: Path, deadline: float | None = N
         write_json(done, result)
         shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def _file_of(arm: Arm, material: Material, root: Path) -> Path:
+    """Where a finished arm's result is; what is made on the way lies in a folder of its stem."""
+    config = {
+        "arm": asdict(arm), "material": material.folder.name,
+        "settings": asdict(material.settings),
+    }  # fmt: skip
+    return root / f"arm-{key_of(config)}.json"
 
 
 def _device_name(device: str) -> str:
@@ -208,7 +215,7 @@ def run(
     deadline: float | None = None,
     load: Callable[..., Material] = load_material,
 ) -> Iterator[tuple[Arm, Result]]:
-    """Every arm with its result as it ends; an arm that has its result costs nothing.
+    """Every arm with its result as it ends; those that have theirs come first and cost nothing.
 
     On a card several arms run at once, each in a process of its own: steps of so small a model
     leave most of it idle. An arm that stops by an error of its own is named, and the others go on.
@@ -217,8 +224,14 @@ def run(
         ValueError: what `load_material` refuses; a process that was killed, or lost its card.
     """
     material = load(source, settings, root, device)  # made once, before any worker needs it
+    left = []
+    for arm in arms:
+        if (found := read_json(_file_of(arm, material, root))) is not None:
+            yield arm, found
+        else:
+            left.append(arm)
     if workers <= 1:
-        for arm in arms:
+        for arm in left:
             if deadline is not None and time.time() > deadline:
                 return
             yield arm, run_arm(arm, material, root, deadline)
@@ -226,7 +239,7 @@ def run(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting: dict[Future[Result], Arm] = {
             pool.submit(_in_worker, arm, source, settings, root, device, deadline): arm
-            for arm in arms
+            for arm in left
         }
         while waiting:
             ended, _ = wait(waiting, return_when=FIRST_COMPLETED)

@@ -41,14 +41,14 @@ class Settings:
     gold_test_rows: int = 300
     flipped: float = 0.2  # share of the proxy's labels that are turned around
     # the arms
-    steps: int = 2000
+    steps: int = 1000
     pairs: int = 8  # in an optimizer step; KTO takes the same answers, unpaired
-    learning_rate: float = 1e-5
+    learning_rate: float = 2e-5
     warmup_steps: int = 20
     every: tuple[int, ...] = (8, 64, 512)  # τ of the hard arms; hybrid has the middle one
     # what is measured
-    measure_every: int = 100
-    save_every: int = 500  # a multiple: a killed arm goes on from there
+    measure_every: int = 50
+    save_every: int = 250  # a multiple: a killed arm goes on from there
     prompts: int = 128
     held_out: int = 128  # pairs of every kind
     sample_batch: int = 128
@@ -136,10 +136,10 @@ def _core(settings: Settings) -> Iterator[Arm]:
 
 
 def _interval(settings: Settings) -> Iterator[Arm]:
-    """τ from 1 to a quarter of the run at α = 1; α from 0.1 to 1 at one τ."""
+    """τ in powers of two at α = 1; α from 0.1 to 1 at one τ."""
     taus = settings.every
     every = 1
-    while every <= settings.steps // 4 + 12:  # 512 of 2,000
+    while every <= taus[-1]:
         yield Arm("dpo", 0.1, 1.0, every, 0)
         every *= 2
     for alpha in (0.1, 0.3, 0.6, 1.0):

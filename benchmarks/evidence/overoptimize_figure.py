@@ -116,12 +116,13 @@ def _line(
 
 
 def samples_page(results: Results, count: int = 8) -> str:
-    """Markdown: answers of each arm of seed 0 where it first is as far as the nearest arm gets.
+    """Markdown: answers of each arm of one seed, where it first is as far as the nearest arm gets.
 
     Answers alone: the prompts of harmless-base offend. A person reads the page, and takes from it
     what may be shown, before any of it is published.
     """
-    arms = [arm for arm in results if arm.seed == 0]
+    seed = min(arm.seed for arm in results)
+    arms = [arm for arm in results if arm.seed == seed]
     distance = min(max(p["kl"] for p in results[arm]["points"]) for arm in arms)
     lines = [f"# Answers at a KL of {distance:.1f} nats (to be read before they are shown)", ""]
     start = results[arms[0]]["points"][0]

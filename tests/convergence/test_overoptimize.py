@@ -182,8 +182,8 @@ def test_table_of_arms_is_that_of_the_experiment():
     assert sorted(set(taus)) == [2**i for i in range(10)]
     with pytest.raises(ValueError, match="no experiment dops; expected all or some of core"):
         arms.arms_of(["dops"], arms.GPU, 1)
-    shorter = arms.with_steps(arms.GPU, 1000)
-    assert (shorter.measure_every, shorter.save_every) == (50, 250)
+    longer = arms.with_steps(arms.GPU, 2000)
+    assert (longer.measure_every, longer.save_every) == (100, 500)
 
 
 def test_turning_points_and_distances():
@@ -335,7 +335,7 @@ def test_two_estimates_of_the_distance_agree(results):
     assert all(p["kl_token"] == pytest.approx(p["kl"] / p["length"]) for p in last)
 
 
-def test_tables_and_figure_of_finished_arms(results, material, tmp_path):
+def test_tables_and_figure_of_finished_arms(results, material, root, tmp_path):
     text = tables.tables(results, TINY, material.facts)
     assert "6 of 6 arms finished; diverged: none" in text
     paired = tables.at_equal_distance(results).splitlines()
@@ -343,6 +343,13 @@ def test_tables_and_figure_of_finished_arms(results, material, tmp_path):
     assert paired[-1].endswith(" of 3")
     figure.plot(tmp_path / "figure.png", results, "tiny")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    again = overoptimize.run(
+        [*results, arms.Arm("dpo", 9.0, 0.0, 0, 0)], "made", TINY, root, "cpu",
+        deadline=0.0, load=lambda *_: material,
+    )  # fmt: skip
+    kept = dict(again)  # what is finished, though there is no time
+    assert list(kept) == list(results)
+    assert list(kept.values()) == json.loads(json.dumps(list(results.values())))
     rows = overoptimize.records(results)
     assert len(rows) == 6 * 3
     assert not {"samples", "golds", "checks"} & set(rows[0])
@@ -384,7 +391,9 @@ def test_the_command_says_what_is_left(material, tmp_path, monkeypatch, capsys):
         assert len(list(csv.DictReader(file))) == 1
 
 
-def test_of_several_workers_one_that_fails_leaves_the_others(monkeypatch, capsys):
+def test_of_several_workers_one_that_fails_leaves_the_others(
+    material, tmp_path, monkeypatch, capsys
+):
     def stops(arm, *_):
         if arm.seed == 0:
             return {"arm": arm.seed}
@@ -398,11 +407,11 @@ def test_of_several_workers_one_that_fails_leaves_the_others(monkeypatch, capsys
     monkeypatch.setattr(overoptimize, "ProcessPoolExecutor", pool)
     monkeypatch.setattr(overoptimize, "_in_worker", stops)
     few = [arms.Arm("dpo", 0.1, 0.0, 0, seed) for seed in (1, 0)]
-    load = {"load": lambda *_: None, "workers": 2}
-    found = dict(overoptimize.run(few, "made", TINY, None, "cpu", **load))
+    load = {"load": lambda *_: material, "workers": 2}
+    found = dict(overoptimize.run(few, "made", TINY, tmp_path, "cpu", **load))
     assert found == {few[1]: {"arm": 0}}
     stopped = capsys.readouterr().err.splitlines()
     assert "dpo frozen β=0.1 seed 1: stopped: RuntimeError: CUDA error: out of memory" in stopped
     lost = [arms.Arm("dpo", 0.1, 0.0, 0, 2)]
     with pytest.raises(ValueError, match="a process ended in mid-arm"):
-        list(overoptimize.run(lost, "made", TINY, None, "cpu", **load))
+        list(overoptimize.run(lost, "made", TINY, tmp_path, "cpu", **load))
