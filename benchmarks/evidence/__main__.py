@@ -75,8 +75,15 @@ def overoptimize(options: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.evidence import overoptimize as experiment
-    from benchmarks.evidence.overoptimize_arms import CPU, GPU, QUICK, arms_of, with_steps
-    from benchmarks.evidence.overoptimize_figure import plot, samples_page
+    from benchmarks.evidence.overoptimize_arms import (
+        CPU,
+        GPU,
+        QUICK,
+        arms_of,
+        in_figure,
+        with_steps,
+    )
+    from benchmarks.evidence.overoptimize_figure import plot, plot_interval, samples_page
     from benchmarks.evidence.overoptimize_tables import tables
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,8 +105,12 @@ def overoptimize(options: argparse.Namespace) -> None:
         rows = [{**row, **system} for row in experiment.records(results)]
         write_csv(options.out / f"{name}.csv", rows)
         whole = {arm: result for arm, result in results.items() if result["finished"]}
-        if whole:  # a mean over seeds ends with its shortest
-            plot(options.out / f"{name}.png", whole, _title(whole, settings, system))
+        title = _title(results, settings, system)
+        drawn = {arm: result for arm, result in whole.items() if in_figure(arm, settings)}
+        if drawn:  # a mean over seeds would end with its shortest
+            plot(options.out / f"{name}.png", drawn, title)
+        plot_interval(options.out / f"{name}_interval.png", whole, title)
+        if whole:
             (root / f"{name}_samples.md").write_text(samples_page(whole))
 
     for arm, result in experiment.run(

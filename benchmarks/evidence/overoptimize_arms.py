@@ -94,9 +94,9 @@ class Arm:
     def schedule(self) -> str:
         if self.alpha == 0:
             return "frozen"
-        if self.every == 1:
-            return "soft"
-        return "hard" if self.alpha == 1 else "hybrid"
+        if self.alpha == 1:
+            return "hard"
+        return "soft" if self.every == 1 else "hybrid"
 
     @property
     def name(self) -> str:
@@ -173,6 +173,21 @@ EXPERIMENTS = {
     "stages": _stages,
     "literature": _literature,
 }
+
+
+def in_figure(arm: Arm, settings: Settings) -> bool:
+    """Whether the figure of the curves has a line for it; the others have tables of their own."""
+    apart = {replace(a, seed=arm.seed) for name in _APART for a in EXPERIMENTS[name](settings)}
+    drawn = {
+        replace(a, seed=arm.seed)
+        for name, experiment in EXPERIMENTS.items()
+        if name not in _APART
+        for a in experiment(settings)
+    }
+    return arm in drawn or arm not in apart
+
+
+_APART = ("interval", "stages")
 
 
 def arms_of(experiments: list[str], settings: Settings, seeds: int) -> list[Arm]:

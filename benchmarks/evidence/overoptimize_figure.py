@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.overoptimize_arms import Arm
+from benchmarks.evidence.overoptimize_arms import MOVING, Arm
 from benchmarks.evidence.overoptimize_measure import turning_point
 
 Point = Mapping[str, Any]
@@ -113,6 +113,62 @@ def _line(
     )  # fmt: skip
     if diverged:
         axes.plot(root[-1], mean[-1], marker="x", markersize=9, color=colour)
+
+
+def plot_interval(path: Path, results: Results, title: str) -> None:
+    """What a moving reference gains against its lag: a dot for each α and τ of DPO, joined in the
+    order of τ (α = 1) and of α. Nothing where there are less than four of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = {name: arms for name, arms in by_name(results).items() if moving_dpo(next(iter(arms)))}
+    if len(groups) < 4:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axis, which in zip(axes, ("highest", "last"), strict=True):
+        for hard in (True, False):
+            dots = sorted(
+                (arm.every, arm.alpha, *_lag_and_gold(list(arms.values()), which))
+                for arms in groups.values()
+                if ((arm := next(iter(arms))).alpha == 1.0) == hard
+            )
+            axis.plot(
+                [dot[2] for dot in dots], [dot[3] for dot in dots], marker="o", linewidth=0.8,
+                color=matplotlib.colormaps["Blues" if hard else "Purples"](0.8),
+                label="hard: α = 1" if hard else "α < 1",
+            )  # fmt: skip
+            for every, alpha, lag, gold in dots:
+                text = f"τ={every}" if hard else f"α={alpha:g}, τ={every}"
+                axis.annotate(text, (lag, gold), fontsize=7, xytext=(3, 3),
+                              textcoords="offset points")  # fmt: skip
+        axis.set_xlabel("lag: mean Δ to the moving reference (nats)")
+        axis.set_ylabel(f"gold reward, {which} point (mean of seeds)")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def moving_dpo(arm: Arm) -> bool:
+    """Of the arms of the interval: DPO on the proxy's pairs, one β, a reference that moves."""
+    return arm.alpha > 0 and (arm.loss, arm.beta, arm.pairs) == ("dpo", MOVING["dpo"], "proxy")
+
+
+def lags(points: Sequence[Point]) -> list[float]:
+    """Of what was logged: neither the start nor a point that a kill came before."""
+    return [p["lag"] for p in points if p["step"] > 0 and p["lag"] is not None]
+
+
+def _lag_and_gold(seeds: list[list[dict[str, Any]]], which: str) -> tuple[float, float]:
+    lag = [value for points in seeds for value in lags(points)]
+    gold = [
+        turning_point(points)["height"] if which == "highest" else points[-1]["gold"]
+        for points in seeds
+    ]
+    return sum(lag) / max(1, len(lag)), sum(gold) / len(gold)
 
 
 def samples_page(results: Results, count: int = 8) -> str:

@@ -10,8 +10,8 @@ import numpy
 
 from benchmarks.common import format_table
 from benchmarks.evidence.measure import mean_interval
-from benchmarks.evidence.overoptimize_arms import MOVING, STAGE_BETA, STAGES, Arm, Settings
-from benchmarks.evidence.overoptimize_figure import by_name
+from benchmarks.evidence.overoptimize_arms import STAGE_BETA, STAGES, Arm, Settings
+from benchmarks.evidence.overoptimize_figure import by_name, lags, moving_dpo
 from benchmarks.evidence.overoptimize_measure import neighbours, turning_point
 
 Results = Mapping[Arm, Mapping[str, Any]]
@@ -69,7 +69,7 @@ def curves(results: Results) -> str:
             _mean([p["gold"] for p in last]), _each([p["gold"] for p in last]),
             _mean(checks),
             *(_mean([p[key] for p in last]) for key in ("win_rate", "length", "repetition")),
-            _mean(_lags([p for points in curves_ for p in points])),
+            _mean(lags([p for points in curves_ for p in points])),
         ])  # fmt: skip
     return format_table(header, table)
 
@@ -146,7 +146,7 @@ def interval(results: Results) -> str:
     """α, τ: the lag (mean Δ to the moving reference) beside what was gained; DPO, proxy pairs."""
     found = {
         name: arms for name, arms in by_name(results).items()
-        if _is(next(iter(arms)), "dpo", MOVING["dpo"]) and next(iter(arms)).alpha > 0
+        if moving_dpo(next(iter(arms)))
     }  # fmt: skip
     if len(found) < 2:
         return ""
@@ -158,8 +158,8 @@ def interval(results: Results) -> str:
         arm, curves_ = next(iter(arms)), list(arms.values())
         table.append([
             f"{arm.alpha:g}", str(arm.every),
-            _mean(_lags([p for points in curves_ for p in points])),
-            _mean(_lags([points[-1] for points in curves_])),
+            _mean(lags([p for points in curves_ for p in points])),
+            _mean(lags([points[-1] for points in curves_])),
             _mean([max(points[-1]["kl"], 0) ** 0.5 for points in curves_]),
             _mean([turning_point(points)["height"] for points in curves_]),
             _mean([points[-1]["gold"] for points in curves_]),
@@ -186,15 +186,6 @@ def stages(results: Results, settings: Settings) -> str:
             table.append([str(count), arm.name, _mean(roots), _each(roots), _mean(golds),
                           _each(golds)])  # fmt: skip
     return format_table(header, table) if table else ""
-
-
-def _is(arm: Arm, loss: str, beta: float) -> bool:
-    return (arm.loss, arm.beta, arm.pairs) == (loss, beta, "proxy")
-
-
-def _lags(points: Points) -> list[float]:
-    """Of what was logged: neither the start nor a point that a kill came before."""
-    return [p["lag"] for p in points if p["step"] > 0 and p["lag"] is not None]
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> str:

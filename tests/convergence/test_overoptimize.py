@@ -178,10 +178,14 @@ def test_table_of_arms_is_that_of_the_experiment():
         for beta in arms.FROZEN[loss]:
             assert arms.Arm(loss, beta, 0.0, 0, 2) in own
         assert {"soft", "hard", "hybrid"} <= {a.schedule for a in own}
+        assert len({a.every for a in own if a.schedule == "hard"}) >= 3
     taus = [a.every for a in arms.arms_of(["interval"], arms.GPU, 1) if a.alpha == 1.0]
     assert sorted(set(taus)) == [2**i for i in range(10)]
     with pytest.raises(ValueError, match="no experiment dops; expected all or some of core"):
         arms.arms_of(["dops"], arms.GPU, 1)
+    drawn = [a for a in found if a.seed == 0 and arms.in_figure(a, arms.GPU)]
+    assert len(drawn) == 4 * 9 + 3  # the curves and the literature
+    assert arms.in_figure(arms.Arm("dpo", 9.0, 0.0, 0, 0), arms.GPU)  # one of the reader's own
     longer = arms.with_steps(arms.GPU, 2000)
     assert (longer.measure_every, longer.save_every) == (100, 500)
 
@@ -343,6 +347,11 @@ def test_tables_and_figure_of_finished_arms(results, material, root, tmp_path):
     assert paired[-1].endswith(" of 3")
     figure.plot(tmp_path / "figure.png", results, "tiny")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    points = next(iter(results.values()))
+    swept = {arms.Arm("dpo", 0.1, 1.0, 2**i, 0): points for i in range(4)}
+    figure.plot_interval(tmp_path / "interval.png", swept, "tiny")
+    assert (tmp_path / "interval.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(tables.interval(swept).splitlines()) == 2 + 4
     again = overoptimize.run(
         [*results, arms.Arm("dpo", 9.0, 0.0, 0, 0)], "made", TINY, root, "cpu",
         deadline=0.0, load=lambda *_: material,
