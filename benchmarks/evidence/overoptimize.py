@@ -266,7 +266,10 @@ def records(results: dict[Arm, Result]) -> list[dict[str, Any]]:
     return [
         {
             **asdict(arm), "schedule": arm.schedule,
-            **{key: value for key, value in point.items() if key not in left_out},
+            **{
+                "train_loss" if key == "loss" else key: value  # `loss` is the arm's
+                for key, value in point.items() if key not in left_out
+            },
             "diverged": result["diverged"] or "",
             **{f"total_{key}": value for key, value in result["totals"].items()},
         }

@@ -42,8 +42,8 @@ def mean_curve(seeds: Sequence[Sequence[Point]], key: str) -> tuple[list[float],
 def plot(path: Path, results: Results, title: str) -> None:
     """A column for each loss and kind of pairs, a row for each gold.
 
-    Lines are means over seeds, bands go from the worst seed to the best, a ring marks where a mean
-    is highest. A cross ends an arm that diverged in a seed.
+    Lines are means over seeds, bands go from the worst seed to the best (thin lines are the seeds
+    where a mean turns back towards the start), a ring marks where a mean is highest. A cross ends an arm that diverged in a seed.
     """
     import matplotlib
 
@@ -102,8 +102,13 @@ def _line(
     root, mean, low, high = mean_curve(seeds, key)
     label = name.split(" ", 1)[1] + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")
     axes.plot(root, mean, color=colour, linewidth=1.6, marker=".", markersize=4, label=label)
-    if len(seeds) > 1:
+    if len(seeds) > 1 and root == sorted(root):
         axes.fill_between(root, low, high, color=colour, alpha=0.12, linewidth=0)
+    elif len(seeds) > 1:  # a curve that turns back has no band: its seeds instead
+        for points in seeds:
+            away = [max(point["kl"], 0.0) ** 0.5 for point in points]
+            gold = [point[key] for point in points]
+            axes.plot(away, gold, color=colour, linewidth=0.6, alpha=0.5)
     best = turning_point([
         {"step": i, "kl": x * x, key: y} for i, (x, y) in enumerate(zip(root, mean, strict=True))
     ], key)  # fmt: skip

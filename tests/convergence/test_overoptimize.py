@@ -362,6 +362,7 @@ def test_tables_and_figure_of_finished_arms(results, material, root, tmp_path):
     rows = overoptimize.records(results)
     assert len(rows) == 6 * 3
     assert not {"samples", "golds", "checks"} & set(rows[0])
+    assert {each["loss"] for each in rows} == {"dpo"}
     assert "to be read before" in figure.samples_page(results)
 
 
