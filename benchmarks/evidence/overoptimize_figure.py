@@ -43,7 +43,8 @@ def plot(path: Path, results: Results, title: str) -> None:
     """A column for each loss and kind of pairs, a row for each gold.
 
     Lines are means over seeds, bands go from the worst seed to the best (thin lines are the seeds
-    where a mean turns back towards the start), a ring marks where a mean is highest. A cross ends an arm that diverged in a seed.
+    where a mean turns back towards the start), a ring marks where a mean is highest. A cross ends
+    an arm that diverged in a seed.
     """
     import matplotlib
 
