@@ -19,10 +19,11 @@ Points = Sequence[Mapping[str, Any]]
 
 
 def tables(results: Results, settings: Settings, facts: Mapping[str, Any]) -> str:
-    """All tables for which there are arms."""
+    """All tables for which there are arms; of finished ones, where there are any."""
+    whole = {arm: result for arm, result in results.items() if result["finished"]} or results
     parts = [
-        summary(results, facts), curves(results), masses(results), at_equal_distance(results),
-        interval(results), stages(results, settings),
+        summary(results, facts), curves(whole), masses(whole), at_equal_distance(whole),
+        interval(whole), stages(whole, settings),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 

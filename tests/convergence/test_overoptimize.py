@@ -342,6 +342,10 @@ def test_two_estimates_of_the_distance_agree(results):
 def test_tables_and_figure_of_finished_arms(results, material, root, tmp_path):
     text = tables.tables(results, TINY, material.facts)
     assert "6 of 6 arms finished; diverged: none" in text
+    cut = {arm: {**r, "finished": arm.seed < 2} for arm, r in results.items()}
+    short = tables.tables(cut, TINY, material.facts)
+    assert "4 of 6 arms finished" in short
+    assert " of 2" in short.split("above")[1].splitlines()[2]  # a mean of whole arms alone
     paired = tables.at_equal_distance(results).splitlines()
     assert len(paired) == 3
     assert paired[-1].endswith(" of 3")
