@@ -2,9 +2,11 @@
 
     python -m benchmarks.evidence toy [--quick]
     python -m benchmarks.evidence sentiment [--quick]
+    python -m benchmarks.evidence overoptimize [--data FILE] [--arms NAMES] [--minutes M] [--quick]
 
 Each writes a CSV and a figure to benchmarks/results/evidence/. `sentiment` keeps every finished arm
-in runs/evidence/ and goes on from there when it is started again.
+in runs/evidence/, `overoptimize` also the points and checkpoints of unfinished ones, and both go on
+from there when they are started again.
 """
 
 from __future__ import annotations
@@ -68,18 +70,104 @@ def sentiment(options: argparse.Namespace) -> None:
     print(f"{len(results)} arms in {time.perf_counter() - started:.0f} s")
 
 
+def overoptimize(options: argparse.Namespace) -> None:
+    """Trains what is not there yet, and writes figure, rows and tables of all that is."""
+    import torch
+
+    from benchmarks.evidence import overoptimize as experiment
+    from benchmarks.evidence.overoptimize_arms import (
+        CPU,
+        GPU,
+        QUICK,
+        arms_of,
+        in_figure,
+        with_steps,
+    )
+    from benchmarks.evidence.overoptimize_figure import plot, plot_interval, samples_page
+    from benchmarks.evidence.overoptimize_tables import tables
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = QUICK if options.quick else GPU if device == "cuda" else CPU
+    settings = with_steps(settings, options.steps or settings.steps)
+    seeds = options.seeds or (1 if options.quick else 3)
+    names = options.arms or (["all"] if device == "cuda" and not options.quick else ["core"])
+    arms = [arm for arm in arms_of(names, settings, seeds) if options.match in arm.name]
+    if not arms:
+        raise ValueError(f"--match: no arm's name holds {options.match!r}")
+    deadline = None if options.minutes is None else time.time() + 60 * options.minutes
+    workers = options.workers or (6 if device == "cuda" else 1)
+    root = options.cache / "overoptimize"
+    system = environment(("torch", "transformers"))
+    name = "overoptimize_" + ("quick" if options.quick else device)
+    results = {}
+
+    def write() -> None:
+        rows = [{**row, **system} for row in experiment.records(results)]
+        write_csv(options.out / f"{name}.csv", rows)
+        whole = {arm: result for arm, result in results.items() if result["finished"]}
+        title = _title(results, settings, system)
+        drawn = {arm: result for arm, result in whole.items() if in_figure(arm, settings)}
+        if drawn:  # a mean over seeds would end with its shortest
+            plot(options.out / f"{name}.png", drawn, title)
+        plot_interval(options.out / f"{name}_interval.png", whole, title)
+        if whole:
+            (root / f"{name}_samples.md").write_text(samples_page(whole))
+
+    for arm, result in experiment.run(
+        arms, options.data, settings, root, device, workers, deadline
+    ):
+        results[arm] = result
+        print(f"{arm}: {experiment.in_a_line(result)}", flush=True)
+        write()
+    if not results:
+        raise ValueError("--minutes: the time was up before the first arm")
+    results = {arm: results[arm] for arm in arms if arm in results}
+    write()
+    facts = experiment.facts(options.data, settings, root, device)
+    text = tables(results, settings, facts)
+    (options.out / f"{name}.txt").write_text(text + "\n")
+    print(f"\n{text}")
+    left = len(arms) - sum(result["finished"] for result in results.values())
+    if left:
+        print(f"\n{left} of {len(arms)} arms are left: the same command goes on with them")
+
+
+def _title(results, settings, system: dict[str, str]) -> str:
+    devices = ", ".join(sorted({result["totals"]["device"] for result in results.values()}))
+    commits = ", ".join(sorted({result["totals"]["commit"] for result in results.values()}))
+    whole = settings.layers == 30
+    model = "SmolLM2-135M-Instruct" + ("" if whole else f", {settings.layers} of its layers")
+    return (
+        f"HH-RLHF harmless, {model}, {settings.steps} steps of {settings.pairs} pairs, "
+        f"learning rate {settings.learning_rate:g}\n"
+        f"{devices}; torch {system['torch']}, transformers {system['transformers']}, "
+        f"commit {commits}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "benchmarks.evidence", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("experiment", choices=("toy", "sentiment"))
+    parser.add_argument("experiment", choices=("toy", "sentiment", "overoptimize"))
     parser.add_argument("--quick", action="store_true", help="fewer and shorter arms")
-    parser.add_argument("--seeds", type=int, help="toy: 5; sentiment: 2, quick 1")
+    parser.add_argument("--seeds", type=int, help="toy: 5; sentiment: 2; overoptimize: 3")
+    parser.add_argument("--steps", type=int, help="overoptimize: of every arm")
+    parser.add_argument("--data", default="Anthropic/hh-rlhf", help="overoptimize: file or hub id")
+    parser.add_argument("--arms", nargs="+", help="overoptimize: experiments, or all")
+    parser.add_argument("--match", default="", help="overoptimize: part of an arm's name")
+    parser.add_argument("--minutes", type=float, help="overoptimize: stop then, and keep all")
+    parser.add_argument("--workers", type=int, help="overoptimize: arms at once; GPU 6, CPU 1")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evidence"))
     parser.add_argument("--cache", type=Path, default=Path("runs/evidence"), help="finished arms")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    {"toy": toy, "sentiment": sentiment}[options.experiment](options)
+    experiments = {"toy": toy, "sentiment": sentiment, "overoptimize": overoptimize}
+    try:
+        experiments[options.experiment](options)
+    except ValueError as error:
+        print(f"benchmarks.evidence: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -84,6 +84,23 @@ def test_aot_sorts_the_margins(packed):
     torch.testing.assert_close(ours, theirs)
 
 
+def test_hypo_takes_a_reference_that_is_wrong_for_one_without_preference(packed):
+    tokens, reference, offsets, sums = packed
+    chosen, rejected = reference.clone().chunk(2)
+    rejected[:2] = chosen[:2] + torch.tensor([2.0, -2.0])  # the first pair's is pessimistic
+    reference = torch.cat([chosen, rejected])
+    margin = (sums[:3] - sums[3:]).double()
+    against = torch.tensor([max(0.0, float(c - r)) for c, r in zip(chosen, rejected, strict=True)])
+    assert (against == 0).any()
+    assert (against > 0).any()
+    expected = torch.log1p(torch.exp(-0.2 * (margin - against.double()))).mean().float()
+    out = preference_loss(tokens, reference, offsets, loss="hypo", beta=0.2)
+    torch.testing.assert_close(out.loss, expected)
+    (ours,) = torch.autograd.grad(out.loss, tokens, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, tokens)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_losses_add_up_with_their_weights(packed):
     """MPO's three terms: the parts by themselves, and the sum."""
     tokens, reference, offsets, sums = packed

@@ -109,6 +109,15 @@ def aot(
     return sigmoid(delta, torch.zeros_like(delta), beta=beta, label_smoothing=label_smoothing)
 
 
+def hypo(chosen: Tensor, rejected: Tensor, *, beta: float, ref_margin: Tensor) -> Tensor:
+    """`-log σ(β·(Δ_θ - max(0, Δ_ref)))`, Δ_θ and Δ_ref the margins of policy and reference.
+
+    DPO where the reference prefers the chosen; where it prefers the rejected, as if it had no
+    preference. HyPO, arXiv 2602.11902.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected + ref_margin.clamp(max=0)))
+
+
 def aot_unpaired(
     chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
@@ -282,6 +291,15 @@ LOSSES: dict[str, LossSpec] = {
     "aot_unpaired": LossSpec(
         aot_unpaired, True, "AOT unpaired", _AOT, (_BETA, _smoothing(0.0, Range(0, 1))),
         couples_examples=True,
+    ),
+    "hypo": LossSpec(
+        hypo, True, "HyPO",
+        Paper(
+            "Yuan, Suqin and others",
+            "Mitigating Mismatch within Reference-based Preference Optimization",
+            2026, "2602.11902",
+        ),
+        (_BETA,), inputs=("ref_margin",),
     ),
     "apo_zero": LossSpec(apo_zero, True, "APO-zero", _APO, (_BETA,), kernel=True),
     "apo_down": LossSpec(apo_down, True, "APO-down", _APO, (_BETA,), kernel=True),
