@@ -95,4 +95,5 @@ def main(kind: str, source: str, step: str, into: Path, cases: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], Path(sys.argv[4]), sys.argv[5:])
+    kind, source, step, into, *cases = sys.argv[1:]
+    main(kind, source, step, Path(into), cases)
