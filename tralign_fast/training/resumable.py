@@ -22,13 +22,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from tralign_fast.distributed.shards_on_disk import load_optimizer, load_weights, save_optimizer
+from tralign_fast.distributed.shards_on_disk import load_weights, read_optimizer, save_optimizer
 from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.training.converted import read_unmatched
 from tralign_fast.training.manifest import write_manifest
-from tralign_fast.training.optimizer_state import follow_schedule, load_exactly
+from tralign_fast.training.optimizer_state import follow_schedule, innermost, load_exactly
 from tralign_fast.training.resume import check_options, model_facts, recorded_options
 from tralign_fast.training.runs import WRITING, OpenedRun, locked, open_run, publish, run_in
 from tralign_fast.training.signals import StopOnSignal
@@ -253,7 +253,8 @@ class ResumableTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif is_sharded_by_transformers(self.model):
-            load_optimizer(self.optimizer, folder, OPTIMIZER_NAME)
+            state = read_optimizer(innermost(self.optimizer), folder, OPTIMIZER_NAME)
+            load_exactly(self.optimizer, state)
             scheduler: Any = self.lr_scheduler
             scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         else:
