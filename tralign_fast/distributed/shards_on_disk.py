@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tralign_fast.reference.sharding import own_file
-from tralign_fast.training.optimizer_state import innermost, load_exactly
 
 _PARTS = "_tralign_shard"  # marks what stands for a DTensor
 
@@ -38,15 +38,15 @@ def save_optimizer(optimizer: Any, folder: Path, name: str) -> None:
     torch.save(state, own_file(folder, name))
 
 
-def load_optimizer(optimizer: Any, folder: Path, name: str) -> None:
-    """The states that `save_optimizer` has written, with the options of this run."""
+def read_optimizer(optimizer: Optimizer, folder: Path, name: str) -> dict[str, Any]:
+    """What `save_optimizer` has written, as `load_state_dict` of the same optimizer takes it."""
     state = torch.load(own_file(folder, name), map_location="cpu", weights_only=True)
-    parameters = [p for g in innermost(optimizer).param_groups for p in g["params"]]
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
     state["state"] = {
         index: {key: _put_together(value, parameters[index]) for key, value in own.items()}
         for index, own in state["state"].items()
     }
-    load_exactly(optimizer, state)
+    return state
 
 
 def _taken_apart(value: Any) -> Any:

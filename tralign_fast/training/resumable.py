@@ -32,7 +32,12 @@ from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.training.converted import read_unmatched
 from tralign_fast.training.manifest import write_manifest
-from tralign_fast.training.optimizer_state import follow_schedule, kept_options, load_exactly
+from tralign_fast.training.optimizer_state import (
+    follow_schedule,
+    innermost,
+    kept_options,
+    load_exactly,
+)
 from tralign_fast.training.resume import check_options, model_facts, recorded_options
 from tralign_fast.training.runs import WRITING, OpenedRun, locked, open_run, publish, run_in
 from tralign_fast.training.signals import StopOnSignal
@@ -308,7 +313,9 @@ class ResumableTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if is_sharded_by_transformers(self.model) and not self.is_fsdp_enabled:
-            shards_on_disk.load_optimizer(self.optimizer, folder, OPTIMIZER_NAME)
+            optimizer = innermost(self.optimizer)
+            state = shards_on_disk.read_optimizer(optimizer, folder, OPTIMIZER_NAME)
+            load_exactly(self.optimizer, state)
         elif not other_layout.is_own_layout(self, folder):
             other_layout.load_optimizer(self, folder)
         elif self.is_fsdp_enabled:
