@@ -78,12 +78,19 @@ def rows_of(method: str) -> Dataset:
 def in_4_bits(policy: Any, folder: Path) -> Any:
     """The policy's linear layers in 4 bits, stored as floats, which FSDP2 can shard."""
     own = folder / os.environ.get("RANK", "alone")
-    policy.save_pretrained(own)
+    if torch.distributed.is_initialized():  # the first process alone writes from then on
+        own = folder
+        policy.save_pretrained(own)
+        torch.distributed.barrier()
+    else:
+        policy.save_pretrained(own)
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32,
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_pretrained(own, quantization_config=config)
+    with pytest.MonkeyPatch.context() as patch:  # which earlier trainers here have switched on
+        patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+        return AutoModelForCausalLM.from_pretrained(own, quantization_config=config)
 
 
 def trainer_of(case: str, folder: Path, *, batch: int, **extra: Any) -> Any:

@@ -36,7 +36,8 @@ def launch(
     run = subprocess.run(
         command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=timeout
     )
-    assert run.returncode == 0, run.stderr[-4000:]
+    told = "\n".join(line for line in run.stderr.splitlines() if line.startswith("[rank"))
+    assert run.returncode == 0, told[-4000:] or run.stderr[-4000:]
 
 
 @pytest.mark.parametrize(
