@@ -77,18 +77,24 @@ def test_what_has_no_lengths_is_left_alone():
     level_tokens(SimpleNamespace(batch_sampler=before), None, accelerator)  # one process
 
 
+class Part:
+    """As a `PackedBatch`, of which nothing but the number of examples is asked."""
+
+    share = weight = 1.0
+
+    def __init__(self, examples: int) -> None:
+        self.own_examples = examples
+        self.parts = (self,)
+
+
 def test_a_mean_over_examples_of_unequal_micro_batches():
     accelerator: Any = SimpleNamespace(
         num_processes=1, device=torch.device("cpu"), reduce=lambda t, reduction: t
     )
-    batches: list[Any] = [range(3), range(1)]
+    batches: list[Any] = [Part(3), Part(1)]
     weights = CountWeights(accelerator, unequal=True)
     weights.start(batches)
     losses = [torch.tensor(1.0), torch.tensor(5.0)]
-
-    class Part(list):  # of a batch: as many examples as a `PackedBatch` has
-        share = 1.0
-
-    parts: list[Any] = [Part(b) for b in batches]
-    mean = sum(weights.weigh(loss, part) for loss, part in zip(losses, parts, strict=True)) / 2
+    weighed = (weights.weigh(loss, p, True) for loss, p in zip(losses, batches, strict=True))
+    mean = sum(weighed) / 2
     assert float(mean) == pytest.approx((3 * 1.0 + 1 * 5.0) / 4)

@@ -13,7 +13,7 @@ import torch
 
 from tests.ops.test_logprobs import make, run
 from tralign_fast import linear_logprobs
-from tralign_fast.ops import logprobs, tiles
+from tralign_fast.ops import head_operator, tiles
 from tralign_fast.ops.cpu import pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is given back")
@@ -65,11 +65,11 @@ def test_gradients_are_those_of_logits_that_stay(dtype, monkeypatch):
         given.append(stop - start)
         pages.give_back(buffer, start, stop)
 
-    monkeypatch.setattr(logprobs, "give_back", counting)
+    monkeypatch.setattr(head_operator, "give_back", counting)
     ours = run(linear_logprobs, (hidden, weight), targets, grad)
     assert sum(given) == 101 * weight.shape[0]
     assert len(given) > 5
-    monkeypatch.setattr(logprobs, "give_back", lambda *_: None)
+    monkeypatch.setattr(head_operator, "give_back", lambda *_: None)
     stays = run(linear_logprobs, (hidden, weight), targets, grad)
     for a, b in zip(ours, stays, strict=True):
         assert torch.equal(a, b)

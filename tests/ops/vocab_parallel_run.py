@@ -177,6 +177,7 @@ def main(file: Path) -> None:
     seen = traffic(mesh)
     if dist.get_rank() == 0:
         file.write_text(json.dumps(seen))
+    dist.barrier()
     dist.destroy_process_group()
 
 

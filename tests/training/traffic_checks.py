@@ -11,7 +11,10 @@ import torch
 from tests.training.matrix_run import CASES, KINDS, PROCESSES, ROWS, STEPS, trainer_of
 from tralign_fast.distributed.traffic import Traffic, least_bytes_sent
 
-PHASES = {"sync": "move", "score_window": "sweep", "training_step": "training", "_run": ""}
+PHASES = {
+    "sync": "move", "score_window": "sweep", "training_step": "training", "_run": "",
+    "keep_weights": "kept",  # of a window that the run's end cuts short, written to the disk
+}  # fmt: skip
 
 
 class Run:
@@ -21,7 +24,8 @@ class Run:
         self.trainer = trainer_of(case, folder, batch=ROWS, logging_strategy="no", **options)
         self.traffic, self.calls = Traffic(), dict.fromkeys(PHASES, 0)
         trainer: Any = self.trainer
-        owners = (trainer.reference, trainer._lookahead, trainer, trainer.reference)
+        reference = trainer.reference
+        owners = (reference, trainer._lookahead, trainer, reference, reference)
         for (name, phase), owner in zip(PHASES.items(), owners, strict=True):
             if hasattr(owner, name):
                 setattr(owner, name, self._counted(getattr(owner, name), name, phase))

@@ -29,6 +29,7 @@ _KINDS = {
     "broadcast_": ("broadcast", 0),
     "broadcast": ("broadcast", 0),
     "scatter_": ("scatter", 0),
+    "gather_": ("gather", 1),
 }
 _NOTHING = ("barrier", "wait_tensor", "monitored_barrier_")
 
@@ -42,7 +43,7 @@ class Traffic(TorchDispatchMode):
 
     A collective's bytes are those of the whole tensor that it works on: n of an all-reduce, the
     gathered result of an all-gather, what goes into a reduce-scatter; of a scatter it is what this
-    process gets. `least_bytes_sent` says what has to be sent for them.
+    process gets, of a gather what it gives. `least_bytes_sent` says what has to be sent for them.
 
     Attributes:
         bytes: by (phase, kind of collective); a phase is what `phase` names, "step" outside.
