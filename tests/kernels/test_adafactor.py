@@ -206,7 +206,7 @@ def test_invariants_are_asserted(device):
             case.step()
 
 
-@pytest.mark.parametrize(("scaled", "bad"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("scaled", "bad"), [(False, False), (True, True)])
 @pytest.mark.parametrize("shape", [(7,), (17000,), (3, 70), (3, 16, 8), (35, 300)])
 def test_shards_step_as_the_whole_does(device, shape, scaled, bad):
     """Four shards, the last of which may have nothing; their sums are added up in between."""

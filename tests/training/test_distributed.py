@@ -36,8 +36,13 @@ SOME = {
     "ddp": ("dpo-snapshot", "dpo-offloaded", "kto-resident", "dpo-split", "dpo-precomputed"),
     "fsdp2": ("dpo-snapshot", "dpo-lora", "kto-resident"),
 }
+WITHOUT_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
 WHOLE = [
-    pytest.param((kind, CASES), id=kind, marks=pytest.mark.matrix if kind in SOME else [])
+    pytest.param(
+        (kind, CASES), id=kind, marks=pytest.mark.matrix if kind in SOME else WITHOUT_DEEPSPEED
+    )
     for kind in KINDS
 ]
 PART = [pytest.param((kind, cases), id=f"some-{kind}") for kind, cases in SOME.items()]
@@ -46,8 +51,6 @@ PART = [pytest.param((kind, cases), id=f"some-{kind}") for kind, cases in SOME.i
 @pytest.fixture(scope="module", params=[*WHOLE, *PART])
 def together(request, tmp_path_factory):
     kind, cases = request.param
-    if kind == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
     folder = tmp_path_factory.mktemp(kind)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
