@@ -113,7 +113,7 @@ def _announcement(options: DemoOptions) -> str:
         f"{options.samples} samples again."
     )
     if options == DemoOptions(output_dir=options.output_dir):
-        text += " It took 215 s and 4.5 GiB on two cores of an AMD EPYC."
+        text += " It took 226 s and 4.5 GiB on two cores of an AMD EPYC."
     return text
 
 

@@ -96,8 +96,8 @@ def linear_preference_loss(
     processes, weights made of the log-probs), the two calls are the way.
 
     Args:
-        hidden, weight, targets, bias, softcap, logit_scale, temperature, logits_budget_mb,
-            vocab_filter, kept: as in `linear_logprobs`.
+        hidden, weight, targets, bias: as in `linear_logprobs`.
+        softcap, logit_scale, temperature, logits_budget_mb, vocab_filter, kept: likewise.
         offsets, ref_logps, loss: as in `preference_loss`; sequence s owns the tokens
             [offsets[s], offsets[s + 1]).
         backend: of both: "auto" (Triton on a GPU, else PyTorch), "torch" or "triton".
@@ -116,7 +116,7 @@ def linear_preference_loss(
         logps = linear_logprobs(
             hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale,
             temperature=temperature, backend=backend, logits_budget_mb=logits_budget_mb,
-            vocab_filter=vocab_filter,
+            vocab_filter=vocab_filter, kept=kept,
         )  # fmt: skip
         return preference_loss(logps, ref_logps, offsets, loss=loss, backend=backend, **preference)
     options = checked_options(
