@@ -50,8 +50,9 @@ def test_what_is_said_of_the_time_is_what_was_measured():
 
     text = _announcement(DemoOptions(output_dir="elsewhere"))
     page = " ".join((Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text().split())
-    assert "It took 215 s and 4.5 GiB" in text
-    assert "32 steps of 4 pairs with 4 reference updates in 215 s, 124 tokens/s, 4.5 GiB" in page
+    assert "It took 226 s and 4.5 GiB" in text
+    assert "32 steps of 4 pairs with 4 reference updates in 226 s (2026-11-27" in page
+    assert "161 tokens/s in training, 4.5 GiB" in page
     assert "32 steps of 4 pairs in which the reference moves 4 times" in text
 
 
