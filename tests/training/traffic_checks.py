@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.training.matrix_run import CASES, KINDS, PROCESSES, ROWS, STEPS, trainer_of
-from tralign_fast.distributed.traffic import Traffic, least_bytes_sent
+from tests.training.traffic import Traffic, least_bytes_sent
 
 PHASES = {
     "sync": "move", "score_window": "sweep", "training_step": "training", "_run": "",

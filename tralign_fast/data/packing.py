@@ -409,16 +409,23 @@ def share_out(sizes: Sequence[int], rows: Sequence[int], count: int) -> list[lis
         sizes: tokens of each group.
         rows: their rows of the dataset.
     """
-    shares: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for group in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        least = loads.index(min(loads))
-        shares[least].append(group)
-        loads[least] += sizes[group]
     longest = max(range(len(sizes)), key=sizes.__getitem__)
     if sizes[longest] * count > sum(sizes):
         _warn_of_long_group(rows[longest], sizes[longest], sum(sizes), count)
-    return [sorted(share) for share in shares]
+    return deal_out(sizes, count)
+
+
+def deal_out(sizes: Sequence[int], shares: int, room: int | None = None) -> list[list[int]]:
+    """Places in `sizes`, in order, in shares of about equal sums: the largest first, each to the
+    share with the least that has room for one more."""
+    held: list[list[int]] = [[] for _ in range(shares)]
+    sums = [0] * shares
+    for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        free = (s for s in range(shares) if room is None or len(held[s]) < room)
+        least = min(free, key=sums.__getitem__)
+        held[least].append(place)
+        sums[least] += sizes[place]
+    return [sorted(own) for own in held]
 
 
 _long_groups = itertools.count()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from tralign_fast.data.packing import deal_out
+
 
 class EpochLengthSampler(LengthGroupedSampler):
     """Draws from a seed and the epoch instead of torch's global state.
@@ -70,15 +72,8 @@ class LevelledBatches:
 def level(rows: Sequence[int], lengths: Sequence[int], shares: int) -> list[list[int]]:
     """Rows in shares of equal number and about equal tokens.
 
-    The longest first, each to the share with the fewest tokens that has room. Inside a share rows
-    keep their order, and shares stand in the order of their first rows: none is always the one with
-    the longest row.
+    Inside a share rows keep their order, and shares stand in the order of their first rows: none is
+    always the one with the longest row.
     """
-    room = len(rows) // shares
-    held: list[list[int]] = [[] for _ in range(shares)]  # places in `rows`
-    tokens = [0] * shares
-    for place in sorted(range(len(rows)), key=lambda i: (-lengths[rows[i]], i)):
-        share = min((s for s in range(shares) if len(held[s]) < room), key=lambda s: (tokens[s], s))
-        held[share].append(place)
-        tokens[share] += lengths[rows[place]]
-    return [[rows[place] for place in sorted(own)] for own in sorted(held, key=min)]
+    held = deal_out([lengths[row] for row in rows], shares, room=len(rows) // shares)
+    return [[rows[place] for place in own] for own in sorted(held, key=min)]

@@ -8,9 +8,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
+
+from tralign_fast.ops.backend import warn_once
 
 _LEAST = 2  # fewer are not worth a process
 
@@ -38,7 +41,12 @@ def in_processes(function: Callable[[Any], Any], work: Sequence[Any]) -> Iterato
                 for result in found:
                     yield result
                     done += 1
-            except Exception:  # killed for memory, or its own error, which here has its traceback
+            except BrokenProcessPool:  # killed for memory
+                warn_once(
+                    "plan: a process that traced an alternative ended: the rest is traced one "
+                    "after the other"
+                )
+            except Exception:  # its own error, which is raised below, with its traceback
                 pass
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)

@@ -51,7 +51,8 @@ class Traffic(TorchDispatchMode):
         current: the phase.
 
     Collectives of objects (`broadcast_object_list`) count with their pickles; others than those of
-    the table above raise a ValueError, so that none is missed.
+    the table above raise a ValueError. Not seen are those inside an operator of torch.library, as
+    the head's of tensor parallelism: `tests/ops/vocab_parallel_run.py` counts them.
     """
 
     def __init__(self) -> None:
