@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tralign_fast.migrate.adapters import lora, quantised
-from tralign_fast.migrate.recipe import (
+from tralign_fast.migrate.dialect import (
     KEEP,
     Dialect,
     Options,

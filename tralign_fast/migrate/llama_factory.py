@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tralign_fast.migrate.adapters import lora, quantised
-from tralign_fast.migrate.recipe import KEEP, Dialect, Options, Recipe, held_out, refused, words
+from tralign_fast.migrate.dialect import KEEP, Dialect, Options, Recipe, held_out, refused, words
 
 _LORA = {
     "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",

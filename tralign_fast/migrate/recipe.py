@@ -9,46 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tralign_fast.command_line import one_line_errors
+from tralign_fast.migrate.axolotl import AXOLOTL
+from tralign_fast.migrate.dialect import KEEP, Dialect, Options, Recipe
+from tralign_fast.migrate.findings import as_ours
+from tralign_fast.migrate.llama_factory import LLAMA_FACTORY
 from tralign_fast.migrate.report import FROZEN, MOVING, Migration
 from tralign_fast.training.option_types import nearest, shown
-
-KEEP = object()  # the value as it is written
-Options = dict[str, Any]
-
-
-@dataclass
-class Recipe:
-    """The YAML that is read, and what becomes of it."""
-
-    given: Options
-    path: Path
-    done: Migration
-    options: Options = field(default_factory=dict)  # of the recipe, as far as they are known
-    line: int | None = None  # of the option that is looked at
-
-    def line_lost(self, name: str, why: str) -> None:
-        place = f"line {self.line}: " if self.line else ""
-        self.done.loses(f"{place}{name}: {why}")
-
-
-Rule = str | None | Callable[[Recipe, Any], Options | None]
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How another trainer's YAML is read."""
-
-    name: str
-    rules: dict[str, Rule]  # a name, a function, or None: not needed
-    finish: Callable[[Recipe], Options]  # options that the others imply, and defaults that differ
 
 
 def migrate_yaml(text: str, path: Path, moving: bool) -> Migration | None:
@@ -57,9 +29,6 @@ def migrate_yaml(text: str, path: Path, moving: bool) -> Migration | None:
     Raises:
         ValueError: no YAML, or of no trainer that is known.
     """
-    from tralign_fast.migrate.axolotl import AXOLOTL
-    from tralign_fast.migrate.llama_factory import LLAMA_FACTORY
-
     node, given = _read(text, path)
     if "base_model" in given:
         dialect = AXOLOTL
@@ -201,8 +170,6 @@ def known_options() -> frozenset[str]:
 
 def _check(recipe: Recipe) -> None:
     """What the options themselves say of their values."""
-    from tralign_fast.migrate.findings import as_ours
-
     options = {name: _number(value) for name, value in recipe.options.items()}
     as_ours(options, "TRConfig", "", recipe.done)
 
@@ -213,25 +180,3 @@ def _number(value: Any) -> Any:
         return float(value) if isinstance(value, str) and value[:1].isdigit() else value
     except ValueError:
         return value
-
-
-def held_out(recipe: Recipe, split: str, size: Any) -> Options:
-    """Rows at the end for evaluations; those trainers draw them."""
-    if not isinstance(size, (int, float)) or size <= 0:
-        return {}
-    count = f"{round(100 * (1 - size))}%" if size < 1 else f"-{int(size)}"
-    recipe.done.changes(
-        f"evaluation: the last {size:g} of the rows, where they were drawn (rows of their own: "
-        "eval_dataset)"
-    )
-    return {"dataset_split": f"{split}[:{count}]", "eval_split": f"{split}[{count}:]"}
-
-
-def words(value: Any) -> list[str]:
-    """A list, or words with commas between them."""
-    parts = value if isinstance(value, list) else str(value).split(",")
-    return [str(part).strip() for part in parts if str(part).strip()]
-
-
-def refused(name: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, got {shown(value)}")
