@@ -33,13 +33,18 @@ from tralign_fast.reference import reference_class
 
 ROOT = Path(__file__).parents[2]
 # `make test` runs these, and `make test-slow` all
-SOME = {"tp2": ("kto-resident", "dpo-snapshot"), "cp2": ("kto-snapshot", "dpo-one")}
+SOME = {
+    "tp2": ("kto-resident", "dpo-snapshot"),
+    "cp2": ("kto-snapshot", "dpo-one", "dpo-snapshot-long"),
+}
+CUT = tuple(c for c in CASES if c.endswith("-long"))
 WHOLE = {
-    "tp2": tuple(c for c in CASES if c != "dpo-one"),
+    "tp2": tuple(c for c in CASES if c != "dpo-one" and c not in CUT),
     "tp2-fsdp2": ("dpo-resident", "dpo-snapshot", "kto-resident"),
     "cp2": tuple(c for c in CASES if c not in ("dpo-tied", "dpo-lora", "dpo-by-name")),
 }
-WHOLE["cp2-fsdp2"] = WHOLE["tp2-fsdp2"]
+WHOLE["cp3"] = ("dpo-snapshot-long", "kto-split-long", "kto-offloaded-long", "dpo-one")
+WHOLE["cp2-fsdp2"] = (*WHOLE["tp2-fsdp2"], "dpo-split-long", "dpo-resident-long")
 if not hasattr(DistributedConfig, "tp_size"):  # before 5.17: weights that are no DTensors
     SOME, WHOLE = ({k: v for k, v in x.items() if k[:2] == "cp"} for x in (SOME, WHOLE))
 LAUNCHES = [
@@ -107,6 +112,7 @@ def test_they_train_as_one_does(case, alone, together):
         assert ours["entropy"] == pytest.approx(one["entropy"], rel=1e-5)
         assert ours["num_tokens"] == one["num_tokens"]
         assert ours["eval_rows"] == one["eval_rows"]
+        assert (ours["cuts"] > 0) == (layout[:2] == "cp" and case in (*CUT, "dpo-one"))
         if not (layout.endswith("fsdp2") and case.startswith("kto")):  # who lends to whom
             assert ours["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
 
