@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# The fullest process may have so much more than an even share before a longer group is cut: a cut
-# costs traffic in every layer.
+# A cut costs traffic in every layer: the fullest process may have so much of an even share before
+# a group is cut, and groups shorter than half a share never are.
 _SLACK = 1.125
+_SHORT = 0.5
 
 
 class Shares(NamedTuple):
@@ -29,8 +30,8 @@ def share_out(
 ) -> Shares:
     """Examples to processes: the largest first, to whom has the fewest tokens.
 
-    Where one is longer than an even share, so many of the longest are cut over all processes that
-    the fullest has an eighth more than that share at most.
+    Where one is longer than an even share, the longest are cut over all processes, until the
+    fullest has an eighth more than that share at most or what is whole is shorter than half of it.
 
     Args:
         sizes: tokens of each example.
@@ -47,7 +48,7 @@ def share_out(
     # fewer than two tokens for each process are not worth a cut
     if whole_because is None and sizes[longest] > even:
         by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-        able = [i for i in by_size if sizes[i] >= 2 * count]
+        able = [i for i in by_size if sizes[i] >= max(2 * count, _SHORT * even)]
         while len(cut) < len(able) and _fullest(sizes, cut, whole, count) > _SLACK * even:
             cut.append(able[len(cut)])
             rest = [i for i in range(len(sizes)) if i not in cut]
