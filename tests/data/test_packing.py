@@ -4,9 +4,10 @@ import warnings
 import pytest
 import torch
 
-from tralign_fast.data import packing
+from tralign_fast.data import division
+from tralign_fast.data.division import share_out
 from tralign_fast.data.layout import Group
-from tralign_fast.data.packing import PackedBatch, PreferenceCollator, merge_packed, share_out
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator, merge_packed
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import sequence_logps
 
@@ -302,9 +303,9 @@ def test_kto_lends_before_it_divides():
 
 
 def test_a_group_longer_than_a_share_is_named_once(monkeypatch):
-    monkeypatch.setattr(packing, "_long_groups", packing.itertools.count())
+    monkeypatch.setattr(division, "_long_groups", division.itertools.count())
     with pytest.warns(UserWarning, match="row 8 has 30 tokens, more than the 20 that fall"):
-        assert share_out([5, 30, 5], [7, 8, 9], 2) == [[1], [0, 2]]
+        assert share_out([5, 30, 5], [7, 8, 9], 2, "why").whole == [[1], [0, 2]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        share_out([5, 30, 5], [7, 8, 9], 2)
+        share_out([5, 30, 5], [7, 8, 9], 2, "why")

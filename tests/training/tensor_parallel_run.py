@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
+from tests.training import cut_checks
 from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trl_parity import kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.model import scoring
 from tralign_fast.reference import score_cache
 
 STEPS = 8
@@ -52,11 +54,36 @@ CASES = {
     "dpo-one": ("dpo", {"reference": "resident", "per_device_train_batch_size": 1, **SOFT}),
     "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
 }  # fmt: skip
-RESUMED = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
+# groups of several processes' length between short ones: cut, where processes divide batches
+LONG = {"max_length": 480, "gradient_checkpointing": True}
+CASES |= {
+    f"{case}-long": (CASES[case][0], {**CASES[case][1], **LONG})
+    for case in CASES
+    if case.endswith(("resident", "snapshot", "offloaded", "sft", "lora"))
+} | {
+    "dpo-split-long": ("dpo", {**CASES["dpo-split"][1], **LONG, "token_budget": 150}),
+    "kto-split-long": ("kto", {"reference": "resident", **SOFT, **LONG, "token_budget": 150}),
+    "ipo-long": ("ipo", {"reference": "resident", **SOFT, **LONG}),
+    "dpo-weighted-long": (
+        "dpo", {"reference": "resident", "use_weighting": True, "ld_alpha": 0.5, **SOFT, **LONG}
+    ),
+    # prompts are cut to different ends, and stand before each completion
+    "dpo-ends-long": (
+        "dpo",
+        {"reference": "resident", "truncation_mode": "keep_end", **SOFT, **LONG, "max_length": 200},
+    ),
+    "dpo-twice-long": ("dpo", {"reference": "resident", "prefix_sharing": False, **SOFT, **LONG}),
+    "dpo-filled-long": ("dpo", {"reference": "snapshot", "pad_to_multiple_of": 8, **HARD, **LONG}),
+}  # fmt: skip
+RESUMED = (
+    "dpo-resident", "dpo-snapshot", "kto-offloaded", "dpo-snapshot-long", "kto-resident-long"
+)  # fmt: skip
 LAYOUTS = {  # processes, what transformers cuts the model into, options of the run
     "tp2": (2, {"tp_size": 2}, lambda: {}),
     "tp2-fsdp2": (4, {"tp_size": 2, "fsdp_size": 2}, lambda: {}),
     "cp2": (2, {}, lambda: _divided(cp_size=2)),
+    "cp3": (3, {}, lambda: _divided(cp_size=3)),
+    "cut": (2, {}, lambda: {}),  # pieces without a trainer
     "cp2-fsdp2": (4, {}, lambda: _divided(cp_size=2, dp_shard_size=2)),
 }
 
@@ -65,7 +92,20 @@ def _divided(**sizes):
     return {**FSDP, "parallelism_config": ParallelismConfig(**sizes)}
 
 
-def rows_of(method):
+def rows_of(case):
+    rows = _short_rows(CASES[case][0])
+    if "-long" not in case:
+        return rows
+    rows = rows.to_list()
+    for step in range(STEPS):
+        for row in rows[ROWS * step : ROWS * step + step % 3]:  # none, one, two of a step
+            for column in row:
+                if isinstance(row[column], str):
+                    row[column] = row[column] * (8 if column == "prompt" else 4)
+    return Dataset.from_list(rows)
+
+
+def _short_rows(method):
     if method != "kto":
         return pair_rows(STEPS * ROWS)
     rows = kto_rows(STEPS * ROWS).to_list()
@@ -113,14 +153,18 @@ def train(case, folder, model, *, batch=ROWS, resume_from=None, **extra):
             **{"loss_type": method, "per_device_train_batch_size": batch, **asked, **extra},
         )
     )  # fmt: skip
-    rows = rows_of(method)
+    rows = rows_of(case)
     seen = []  # rows that each evaluation has predictions of
     trainer = TRTrainer(
         model, args=config, train_dataset=rows, eval_dataset=rows.select(range(HELD_OUT)),
         processing_class=make_small_tokenizer(),
         compute_metrics=lambda found: seen.append(len(found.predictions)) or {},
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:  # log-probs that another run has left prove nothing
+    cuts = []
+    with pytest.MonkeyPatch.context() as patch:
+        join = scoring.join_scores
+        patch.setattr(scoring, "join_scores", lambda *given: cuts.append(1) or join(*given))
+        # log-probs that another run has left prove nothing
         patch.setattr(score_cache, "FOLDER", str(folder / case / "cache"))
         trainer.train(resume_from_checkpoint=resume_from)
     logs = trainer.state.log_history
@@ -132,7 +176,7 @@ def train(case, folder, model, *, batch=ROWS, resume_from=None, **extra):
         )
     }  # fmt: skip
     trainer.release_model()
-    return {**found, "eval_rows": seen}
+    return {**found, "eval_rows": seen, "cuts": len(cuts)}
 
 
 def _open_accelerate_to_cpus() -> None:
@@ -144,8 +188,13 @@ def _open_accelerate_to_cpus() -> None:
 
 
 def run(folder: Path, layout: str, cases: list[str]) -> None:
+    if layout == "cut":
+        found = cut_checks.measured(folder)
+        if int(os.environ["RANK"]) == 0:
+            (folder / f"{layout}.json").write_text(json.dumps(found))
+        return
     AcceleratorState._reset_state()  # an earlier layout's
-    if layout.startswith("cp2"):
+    if layout.startswith("cp"):
         _let_accelerate_shard_on_cpus()
     else:
         _open_accelerate_to_cpus()

@@ -33,15 +33,21 @@ from tralign_fast.reference import reference_class
 
 ROOT = Path(__file__).parents[2]
 # `make test` runs these, and `make test-slow` all
-SOME = {"tp2": ("kto-resident", "dpo-snapshot"), "cp2": ("kto-snapshot", "dpo-one")}
+SOME = {
+    "tp2": ("kto-resident", "dpo-snapshot"),
+    "cp2": ("kto-snapshot", "dpo-one", "dpo-snapshot-long"),
+    "cut": ("plain", "checkpointing"),
+}
+CUT = tuple(c for c in CASES if c.endswith("-long"))
 WHOLE = {
-    "tp2": tuple(c for c in CASES if c != "dpo-one"),
+    "tp2": tuple(c for c in CASES if c != "dpo-one" and c not in CUT),
     "tp2-fsdp2": ("dpo-resident", "dpo-snapshot", "kto-resident"),
     "cp2": tuple(c for c in CASES if c not in ("dpo-tied", "dpo-lora", "dpo-by-name")),
 }
-WHOLE["cp2-fsdp2"] = WHOLE["tp2-fsdp2"]
+WHOLE["cp3"] = ("dpo-snapshot-long", "kto-split-long", "kto-offloaded-long", "dpo-one")
+WHOLE["cp2-fsdp2"] = (*WHOLE["tp2-fsdp2"], "dpo-split-long", "dpo-resident-long")
 if not hasattr(DistributedConfig, "tp_size"):  # before 5.17: weights that are no DTensors
-    SOME, WHOLE = ({k: v for k, v in x.items() if k[:2] == "cp"} for x in (SOME, WHOLE))
+    SOME, WHOLE = ({k: v for k, v in x.items() if k[0] == "c"} for x in (SOME, WHOLE))
 LAUNCHES = [
     pytest.param(SOME, id="some"),
     *[pytest.param({k: c}, id=k, marks=pytest.mark.matrix) for k, c in WHOLE.items()],
@@ -84,7 +90,7 @@ def together(request, folder):
     assert run.returncode == 0, run.stderr[-4000:]
     found = {x: json.loads((folder / f"{x}.json").read_text()) for x in request.param}
     for layout in request.param:
-        shutil.rmtree(folder / layout)
+        shutil.rmtree(folder / layout, ignore_errors=True)
     return found
 
 
@@ -107,8 +113,26 @@ def test_they_train_as_one_does(case, alone, together):
         assert ours["entropy"] == pytest.approx(one["entropy"], rel=1e-5)
         assert ours["num_tokens"] == one["num_tokens"]
         assert ours["eval_rows"] == one["eval_rows"]
+        assert (ours["cuts"] > 0) == (layout[:2] == "cp" and case in (*CUT, "dpo-one"))
         if not (layout.endswith("fsdp2") and case.startswith("kto")):  # who lends to whom
             assert ours["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", SOME["cut"])
+def test_pieces_send_keys_and_values_once_a_layer_and_pass(case, together):
+    for _, cases in those_of(together, case):
+        found = cases[case]
+        assert found["logps"] < 1e-5
+        assert found["gradients"] < 1e-5
+        assert found["filling"] <= 1  # of two processes, one has a token less
+        forwards = 2 if case == "checkpointing" else 1
+        assert found["bytes"] == {
+            "all-gather": forwards * found["keys"] + found["scores"],
+            "reduce-scatter": found["keys"] + found["scores"],
+        }
+        # of P processes each sends (P-1)/P of what all hold: a half
+        passes = forwards + 1
+        assert found["sent"] == (passes * found["keys"] + 2 * found["scores"]) / 2
 
 
 @pytest.mark.parametrize("case", RESUMED)

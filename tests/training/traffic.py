@@ -31,7 +31,7 @@ _KINDS = {
     "scatter_": ("scatter", 0),
     "gather_": ("gather", 1),
 }
-_NOTHING = ("barrier", "wait_tensor", "monitored_barrier_")
+_NOTHING = ("barrier", "wait_tensor", "monitored_barrier_", "_wrap_tensor_autograd")
 
 
 class Traffic(TorchDispatchMode):

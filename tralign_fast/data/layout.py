@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tralign_fast.data.pieces import CutGroups
 
 Pair = list[list[int]]  # token ids of the completions of one example, or of their prompts
 
@@ -22,6 +25,15 @@ class Group(NamedTuple):
     completions: tuple[int, ...]
 
 
+class KeyGather(NamedTuple):
+    """Keys of all sequences from a packed row's tokens, and the way back for their gradients."""
+
+    key_index: Tensor  # (keys,) int64: the packed row's tokens, those of prompts repeated
+    first: Tensor  # (T,) int64: where a token stands first among the keys
+    # where tokens stand again, (tokens, keys) int64: of all second completions, all third, …
+    again: tuple[tuple[Tensor, Tensor], ...]
+
+
 class VarlenArguments(NamedTuple):
     """What a variable-length attention kernel takes, as flash-attn names it."""
 
@@ -29,15 +41,18 @@ class VarlenArguments(NamedTuple):
     cu_seqlens_k: Tensor  # (sequences + 1,) int32
     max_seqlen_q: int
     max_seqlen_k: int
-    key_index: Tensor  # (keys,) int64: the packed row's tokens, those of prompts repeated
-    first: Tensor  # (T,) int64: where a token stands first among the keys
-    # where tokens stand again, (tokens, keys) int64: of all second completions, all third, …
+    # as in `KeyGather`
+    key_index: Tensor
+    first: Tensor
     again: tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass  # not frozen: torch 2.10 compiles a layer anew for every content of a frozen one
 class PrefixLayout:
     """Where prompts and completions lie in the packed row; host integers, and what they imply.
+
+    Pieces of groups that several processes share (`data.pieces`) come before the groups, whose
+    starts are counted from the end of the pieces.
 
     The first completion of a group runs on from its prompt: `[prompt | completion 0]` is one causal
     sequence. Every further completion is a sequence of queries whose keys are
@@ -48,6 +63,7 @@ class PrefixLayout:
     padding: int = 0  # tokens of the last group, where it only fills the row up
     # whether the last MLP runs on all rows, as a load-balancing loss of its router wants it
     every_row: bool = False
+    cut: CutGroups | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def varlen(self, device: torch.device) -> VarlenArguments:
@@ -82,6 +98,15 @@ class PrefixLayout:
             )
         return self._cache[device]
 
+    def bounds(self, queries: int, keys: int, device: torch.device) -> VarlenArguments:
+        """Of one sequence whose keys stand as they are, made once a batch and shape."""
+        key = ("bounds", queries, keys, device)
+        if key not in self._cache:
+            ends = torch.tensor([[0, queries], [0, keys]], dtype=torch.int32).to(device)
+            none = torch.empty(0, dtype=torch.int64, device=device)
+            self._cache[key] = VarlenArguments(ends[0], ends[1], queries, keys, none, none, ())
+        return self._cache[key]
+
     def scored_rows(self, device: torch.device) -> Tensor:
         """(R,) int64, every row whose output can be scored: each prompt's last token, completions.
 
@@ -89,8 +114,10 @@ class PrefixLayout:
         """
         key = ("scored", device)
         if key not in self._cache:
-            rows = [
-                np.arange(start + max(prompt - 1, 0), start + prompt + sum(completions))
+            pieces = 0 if self.cut is None else self.cut.tokens
+            rows = [] if self.cut is None else [self.cut.scored]
+            rows += [
+                pieces + np.arange(start + max(prompt - 1, 0), start + prompt + sum(completions))
                 for start, prompt, completions in self.groups
             ]
             self._cache[key] = _joined(rows).to(device)
@@ -161,12 +188,29 @@ def lay_packed(
                 scored[b, k] = ([last] if P else []) + list(range(begin, begin + C - 1))
                 ids += pair[k]
                 positions += range(P, P + C)
+    missing = fill_up(ids, positions, groups, pad, multiple)
+    return Tokens([ids], [positions], None, PrefixLayout(tuple(groups), missing), scored)
+
+
+def fill_up(
+    ids: list[int],
+    positions: list[int],
+    groups: list[Group],
+    pad: int,
+    multiple: int,
+    offset: int = 0,
+) -> int:
+    """Appends a group that nothing reads, up to a multiple of tokens; returns its tokens.
+
+    Args:
+        offset: tokens of the row before the first group.
+    """
     missing = -len(ids) % multiple
     if missing:
-        groups.append(Group(len(ids), missing - 1, (1,)))
+        groups.append(Group(len(ids) - offset, missing - 1, (1,)))
         ids += [pad] * missing
         positions += range(missing)
-    return Tokens([ids], [positions], None, PrefixLayout(tuple(groups), missing), scored)
+    return missing
 
 
 def lay_padded(

@@ -15,18 +15,15 @@ Letters: T tokens, N scored tokens, S sequences, B examples (pairs, or KTO rows)
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import warnings
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
 
+from tralign_fast.data.division import Shares, share_out
 from tralign_fast.data.layout import (
     Group,
     Pair,
@@ -37,6 +34,8 @@ from tralign_fast.data.layout import (
     lay_packed,
     lay_padded,
 )
+from tralign_fast.data.pieces import Cut, ScoredPieces, lay_pieces
+from tralign_fast.data.sequences import ends_of, fingerprint_of, ld_weights, sequence_keys
 from tralign_fast.ops.segments import segment_sums
 
 LAYOUTS = ("shared", "packed", "padded")
@@ -54,7 +53,9 @@ class PackedBatch:
     position_ids: Tensor  # like input_ids
     attention_mask: Tensor | None  # (S, L) int64 when padded, else None
     layout: PrefixLayout | None  # None when padded
-    score_index: Tensor  # (N,) int64, rows of the flattened hidden states that predict `targets`
+    # (N,) int64, rows of the flattened hidden states that predict `targets`; with pieces of groups,
+    # (n,) those that predict `pieces.targets`
+    score_index: Tensor
     targets: Tensor  # (N,) int64
     scored_lengths: tuple[int, ...]  # S scored tokens per sequence, sums to N
     offsets: (
@@ -81,6 +82,8 @@ class PackedBatch:
     keys: tuple[int, ...] = ()
     # of the examples' own sequences, each with its prompt: no padding, no mismatched completion
     sequence_tokens: int = 0
+    # where groups are cut over processes: the log-probs are computed by all of them
+    pieces: ScoredPieces | None = None
 
     @property
     def parts(self) -> tuple[PackedBatch, ...]:
@@ -117,12 +120,8 @@ class PackedBatch:
         return segment_sums(token_logps, self.offsets)
 
     def _map(self, function) -> PackedBatch:
-        moved = {
-            f.name: function(value)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        pieces = None if self.pieces is None else _mapped(self.pieces, function)
+        return dataclasses.replace(_mapped(self, function), pieces=pieces)
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,34 @@ class SplitBatch:
 
     def pin_memory(self) -> SplitBatch:
         return SplitBatch(tuple(part.pin_memory() for part in self.parts))
+
+
+def _mapped(of_tensors: Any, function: Any) -> Any:
+    """A dataclass with the function's values in place of its tensors."""
+    found = {f.name: getattr(of_tensors, f.name) for f in dataclasses.fields(of_tensors)}
+    moved = {name: function(value) for name, value in found.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(of_tensors, **moved)
+
+
+class _Examples(NamedTuple):
+    """Token ids of a batch."""
+
+    prompts: list[Pair]  # one for each completion, the same list unless they differ
+    completions: list[Pair]
+    rows: tuple[int, ...]
+    labels: list[bool] | None
+
+    def take(self, places: Sequence[int]) -> _Examples:
+        return _Examples(
+            [self.prompts[i] for i in places],
+            [self.completions[i] for i in places],
+            tuple(self.rows[i] for i in places),
+            None if self.labels is None else [self.labels[i] for i in places],
+        )
+
+
+def can_be_merged(batch: PackedBatch) -> bool:
+    return batch.layout is not None and batch.pieces is None
 
 
 def merge_packed(batches: Sequence[PackedBatch]) -> PackedBatch:
@@ -182,11 +209,7 @@ def merge_packed(batches: Sequence[PackedBatch]) -> PackedBatch:
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
     """(S + 1,) int64: where the scored tokens of each sequence begin, and where the last end."""
-    return int64(_ends(lengths))
-
-
-def _ends(lengths: Sequence[int]) -> list[int]:
-    return [0, *accumulate(lengths)]
+    return int64(ends_of(lengths))
 
 
 def _joined(tensors: list[Tensor | None]) -> Tensor | None:
@@ -223,6 +246,9 @@ class PreferenceCollator:
             all. A run that goes on with fewer processes has larger batches, and lends as before.
         division: (place, count): this is one of so many processes that get the same rows and
             divide their groups, with about as many tokens for each (`share_out`). None: all rows.
+        cut_over: name of these processes' group; where a group is longer than a share, each of them
+            gets a piece of it (`data.pieces`). None: groups stay whole.
+        whole_because: why they do, as a clause of a warning.
 
     Raises:
         ValueError: a token id outside the vocabulary, or a KTO row that is alone and borrows
@@ -241,6 +267,8 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
     lenders: int | None = None
     division: tuple[int, int] | None = None
+    cut_over: str | None = None
+    whole_because: str = "nothing says which processes could cut it"
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -260,7 +288,6 @@ class PreferenceCollator:
                 for mine, other, left in zip(own, lent, room, strict=True)
             ]
         self._check_vocabulary(prompts, completions, rows)
-        # one for each completion, the same list unless they differ
         prompts = [[p] * len(pair) for p, pair in zip(prompts, completions, strict=True)]
         if self.truncation_mode == "keep_end" and self.max_length is not None:
             ends = (
@@ -269,44 +296,86 @@ class PreferenceCollator:
             )
             prompts, completions = map(list, zip(*ends, strict=True))
         labels = None if self.paired else [bool(e["label"]) for e in examples]
-        if self.division is None:
-            return self._parts(prompts, completions, rows, labels)
-        place, count = self.division
-        sizes = [self._tokens(*each) for each in zip(prompts, completions, strict=True)]
-        own = share_out(sizes, rows, count)[place]
-        weight = count * len(own) / len(rows)
-        own = own or [min(range(len(rows)), key=sizes.__getitem__)]
-        batch = self._parts(
-            [prompts[i] for i in own], [completions[i] for i in own], tuple(rows[i] for i in own),
-            None if labels is None else [labels[i] for i in own],
-        )  # fmt: skip
-        # an empty prompt predicts no first token
-        ends = zip(prompts, completions, strict=True)
-        scored = sum(max(0, len(pair[0]) - (not prompt[0])) for prompt, pair in ends)
-        chosen = scored * len(own) / len(rows)
-        parts = tuple(
-            dataclasses.replace(
-                p, weight=weight, nll_tokens=chosen * p.share if self.paired else None
-            )
-            for p in batch.parts
-        )
+        batch = _Examples(prompts, completions, rows, labels)
+        parts = self._parts(batch) if self.division is None else self._divided(batch)
         return parts[0] if len(parts) == 1 else SplitBatch(parts)
 
-    def _parts(
-        self,
-        prompts: list[Pair],
-        completions: list[Pair],
-        rows: tuple[int, ...],
-        labels: list[bool] | None,
-    ) -> PackedBatch | SplitBatch:
-        parts = tuple(
-            self._pack(
-                prompts[a:b], completions[a:b], rows[a:b], None if labels is None else labels[a:b],
-                share=(b - a) / len(rows),
+    def _divided(self, batch: _Examples) -> tuple[PackedBatch, ...]:
+        """This process's part of what several get alike."""
+        assert self.division is not None
+        place, count = self.division
+        sizes = [self._tokens(*each) for each in zip(batch.prompts, batch.completions, strict=True)]
+        why = self.whole_because if self.cut_over is None else None
+        shares = share_out(sizes, batch.rows, count, why)
+        if shares.cut:
+            parts = self._cut_parts(batch, sizes, shares)
+        else:
+            own = shares.whole[place] or [min(range(len(sizes)), key=sizes.__getitem__)]
+            parts = self._parts(batch.take(own))
+        number = len(shares.whole[place]) + len(shares.owned[place])
+        # an empty prompt predicts no first token
+        ends = zip(batch.prompts, batch.completions, strict=True)
+        scored = sum(max(0, len(pair[0]) - (not prompt[0])) for prompt, pair in ends)
+        chosen = scored * max(number, 1) / len(batch.rows)
+        return tuple(
+            dataclasses.replace(
+                p,
+                weight=count * number / len(batch.rows),
+                nll_tokens=chosen * p.share if self.paired and p.share > 0 else None,
             )
-            for a, b in pairwise(self._cuts(prompts, completions))
+            for p in parts
+        )
+
+    def _cut_parts(
+        self, batch: _Examples, sizes: Sequence[int], shares: Shares
+    ) -> tuple[PackedBatch, ...]:
+        """With pieces of the groups that are cut: one row, or with a budget of tokens rows of whole
+        groups and then rows of pieces, as many on every process."""
+        assert self.division is not None
+        place, count = self.division
+        own, owned = shares.whole[place], shares.owned[place]
+        number = len(own) + len(owned)
+        if self.token_budget is None:
+            return (self._pack_pieces(batch, shares.cut, own, [*own, *owned], share=1.0),)
+        parts: list[PackedBatch] = []
+        if own:
+            whole = self._parts(batch.take(own))
+            parts += [dataclasses.replace(p, share=p.share * len(own) / number) for p in whole]
+        most = max(self._count_parts([sizes[i] for i in each]) for each in shares.whole)
+        if len(parts) < most:
+            filler = batch.take([min(range(len(sizes)), key=sizes.__getitem__)])
+            parts += [self._pack(filler, share=0.0)] * (most - len(parts))
+        cuts = self._cuts([-(-sizes[i] // count) for i in shares.cut])
+        for a, b in pairwise(cuts):
+            cut = shares.cut[a:b]
+            mine = [i for i in cut if i in owned]
+            # whose log-probs are none of this process's weigh nothing, but are told to the others
+            share = len(mine) / number if number else float(a == 0)
+            parts.append(self._pack_pieces(batch, cut, [], mine, share))
+        return tuple(parts)
+
+    def _pack_pieces(
+        self, batch: _Examples, cut: list[int], whole: list[int], owned: list[int], share: float
+    ) -> PackedBatch:
+        """A row of pieces of the `cut` examples and of `whole` ones, whose batch are those that
+        this process owns (or a cut one, to have any)."""
+        assert self.division is not None
+        assert self.cut_over is not None
+        examples = sorted(owned) or cut[:1]
+        held, mine = batch.take(cut), batch.take(whole)
+        over = Cut(
+            *self.division, self.cut_over, held.prompts, held.completions,
+            mine.prompts, mine.completions,
         )  # fmt: skip
-        return parts[0] if len(parts) == 1 else SplitBatch(parts)
+        order = [(True, cut.index(i)) if i in cut else (False, whole.index(i)) for i in examples]
+        return self._pack(batch.take(examples), share, over, order)
+
+    def _parts(self, batch: _Examples) -> tuple[PackedBatch, ...]:
+        sizes = [self._tokens(*each) for each in zip(batch.prompts, batch.completions, strict=True)]
+        return tuple(
+            self._pack(batch.take(range(a, b)), share=(b - a) / len(sizes))
+            for a, b in pairwise(self._cuts(sizes))
+        )
 
     def _lent(
         self, examples: Sequence[dict[str, Any]], own: list[list[int]], rows: tuple[int, ...]
@@ -322,16 +391,18 @@ class PreferenceCollator:
             lent += [group[-1], *group[:-1]]
         return [e.get("lent_ids") or other for e, other in zip(examples, lent, strict=True)]
 
-    def _cuts(self, prompts: list[Pair], completions: list[Pair]) -> list[int]:
-        """Bounds of runs of examples whose tokens fit the budget, in order."""
+    def _cuts(self, sizes: Sequence[int]) -> list[int]:
+        """Bounds of runs of examples of so many tokens that fit the budget, in order."""
         cuts, used = [0], 0
-        for index, (own, pair) in enumerate(zip(prompts, completions, strict=True)):
-            need = self._tokens(own, pair)
+        for index, need in enumerate(sizes):
             if self.token_budget is not None and used and used + need > self.token_budget:
                 cuts.append(index)
                 used = 0
             used += need
-        return [*cuts, len(prompts)]
+        return [*cuts, len(sizes)]
+
+    def _count_parts(self, sizes: Sequence[int]) -> int:
+        return len(self._cuts(sizes)) - 1 if sizes else 0
 
     def _tokens(self, prompts: Pair, completions: Pair) -> int:
         """Of a group in a packed row."""
@@ -340,49 +411,58 @@ class PreferenceCollator:
 
     def _pack(
         self,
-        prompts: list[Pair],
-        completions: list[Pair],
-        rows: tuple[int, ...],
-        labels: list[bool] | None,
+        examples: _Examples,
         share: float,
+        cut: Cut | None = None,
+        order: Sequence[tuple[bool, int]] = (),
     ) -> PackedBatch:
-        build = lay_padded if self.layout == "padded" else lay_packed
-        tokens = build(
-            prompts, completions, self.layout == "shared", self.pad_token_id,
-            self.pad_to_multiple_of or 1,
-        )  # fmt: skip
+        """
+        Args:
+            cut, order: of `lay_pieces`, where groups are cut; None: the row holds the examples.
+        """
+        prompts, completions, rows, labels = examples
+        filling = self.layout == "shared", self.pad_token_id, self.pad_to_multiple_of or 1
         # sequences in the order (all first completions, all second completions)
-        order = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
-        scored = [tokens.scored[pair] for pair in order]
-        targets = [
-            completions[b][k][-len(s) :] if s else []
-            for (b, k), s in zip(order, scored, strict=True)
+        sequences = [
+            (prompts[b][k], completions[b][k])
+            for k in range(len(completions[0]))
+            for b in range(len(prompts))
         ]
-        lengths = tuple(map(len, scored))
-        weights = None if self.ld_alpha is None else _ld_weights(lengths, self.ld_alpha)
-        keys = _keys([(prompts[b][k], completions[b][k]) for b, k in order], lengths, weights)
+        # an empty prompt predicts no first token
+        targets = [c if p else c[1:] for p, c in sequences]
+        lengths = tuple(map(len, targets))
+        pieces = None
+        if cut is None:
+            build = lay_padded if self.layout == "padded" else lay_packed
+            tokens = build(prompts, completions, *filling)
+            pairs = [(b, k) for k in range(len(completions[0])) for b in range(len(prompts))]
+            scored = [i for pair in pairs for i in tokens.scored[pair]]
+        else:
+            tokens, scored, pieces = lay_pieces(cut, order, labels is None, *filling)
+        weights = None if self.ld_alpha is None else ld_weights(lengths, self.ld_alpha)
+        keys = sequence_keys(sequences, lengths, weights)
         return PackedBatch(
             input_ids=torch.tensor(tokens.input_ids),
             position_ids=torch.tensor(tokens.position_ids),
             attention_mask=None if tokens.mask is None else torch.tensor(tokens.mask),
             layout=tokens.layout,
-            score_index=int64([i for s in scored for i in s]),
-            targets=int64([t for s in targets for t in s]),
+            score_index=int64(scored),
+            targets=int64([t for own in targets for t in own]),
             scored_lengths=lengths,
             offsets=_offsets(lengths),
             token_weights=None if weights is None else torch.tensor(weights),
-            completion_lengths=torch.tensor([float(len(completions[b][k])) for b, k in order]),
+            completion_lengths=torch.tensor([float(len(c)) for _, c in sequences]),
             rows=rows,
             is_desirable=None if labels is None else torch.tensor(labels),
             grad_tokens=sum(lengths) if labels is None else sum(lengths[: len(prompts)]),
             share=share,
-            fingerprint=xxhash.xxh3_64_intdigest(array("q", keys).tobytes()),
+            fingerprint=fingerprint_of(keys),
             keys=keys,
             sequence_tokens=sum(
-                len(prompts[b][k]) + len(completions[b][k])
-                for b, k in order
-                if labels is None or k == 0
+                len(p) + len(c)
+                for p, c in (sequences if labels is None else sequences[: len(prompts)])
             ),
+            pieces=pieces,
         )
 
     def _check_vocabulary(
@@ -399,73 +479,6 @@ class PreferenceCollator:
                     f"vocabulary [0, {self.vocab_size}); do the tokenizer and the model belong "
                     "together?"
                 )
-
-
-def share_out(sizes: Sequence[int], rows: Sequence[int], count: int) -> list[list[int]]:
-    """The places of groups, in order, that fall to each of so many processes: the largest first, to
-    whom has the fewest tokens.
-
-    Args:
-        sizes: tokens of each group.
-        rows: their rows of the dataset.
-    """
-    longest = max(range(len(sizes)), key=sizes.__getitem__)
-    if sizes[longest] * count > sum(sizes):
-        _warn_of_long_group(rows[longest], sizes[longest], sum(sizes), count)
-    return deal_out(sizes, count)
-
-
-def deal_out(sizes: Sequence[int], shares: int, room: int | None = None) -> list[list[int]]:
-    """Places in `sizes`, in order, in shares of about equal sums: the largest first, each to the
-    share with the least that has room for one more."""
-    held: list[list[int]] = [[] for _ in range(shares)]
-    sums = [0] * shares
-    for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        free = (s for s in range(shares) if room is None or len(held[s]) < room)
-        least = min(free, key=sums.__getitem__)
-        held[least].append(place)
-        sums[least] += sizes[place]
-    return [sorted(own) for own in held]
-
-
-_long_groups = itertools.count()
-
-
-def _warn_of_long_group(row: int, tokens: int, total: int, count: int) -> None:
-    if next(_long_groups) == 0:  # one such row is named, and no other
-        warnings.warn(
-            f"row {row} has {tokens} tokens, more than the {total // count} that fall to each of "
-            f"{count} processes that divide its batch: one of them computes it, and the others "
-            "wait; larger batches are divided more evenly (attention does not cross processes)",
-            stacklevel=2,
-        )
-
-
-def _keys(
-    sequences: list[tuple[list[int], list[int]]],
-    lengths: Sequence[int],
-    weights: list[float] | None,
-) -> tuple[int, ...]:
-    """Of each (prompt, completion), whatever batch it stands in: 64 bits, signed."""
-    keys = []
-    for (prompt, completion), (start, end) in zip(sequences, pairwise(_ends(lengths)), strict=True):
-        state = xxhash.xxh3_64(array("q", [len(prompt), *prompt, *completion]).tobytes())
-        if weights is not None:
-            state.update(repr(weights[start:end]).encode())
-        keys.append(int.from_bytes(state.digest(), "big", signed=True))
-    return tuple(keys)
-
-
-def _ld_weights(lengths: Sequence[int], alpha: float) -> list[float]:
-    """Of scored tokens, all first completions in front: 1 up to the length of the pair's shorter
-    completion, α beyond it."""
-    pairs = len(lengths) // 2
-    shared = [min(lengths[b], lengths[b + pairs]) for b in range(pairs)] * 2
-    return [
-        1.0 if place < common else alpha
-        for length, common in zip(lengths, shared, strict=True)
-        for place in range(length)
-    ]
 
 
 def _borrowed(example: dict[str, Any], row: int) -> list[int]:

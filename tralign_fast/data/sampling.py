@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from tralign_fast.data.packing import deal_out
+from tralign_fast.data.division import deal_out
 
 
 class EpochLengthSampler(LengthGroupedSampler):

@@ -1,9 +1,11 @@
-"""Batches that several processes divide (context parallelism), cut between groups.
+"""Batches that several processes divide (context parallelism).
 
 accelerate gives the processes of a `cp` dimension the same rows. A packed row consists of groups,
 a prompt with its completions, that never look at each other: so each process packs the groups that
-fall to it, as many tokens as the others as nearly as may be, and attention crosses no process. The
-losses are weighted by examples, so that the mean over the processes is the loss of the batch.
+fall to it, as many tokens as the others as nearly as may be. Where a group is longer than a
+process's share, all processes hold a piece of it (`data.pieces`), and attention gathers its keys
+and values (`model.cut_attention`); its loss is one process's, its owner's. The losses are weighted
+by examples, so that the mean over the processes is the loss of the batch.
 """
 
 from __future__ import annotations
@@ -57,9 +59,30 @@ def dividing(trainer: Any) -> Iterator[None]:
     accelerator, own = trainer.accelerator, trainer.data_collator
     count = dividing_processes(accelerator)
     if count > 1:
-        place = accelerator.torch_device_mesh.get_local_rank("cp")
-        trainer.data_collator = dataclasses.replace(own, division=(place, count))
+        mesh = accelerator.torch_device_mesh["cp"]
+        why = _why_whole(trainer, own)
+        trainer.data_collator = dataclasses.replace(
+            own,
+            division=(mesh.get_local_rank(), count),
+            cut_over=mesh.get_group().group_name if why is None else None,
+            whole_because=why or "",
+        )
     try:
         yield
     finally:
         trainer.data_collator = own
+
+
+def _why_whole(trainer: Any, collator: PreferenceCollator) -> str | None:
+    """Why no group can be cut, as a clause that says what to do; None: they can."""
+    if collator.layout == "padded":
+        return (
+            "padded rows cannot be cut; leave packing on, with a model whose attention runs packed "
+            "rows, or take max_length down"
+        )
+    if trainer.aux_loss_enabled:
+        return (
+            "the load-balancing loss of a mixture of experts is made of whole groups; set "
+            "router_aux_loss_coef=0, or take max_length down"
+        )
+    return None

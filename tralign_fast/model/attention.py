@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tralign_fast.data.layout import PrefixLayout, VarlenArguments
+from tralign_fast.model.cut_attention import GatherKeys, attend_pieces
 from tralign_fast.model.masks import check_mask, make_mask
 from tralign_fast.model.patching import Patches
 from tralign_fast.ops.backend import device_kind, is_pretending, warn_once
@@ -122,13 +123,12 @@ def prefix_shared_attention(
     scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = _Options(scale, dropout, sliding_window, softcap)
     varlen = _varlen_function(query, options)
-    if varlen is not None:
-        return _attend_varlen(varlen, query, key, value, prefix_layout, options), None
-    if device_kind(query.device) != "cuda":
-        return _attend_segments(query, key, value, prefix_layout, options), None
+    attend = functools.partial(_attend, varlen, prefix_layout, options)
+    if varlen is not None or device_kind(query.device) != "cuda":
+        return attend(query, key, value), None
     # cuDNN plans every new pair of lengths anew, which takes longer than a whole step
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return _attend_segments(query, key, value, prefix_layout, options), None
+        return attend(query, key, value), None
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,32 @@ class _Options:
     dropout: float
     window: int | None  # keys that a query sees, itself included
     softcap: float | None  # of the scores, by tanh
+
+
+def _attend(
+    varlen: Callable[..., Tensor] | None,
+    layout: PrefixLayout,
+    options: _Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """(1, T, A, D), by a variable-length kernel where one is given."""
+
+    def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if varlen is not None:
+            return _attend_varlen(varlen, query, key, value, layout.varlen(query.device), options)
+        return _attend_segments(query, key, value, layout, options)
+
+    def one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if varlen is not None:
+            bounds = layout.bounds(query.shape[2], key.shape[2], query.device)
+            return _attend_varlen(varlen, query, key, value, bounds, options)
+        return _attend_one(query, key, value, layout, options).transpose(1, 2)
+
+    if layout.cut is None:
+        return whole(query, key, value)
+    return attend_pieces(query, key, value, layout.cut, whole, one)
 
 
 # --- one call for each sequence: any device -------------------------------------------------------
@@ -216,37 +242,16 @@ def _attend_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: PrefixLayout,
+    arguments: VarlenArguments,
     options: _Options,
 ) -> Tensor:
     """Queries stay in place; keys are gathered so that every sequence has its prompt before it."""
-    arguments = layout.varlen(query.device)
     # `squeeze`: its backward is a view, where that of an index fills zeros and copies
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
     window = (-1 if options.window is None else options.window - 1, 0)
     if arguments.again:  # else the keys are the row's tokens as they stand
-        k, v = _GatherKeys.apply(k, arguments), _GatherKeys.apply(v, arguments)
+        k, v = GatherKeys.apply(k, arguments), GatherKeys.apply(v, arguments)
     return function(q, k, v, arguments, window, options)[None]
-
-
-class _GatherKeys(torch.autograd.Function):
-    """`tokens[key_index]`, whose backward would sort the index to sum the same way in every run.
-
-    Here a token's gradients are summed in the order of its completions.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, arguments: VarlenArguments) -> Tensor:
-        ctx.arguments, ctx.tokens = arguments, tokens.shape[0]
-        return tokens.index_select(0, arguments.key_index)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.index_select(0, ctx.arguments.first)
-        for tokens, keys in ctx.arguments.again:  # no token twice
-            total.index_add_(0, tokens, grad.index_select(0, keys))
-        return total[: ctx.tokens], None  # a static row's has spare rows
 
 
 def _flash_attn(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:

@@ -140,6 +140,7 @@ class DecoderGraphs:
         ids, positions = kwargs["input_ids"], kwargs["position_ids"]
         if (
             not backend.takes(ids.device)
+            or kwargs["prefix_layout"].cut is not None  # processes tell each other keys inside
             or torch.compiler.is_compiling()
             or ids.shape != positions.shape
         ):

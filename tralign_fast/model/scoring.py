@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from tralign_fast.data.packing import PackedBatch
 from tralign_fast.model.attention import runs_packed_rows
 from tralign_fast.model.cpu import split_tied_weight
+from tralign_fast.model.cut_attention import join_scores
 from tralign_fast.model.patching import (
     Patches,
     causal_lm_of,
@@ -188,11 +189,15 @@ def token_logps_and_statistics(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`token_logps`, and what is wanted of `ops.statistics.STATISTICS`, (grad_tokens,) each: of
     the same distributions, without gradient."""
+    own = batch if batch.pieces is None else batch.pieces
     output = model(
-        **_inputs(batch), score_targets=batch.targets, grad_tokens=batch.grad_tokens,
+        **_inputs(batch), score_targets=own.targets, grad_tokens=own.grad_tokens,
         statistics=tuple(wanted),
     )  # fmt: skip
-    return _scores(model, output, batch), output.statistics
+    logps = _scores(model, output, batch)
+    if batch.pieces is None:
+        return logps, output.statistics
+    return join_scores(logps, output.statistics, batch.pieces, batch.grad_tokens)
 
 
 def _scores(model: nn.Module, output: Any, batch: PackedBatch) -> Tensor:

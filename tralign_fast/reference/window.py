@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tralign_fast.data.packing import PackedBatch, merge_packed
+from tralign_fast.data.packing import PackedBatch, can_be_merged, merge_packed
 from tralign_fast.model.scoring import sequence_logps
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.score_cache import Scores
@@ -129,7 +129,7 @@ class WindowedReference(ReferencePolicy):
         parts = self._unknown([part for batch in batches for part in batch])
         # the parts of a split batch stay apart: a row has no more tokens than a budget
         whole = all(len(batch) == 1 for batch in batches)
-        mergeable = whole and len(parts) > 1 and all(part.layout is not None for part in parts)
+        mergeable = whole and len(parts) > 1 and all(can_be_merged(part) for part in parts)
         self._launched |= {part.fingerprint for part in parts}
         groups = [parts] if mergeable else [[part] for part in parts]
         scored = [
