@@ -26,15 +26,17 @@ from transformers.trainer_utils import SaveStrategy
 from tralign_fast.data.tokenization import lend_in_groups
 from tralign_fast.distributed import other_layout, shards_on_disk
 from tralign_fast.distributed.alike import check_rows
-from tralign_fast.distributed.resized import deal_batches, shares_of
-from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
+from tralign_fast.distributed.resized import deal_batches, processes_with_rows, shares_of
+from tralign_fast.distributed.tensor_parallel import (
+    is_sharded_by_transformers,
+    sharing_processes,
+)
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.training.converted import read_unmatched
 from tralign_fast.training.manifest import write_manifest
 from tralign_fast.training.optimizer_state import (
     follow_schedule,
-    innermost,
     kept_options,
     load_exactly,
 )
@@ -170,7 +172,9 @@ class ResumableTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         filled = self._run.facts.get("options", {}).get("filled", False)
-        return deal_batches(super().get_train_dataloader(), filled and self.args.world_size == 1)
+        return deal_batches(
+            super().get_train_dataloader(), filled and processes_with_rows(self) == 1
+        )
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -227,10 +231,12 @@ class ResumableTrainer(Trainer):
 
     @contextlib.contextmanager
     def _tokens_of_all(self) -> Iterator[None]:
-        """Inside, the state counts tokens of all processes: it is the first one's that is saved."""
+        """Inside, the state counts tokens of all processes: it is the first one's that is saved.
+        Those that share layers see the same ones."""
         own = self.state.num_input_tokens_seen
         count = torch.tensor(own, device=self.args.device)
-        self.state.num_input_tokens_seen = int(self.accelerator.reduce(count, reduction="sum"))  # pyright: ignore[reportArgumentType]
+        of_all = int(self.accelerator.reduce(count, reduction="sum"))  # pyright: ignore[reportArgumentType]
+        self.state.num_input_tokens_seen = of_all // sharing_processes(self.model)
         try:
             yield
         finally:
@@ -241,7 +247,7 @@ class ResumableTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         folder = Path(output_dir)
-        shards_on_disk.save_optimizer(self.optimizer, folder, OPTIMIZER_NAME)
+        shards_on_disk.save_optimizer(self.model, self.optimizer, folder)
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
             torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
@@ -289,13 +295,10 @@ class ResumableTrainer(Trainer):
         checkpoint of another layout. False: there was nothing to do."""
         assert self.model is not None
         folder = Path(self._read_from)
-        if is_sharded_by_transformers(self.model):
-            reshard(self.model)  # a forward without backward leaves the head's weights gathered
-            self._issue_warnings_after_load(shards_on_disk.load_weights(self.model, folder))
-        elif not other_layout.is_own_layout(self, folder):
-            other_layout.load_weights(self, folder)
-        else:
+        if other_layout.is_own_layout(self, folder):
             return False
+        reshard(self.model)  # a forward without backward leaves the head's weights gathered
+        other_layout.load_weights(self, folder)
         return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -312,11 +315,7 @@ class ResumableTrainer(Trainer):
             self.reference.load(folder / REFERENCE_FOLDER)
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if is_sharded_by_transformers(self.model) and not self.is_fsdp_enabled:
-            optimizer = innermost(self.optimizer)
-            state = shards_on_disk.read_optimizer(optimizer, folder, OPTIMIZER_NAME)
-            load_exactly(self.optimizer, state)
-        elif not other_layout.is_own_layout(self, folder):
+        if not other_layout.is_own_layout(self, folder, optimizer=True):
             other_layout.load_optimizer(self, folder)
         elif self.is_fsdp_enabled:
             with kept_options(self.optimizer):
@@ -349,9 +348,9 @@ class _EndInTime(TrainerCallback):
 class _CountOnce(TrainerCallback):
     """A checkpoint counts tokens of all processes: from there on the first one has that count."""
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            state.num_input_tokens_seen = 0
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        first = state.is_world_process_zero
+        state.num_input_tokens_seen *= sharing_processes(model) if first else 0
         state.train_batch_size = args.train_batch_size  # not that of the checkpoint's processes
 
 
