@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node P -m tests.distributed.resized_run KIND FROM STEP INTO CASE...
 
-KIND is one of KINDS, or of TENSOR, whose model lies beside INTO. With STEP 0 a run starts, else one
-goes on from FROM/CASE/checkpoint-STEP.
+KIND is one of KINDS, or of TENSOR, whose model lies beside INTO; with +async behind it checkpoints
+are written in the background. With STEP 0 a run starts, else one goes on from
+FROM/CASE/checkpoint-STEP.
 Writes checkpoints and INTO/CASE/losses.json, losses of every step.
 """
 
@@ -111,6 +112,7 @@ def trained(
 
 def main(kind: str, source: str, step: str, into: Path, cases: list[str]) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    later, kind = kind.endswith("+async"), kind.removesuffix("+async")
     if kind in TENSOR:
         _open_accelerate_to_cpus()
         processes //= TENSOR[kind]["tp_size"]
@@ -118,7 +120,9 @@ def main(kind: str, source: str, step: str, into: Path, cases: list[str]) -> Non
         _let_accelerate_shard_on_cpus()
     for case in cases:
         checkpoint = None if step == "0" else f"{source}/{case}/checkpoint-{step}"
-        found = trained(case, into, checkpoint, processes, kind, **KINDS.get(kind, {}))
+        found = trained(
+            case, into, checkpoint, processes, kind, async_save=later, **KINDS.get(kind, {})
+        )
         (into / case / "losses.json").write_text(json.dumps(found))
 
 

@@ -22,14 +22,18 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.trainer import OPTIMIZER_NAME
 
-from tralign_fast.distributed.shards_on_disk import OPTIMIZER, optimizer_folder, read_optimizer
+from tralign_fast.distributed.shards_on_disk import (
+    MODEL,
+    OPTIMIZER,
+    optimizer_folder,
+    read_optimizer,
+)
 from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
 from tralign_fast.reference.shard_files import read_whole
 from tralign_fast.reference.sharding import from_main, named_parameters, process_index
 from tralign_fast.training.converted import no_weights
 from tralign_fast.training.optimizer_state import innermost, kept_options, load_exactly
 
-_MODEL = "pytorch_model_fsdp"
 _WHOLE = "whole"
 _WHOLE_FSDP = "FULL_STATE_DICT"
 _SHARDS = "SHARDED_STATE_DICT"
@@ -37,10 +41,10 @@ _SHARDS = "SHARDED_STATE_DICT"
 
 def layout_of(folder: Path, optimizer: bool = False) -> str:
     """How the weights of a checkpoint lie there, or the optimizer's states."""
-    shards = optimizer_folder(folder) if optimizer else folder / f"{_MODEL}_0"
+    shards = optimizer_folder(folder) if optimizer else folder / f"{MODEL}_0"
     if shards.is_dir():
         return _SHARDS
-    name = OPTIMIZER if optimizer else _MODEL
+    name = OPTIMIZER if optimizer else MODEL
     return _WHOLE_FSDP if (folder / f"{name}.bin").exists() else _WHOLE
 
 
@@ -114,10 +118,10 @@ def _weights(folder: Path, model: Any) -> dict[str, Any]:
     """Whole weights by name."""
     layout = layout_of(folder)
     if layout == _SHARDS:
-        read = read_whole(folder / f"{_MODEL}_0")
+        read = read_whole(folder / f"{MODEL}_0")
         return {name.removeprefix("model."): value for name, value in read.items()}
     if layout == _WHOLE_FSDP:
-        path = folder / f"{_MODEL}.bin"
+        path = folder / f"{MODEL}.bin"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     state: dict[str, Any] = {}
     for path in sorted([*folder.glob("model*.safetensors"), *folder.glob("adapter_model.*")]):

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from tralign_fast.distributed.background import write
 from tralign_fast.ops.ema import local_shard
 from tralign_fast.reference.sharding import own_file, process_index, shard_like
 
@@ -36,12 +37,28 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], like: dict[str, Any]) -
     """
     if _any(tensors, like, "ds_tensor"):
         local = {name: local_shard(t).contiguous() for name, t in tensors.items()}
-        save_file(local, own_file(path.parent, path.name))
+        own = own_file(path.parent, path.name)
+        write(lambda local, group: save_file(local, own), local)
     elif _any(tensors, like, "to_local"):
         shards = {name: _as_shard(t, like.get(name)) for name, t in tensors.items()}
-        said_by_all(lambda: dcp.save(shards, checkpoint_id=shards_of(path)))
+        write_shards(shards, shards_of(path))
     elif process_index() == 0:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        whole = {name: t.detach().contiguous() for name, t in tensors.items()}
+        write(lambda whole, group: save_file(whole, path), whole)
+
+
+def write_shards(content: dict[str, Any], folder: Path) -> None:
+    """Every process writes its shards by `torch.distributed.checkpoint`, now or in the background.
+
+    Raises:
+        OSError: a process could not write its part.
+    """
+    write(
+        lambda content, group: said_by_all(
+            lambda: dcp.save(content, checkpoint_id=folder, process_group=group)
+        ),
+        content,
+    )
 
 
 def load_tensors(path: Path, like: dict[str, Any]) -> dict[str, Tensor]:
