@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers.distributed import DistributedConfig
 
 from tests.distributed.resized_run import CASES, STEPS, trained
+from tests.training.tensor_parallel_run import save_models
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import kto_rows
 from tralign_fast.data.packing import PreferenceCollator
@@ -90,12 +92,51 @@ def test_one_process_then_two_then_four(kind, tmp_path):
         check_same(found(tmp_path / "4", case), whole[case])
 
 
+TENSOR_CASES = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
+# processes and layout that write a checkpoint, and that go on from it
+TENSOR = [
+    ((2, "tp2"), (2, "fsdp2"), ("dpo-resident", "dpo-snapshot", "dpo-tied")),
+    ((2, "tp2"), (2, "fsdp2-shards"), ("dpo-resident", "dpo-snapshot")),
+    ((4, "tp2-fsdp2"), (2, "ddp"), TENSOR_CASES),
+    ((4, "tp2-fsdp2"), (2, "tp2"), TENSOR_CASES),
+    ((2, "ddp"), (2, "tp2"), (*TENSOR_CASES, "dpo-uneven", "dpo-tied")),
+    ((2, "ddp"), (4, "tp2-fsdp2"), TENSOR_CASES),
+    ((2, "fsdp2"), (2, "tp2"), TENSOR_CASES),
+    ((2, "fsdp2-shards"), (4, "tp2-fsdp2"), TENSOR_CASES),
+]
+needs_dtensors = pytest.mark.skipif(
+    not hasattr(DistributedConfig, "tp_size"), reason="transformers before 5.17 has no DTensors"
+)
+
+
+@needs_dtensors
 @pytest.mark.matrix
-def test_a_missing_shard_ends_all_with_its_name(tmp_path):
-    processes(4, "fsdp2", None, 0, tmp_path / "4", ["dpo-resident"])
-    name = "reference/model.shards/__3_0.distcp"
+@pytest.mark.parametrize(("first", "then", "cases"), TENSOR)
+def test_shared_layers_go_on_otherwise(first, then, cases, tmp_path):
+    """Both leave in mid-window, and one process goes on from what the second one wrote."""
+    save_models(tmp_path)
+    processes(*first, None, 0, tmp_path / "first", cases)
+    processes(*then, tmp_path / "first", 3, tmp_path / "then", cases)
+    for case in cases:
+        whole = found(tmp_path / "first", case)
+        check_same(found(tmp_path / "then", case), whole)
+        checkpoint = str(tmp_path / "then" / case / "checkpoint-6")
+        check_same(trained(case, tmp_path / "1", checkpoint, 1), whole)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ((4, "fsdp2"), "reference/model.shards/__3_0.distcp"),
+        pytest.param((2, "tp2"), "optimizer_0/__1_0.distcp", marks=needs_dtensors),
+    ],
+)
+def test_a_missing_shard_ends_all_with_its_name(layout, name, tmp_path):
+    save_models(tmp_path)
+    processes(*layout, None, 0, tmp_path / "4", ["dpo-resident"])
     (tmp_path / "4" / "dpo-resident" / "checkpoint-3" / name).unlink()
-    ended = run(2, "fsdp2", tmp_path / "4", 3, tmp_path / "2", ["dpo-resident"])
+    ended = run(2, layout[1], tmp_path / "4", 3, tmp_path / "2", ["dpo-resident"])
     assert ended.returncode != 0
     said = re.findall(r"ValueError: .*", ended.stderr)
     assert len(said) == 2
@@ -111,6 +152,17 @@ SAVED = {
     "uneven": False,
 }  # fmt: skip
 PRESENT = {**SAVED, "train_batch_size": 2, "world_size": 2}
+
+
+def test_processes_that_share_layers_count_once():
+    shared = {**SAVED, "train_batch_size": 2, "sharding": "tensor parallelism of 2"}
+    refused, line = check_shares(shared, PRESENT)
+    assert refused == []
+    assert line is not None
+    assert line.startswith(
+        "4 processes of tensor parallelism of 2 / 2 with the same rows x "
+        "per_device_train_batch_size 2 x gradient_accumulation_steps 2 = 8 there, from here on 2 "
+    )
 
 
 def test_as_many_rows_of_a_step_go_on_with_one_line():

@@ -1,8 +1,9 @@
 """What each of two processes runs for `test_distributed.py`.
 
-    torchrun --nproc_per_node 2 -m tests.integrations.distributed_run FOLDER
+    torchrun --nproc_per_node 2 -m tests.integrations.distributed_run FOLDER [FROM]
 
-Writes FOLDER/found.pt: (kind, case) -> what `train` returns.
+Writes FOLDER/found.pt: (kind, case) -> what `train` returns. With FROM, a folder that it has
+written, any number of processes goes on from there: FOLDER/found.pt is what the case "plain" finds.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def whole(parameter: Any) -> torch.Tensor:
 
 
 def refused(folder: Path) -> list[str]:
-    """A reference that is not sharded; shards of more processes than there are."""
+    """A reference that is not sharded; shards of which one is missing."""
     found = []
     trainer = build("plain", folder / "whole", batch=ROWS_EACH, **FSDP)
     trainer.ref_model = make_tiny_llama(make_small_tokenizer())
@@ -102,11 +103,24 @@ def refused(folder: Path) -> list[str]:
         trainer.train()
     found.append(str(error.value))
     checkpoint = folder / "fsdp2" / "plain" / "checkpoint-3"
-    own = checkpoint / "reference" / f"model-{os.environ['RANK']}-of-2.safetensors"
-    own.rename(own.with_name(own.name.replace("of-2", "of-3")))
-    with pytest.raises(ValueError, match="as many processes as wrote it") as error:
-        train("plain", checkpoint.parent, batch=ROWS_EACH, resume_from=str(checkpoint), **FSDP)
+    shard = checkpoint / "reference" / "model.shards" / "__1_0.distcp"
+    torch.distributed.barrier()
+    if int(os.environ["RANK"]) == 1:
+        shard.rename(folder / shard.name)
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match="no whole reference") as error:
+        train("plain", folder / "part", batch=ROWS_EACH, resume_from=str(checkpoint), **FSDP)
+    if int(os.environ["RANK"]) == 1:
+        (folder / shard.name).rename(shard)
     return [*found, str(error.value)]
+
+
+def of_one_process(folder: Path) -> dict[str, torch.Tensor]:
+    """Shards of the reference that a process without shards has written."""
+    trainer = build("plain", folder / "read", batch=ROWS_EACH, **FSDP)
+    reference = trainer.callback_handler.callbacks[-1]._reference
+    reference.load(folder / "ddp" / "plain" / f"checkpoint-{STEPS}" / "reference")
+    return {name: whole(p) for name, p in trainer.ref_model.named_parameters()}
 
 
 def main(folder: Path) -> None:
@@ -121,10 +135,23 @@ def main(folder: Path) -> None:
             if kind in RESUMED:
                 checkpoint = str(place / "checkpoint-3")
                 found[kind, case]["resumed"] = train(case, place, resume_from=checkpoint, **options)
+    found["read"] = of_one_process(folder)
     found["refused"] = refused(folder)
     if int(os.environ["RANK"]) == 0:
         torch.save(found, folder / "found.pt")
 
 
+def go_on(folder: Path, source: Path) -> None:
+    _let_accelerate_shard_on_cpus()
+    batch = PROCESSES * ROWS_EACH // int(os.environ["WORLD_SIZE"])
+    checkpoint = source / "fsdp2" / "plain" / "checkpoint-3"
+    found = train("plain", folder, batch=batch, resume_from=str(checkpoint), **FSDP)
+    if int(os.environ["RANK"]) == 0:
+        torch.save(found, folder / "found.pt")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        go_on(*map(Path, sys.argv[1:3]))
+    else:
+        main(Path(sys.argv[1]))

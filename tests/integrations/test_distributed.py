@@ -18,6 +18,7 @@ from tests.integrations.distributed_run import (
     RESUMED,
     ROWS_EACH,
     STEPS,
+    build,
     train,
 )
 
@@ -25,11 +26,19 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("together")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("together")
+
+
+@pytest.fixture(scope="module")
+def together(folder):
+    return found_by(PROCESSES, folder)
+
+
+def found_by(processes, folder, *source):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc_per_node", str(PROCESSES), "-m", "tests.integrations.distributed_run", str(folder),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+        str(processes), "-m", "tests.integrations.distributed_run", str(folder), *map(str, source),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     run = subprocess.run(
@@ -71,7 +80,26 @@ def test_two_processes_find_their_reference_again(kind, case, together):
 
 
 def test_what_cannot_go_on_is_one_line(together):
-    not_sharded, other_count = together["refused"]
+    not_sharded, damaged = together["refused"]
     assert "of the policy and" in not_sharded
-    assert "model-0-of-2.safetensors, the reference of this process of 2" in other_count
-    assert "\n" not in not_sharded + other_count
+    assert "__1_0.distcp" in damaged
+    assert "\n" not in not_sharded + damaged
+
+
+def test_shards_are_read_whole_and_whole_weights_as_shards(together, folder, tmp_path):
+    trainer = build("plain", tmp_path, batch=PROCESSES * ROWS_EACH)
+    checkpoint = folder / "fsdp2" / "plain" / f"checkpoint-{STEPS}"
+    trainer.callback_handler.callbacks[-1]._reference.load(checkpoint / "reference")
+    for name, parameter in trainer.ref_model.named_parameters():
+        assert torch.equal(parameter, together["fsdp2", "plain"]["reference"][name])
+    for name, weight in together["read"].items():
+        assert torch.equal(weight, together["ddp", "plain"]["reference"][name])
+
+
+@pytest.mark.matrix
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    together = found_by(PROCESSES, tmp_path / "2")["fsdp2", "plain"]
+    alone = found_by(1, tmp_path / "1", tmp_path / "2")
+    assert alone["losses"] == pytest.approx(together["losses"], rel=1e-5)
+    for name, weight in alone["reference"].items():
+        torch.testing.assert_close(weight, together["reference"][name], rtol=1e-5, atol=1e-6)

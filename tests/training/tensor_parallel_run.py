@@ -119,8 +119,11 @@ def _short_rows(method):
 def save_models(folder: Path) -> None:
     tokenizer = make_small_tokenizer()
     make_tiny_llama(tokenizer).save_pretrained(folder / "model")
-    odd = make_tiny_llama(tokenizer, vocab_size=len(tokenizer) + 1, tie_word_embeddings=True)
-    odd.save_pretrained(folder / "model-tied")
+    make_tied(tokenizer).save_pretrained(folder / "model-tied")
+
+
+def make_tied(tokenizer):
+    return make_tiny_llama(tokenizer, vocab_size=len(tokenizer) + 1, tie_word_embeddings=True)
 
 
 def model_of(case: str, folder: Path, **sizes):

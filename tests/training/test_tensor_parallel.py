@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from tralign_fast.distributed.tensor_parallel import check_layers, copy_sharded
 from tralign_fast.reference import reference_class
 
 ROOT = Path(__file__).parents[2]
+TENSOR_LAYOUTS = ("tp2", "tp2-fsdp2")
 # `make test` runs these, and `make test-slow` all
 SOME = {
     "tp2": ("kto-resident", "dpo-snapshot"),
@@ -88,10 +88,7 @@ def together(request, folder):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    found = {x: json.loads((folder / f"{x}.json").read_text()) for x in request.param}
-    for layout in request.param:
-        shutil.rmtree(folder / layout, ignore_errors=True)
-    return found
+    return {x: json.loads((folder / f"{x}.json").read_text()) for x in request.param}
 
 
 def those_of(together, case):
@@ -141,6 +138,19 @@ def test_they_resume_in_mid_window(case, together):
         assert found[f"{case}-resumed"]["loss"] == found[case]["loss"]
 
 
+@pytest.mark.filterwarnings("ignore:a step of")
+@pytest.mark.parametrize("case", RESUMED)
+def test_one_process_goes_on_from_theirs(case, together, folder, tmp_path):
+    for layout, found in those_of(together, case):
+        if layout not in TENSOR_LAYOUTS:
+            continue
+        checkpoint = folder / layout / case / "checkpoint-4"  # in mid-window
+        ours = train(case, tmp_path / layout, model_of(case, folder), resume_from=str(checkpoint))
+        assert len(ours["loss"]) == STEPS
+        assert ours["loss"] == pytest.approx(found[case]["loss"], rel=1e-5)
+        assert ours["num_tokens"] == found[case]["num_tokens"]
+
+
 @pytest.mark.parametrize(
     ("processes", "options", "message"),
     [
@@ -157,6 +167,15 @@ def test_a_layout_that_cannot_be_is_refused_with_the_numbers(
     tiny_llama._tp_size = processes
     args = SimpleNamespace(**{"log_kl_initial": False, "torch_compile": False, **options})
     with pytest.raises(ValueError, match=message) as caught:
+        check_layers(tiny_llama, None, args)
+    assert "\n" not in str(caught.value)
+
+
+def test_tied_embeddings_in_uneven_shares_are_refused(tiny_llama):
+    tiny_llama._tp_size, tiny_llama._device_mesh = 2, SimpleNamespace(size=lambda: 4)
+    tiny_llama.config.tie_word_embeddings, tiny_llama.config.vocab_size = True, 322
+    args = SimpleNamespace(log_kl_initial=False, torch_compile=False)
+    with pytest.raises(ValueError, match=r"322 tied embeddings .* evenly by 4 processes") as caught:
         check_layers(tiny_llama, None, args)
     assert "\n" not in str(caught.value)
 

@@ -1,9 +1,9 @@
 """Weights and optimizer of a checkpoint that lie there otherwise than this run writes them.
 
 A checkpoint has them whole, as one process and DDP write them, or as FSDP2's (whole again, in files
-of its own, or in shards by `torch.distributed.checkpoint`). transformers reads what the run itself
-would write, for any number of processes. Here is the rest: FSDP2's in a run that is whole, what is
-whole in a run of FSDP2, and shards where it asks for whole files.
+of its own, or in shards by `torch.distributed.checkpoint`), or as those of tensor parallelism
+(weights whole, the optimizer in shards). transformers reads what the run itself would write, for
+any number of processes. Here is the rest, and all that a run of tensor parallelism reads.
 """
 
 from __future__ import annotations
@@ -19,46 +19,59 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers.trainer import OPTIMIZER_NAME
 
+from tralign_fast.distributed.shards_on_disk import (
+    MODEL,
+    OPTIMIZER,
+    optimizer_folder,
+    read_optimizer,
+)
+from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
 from tralign_fast.reference.shard_files import read_whole
-from tralign_fast.reference.sharding import named_parameters, process_index
+from tralign_fast.reference.sharding import from_main, named_parameters, process_index
 from tralign_fast.training.converted import no_weights
 from tralign_fast.training.optimizer_state import innermost, kept_options, load_exactly
 
-_MODEL = "pytorch_model_fsdp"
-_OPTIMIZER = "optimizer"
 _WHOLE = "whole"
 _WHOLE_FSDP = "FULL_STATE_DICT"
 _SHARDS = "SHARDED_STATE_DICT"
 
 
-def layout_of(folder: Path) -> str:
-    """How the weights of a checkpoint lie there."""
-    if (folder / f"{_MODEL}_0").is_dir():
+def layout_of(folder: Path, optimizer: bool = False) -> str:
+    """How the weights of a checkpoint lie there, or the optimizer's states."""
+    shards = optimizer_folder(folder) if optimizer else folder / f"{MODEL}_0"
+    if shards.is_dir():
         return _SHARDS
-    return _WHOLE_FSDP if (folder / f"{_MODEL}.bin").exists() else _WHOLE
+    name = OPTIMIZER if optimizer else MODEL
+    return _WHOLE_FSDP if (folder / f"{name}.bin").exists() else _WHOLE
 
 
-def is_own_layout(trainer: Any, folder: Path) -> bool:
-    """Whether transformers reads it."""
+def is_own_layout(trainer: Any, folder: Path, optimizer: bool = False) -> bool:
+    """Whether transformers reads the weights, or the optimizer."""
+    if is_sharded_by_transformers(trainer.model):
+        return False
     own = _WHOLE
     if trainer.is_fsdp_enabled:
         own = trainer.accelerator.state.fsdp_plugin.state_dict_type.name
-    return trainer.is_deepspeed_enabled or layout_of(folder) == own
+    return trainer.is_deepspeed_enabled or layout_of(folder, optimizer) == own
 
 
 def load_weights(trainer: Any, folder: Path) -> None:
     """The weights of another layout into the policy."""
     model = trainer.model
     state = _weights(folder, model) if _reads(trainer) else {}
-    trained = {name for name, p in named_parameters(model).items() if p.requires_grad}
-    if state and (missing := trained - {*state}) and trainer.is_fsdp_enabled:
-        raise no_weights(model, folder, missing)
-    if trainer.is_fsdp_enabled:
+    if _has_shards(trainer):
+        trained = {name for name, p in named_parameters(model).items() if p.requires_grad}
+        missing = from_main(sorted(trained - {*state}))
+        if missing and trainer.is_fsdp_enabled:
+            raise no_weights(model, folder, missing)
         # a state without frozen weights is a PEFT adapter's
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         set_model_state_dict(model, state, options=options)
+        # under other names, perhaps
+        trainer._issue_warnings_after_load(_IncompatibleKeys(missing, []))
     elif hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
@@ -70,36 +83,45 @@ def load_weights(trainer: Any, folder: Path) -> None:
 def load_optimizer(trainer: Any, folder: Path) -> None:
     """The optimizer's states of another layout, with the options of this run."""
     optimizer, names = trainer.optimizer, _names(trainer)
-    state = _states(folder, names) if _reads(trainer) else {}
-    if not trainer.is_fsdp_enabled:
-        places = {name: place for place, name in enumerate(n for group in names for n in group)}
-        groups = zip(state["param_groups"], names, strict=True)
-        load_exactly(
-            optimizer,
-            {
-                "state": {places[name]: value for name, value in state["state"].items()},
-                "param_groups": [{**g, "params": [places[n] for n in own]} for g, own in groups],
-            },
-        )
+    in_shards = layout_of(folder, optimizer=True) == _SHARDS
+    if _has_shards(trainer) and not in_shards:
+        state = _states(folder, names) if _reads(trainer) else {}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        with kept_options(optimizer):
+            set_optimizer_state_dict(trainer.model, innermost(optimizer), state, options=options)
         return
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    with kept_options(optimizer):
-        set_optimizer_state_dict(trainer.model, innermost(optimizer), state, options=options)
+    if _has_shards(trainer):
+        state = read_optimizer(trainer.model, optimizer, folder)
+    else:
+        state = _states(folder, names)
+    places = {name: place for place, name in enumerate(n for group in names for n in group)}
+    groups = zip(state["param_groups"], names, strict=True)
+    load_exactly(
+        optimizer,
+        {
+            "state": {places[name]: value for name, value in state["state"].items()},
+            "param_groups": [{**g, "params": [places[n] for n in own]} for g, own in groups],
+        },
+    )
+
+
+def _has_shards(trainer: Any) -> bool:
+    return trainer.is_fsdp_enabled or is_sharded_by_transformers(trainer.model)
 
 
 def _reads(trainer: Any) -> bool:
     """Shards are dealt out by the process that reads."""
-    return not trainer.is_fsdp_enabled or process_index() == 0
+    return not _has_shards(trainer) or process_index() == 0
 
 
 def _weights(folder: Path, model: Any) -> dict[str, Any]:
     """Whole weights by name."""
     layout = layout_of(folder)
     if layout == _SHARDS:
-        read = read_whole(folder / f"{_MODEL}_0")
+        read = read_whole(folder / f"{MODEL}_0")
         return {name.removeprefix("model."): value for name, value in read.items()}
     if layout == _WHOLE_FSDP:
-        path = folder / f"{_MODEL}.bin"
+        path = folder / f"{MODEL}.bin"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     state: dict[str, Any] = {}
     for path in sorted([*folder.glob("model*.safetensors"), *folder.glob("adapter_model.*")]):
@@ -115,10 +137,10 @@ def _weights(folder: Path, model: Any) -> dict[str, Any]:
 
 def _states(folder: Path, names: list[list[str]]) -> dict[str, Any]:
     """An optimizer's state dict with names in place of numbers."""
-    if (folder / f"{_OPTIMIZER}_0").is_dir():
-        return _nested(folder / f"{_OPTIMIZER}_0")[_OPTIMIZER]
+    if optimizer_folder(folder).is_dir():
+        return _nested(optimizer_folder(folder))[OPTIMIZER]
     whole = folder / OPTIMIZER_NAME
-    path = whole if whole.exists() else folder / f"{_OPTIMIZER}.bin"
+    path = whole if whole.exists() else folder / f"{OPTIMIZER}.bin"
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if path != whole:
         return state
@@ -151,6 +173,6 @@ def _nested(folder: Path) -> dict[str, Any]:
         for part in path:
             place = place.setdefault(part, {})
         place[last] = value
-    own = result[_OPTIMIZER]
+    own = result[OPTIMIZER]
     own["param_groups"] = [own["param_groups"][i] for i in sorted(own["param_groups"])]
     return result

@@ -12,9 +12,11 @@ must stay. What depends on how rows are grouped besides:
 |                                             | it; a run that began with one process did not     |
 | a term that is a mean over tokens; a        | another grouping is another mean: one line        |
 | load-balancing loss                         |                                                   |
-| shards of DeepSpeed or of tensor            | refused                                           |
-| parallelism, a stream that is dealt out by  |                                                   |
-| its files, batch_rebalance                  |                                                   |
+| shards of DeepSpeed, a stream that is dealt | refused                                           |
+| out by its files, batch_rebalance           |                                                   |
+
+Processes that share layers (tensor parallelism) or a batch's groups (context parallelism) get the
+same rows, and count once.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
 
-from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
+from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers, sharing_processes
 
 # what a checkpoint keeps of this beside the options of `resume.py`
 SHARES = (
@@ -47,18 +49,26 @@ def shares_of(trainer: Any, carried: dict[str, Any]) -> dict[str, Any]:
         "rows_of_step": of_step,
         "sharding": _sharding(trainer),
         "lenders": carried.get("lenders", args.train_batch_size) if objective.needs_kl else None,
-        "filled": carried.get("filled", args.world_size > 1),
+        "filled": carried.get("filled", processes_with_rows(trainer) > 1),
         "grouped": objective.sums_tokens or trainer.aux_loss_enabled,
         "by_file": by_file and not hasattr(rows, "__len__"),
         "uneven": not args.dataloader_drop_last and length % of_step != 0,
     }
 
 
+def processes_with_rows(trainer: Any) -> int:
+    """How many processes get rows of their own, counting those once that get the same ones."""
+    args = trainer.args
+    passes = args.train_batch_size * args.gradient_accumulation_steps
+    return int(trainer.get_total_train_batch_size(args)) // passes
+
+
 def _sharding(trainer: Any) -> str:
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     if is_sharded_by_transformers(trainer.model):
-        return "transformers"
+        tensor = sharing_processes(trainer.model)
+        return f"tensor parallelism of {tensor}" if tensor > 1 else "FSDP2 of transformers"
     return "FSDP2" if trainer.is_fsdp_enabled else "none"
 
 
@@ -81,13 +91,13 @@ def check_shares(saved: dict[str, Any], present: dict[str, Any]) -> tuple[list[s
                 f"process there, per_device_train_batch_size {present['train_batch_size']} here, "
                 "which is no multiple"
             )
-    if cut_by := {saved["sharding"], present["sharding"]} & {"DeepSpeed", "transformers"}:
-        for name in ("world_size", "sharding"):
-            if saved[name] != present[name]:
-                what = (
-                    f"processes whose shards {min(cut_by)} wrote" if name == "world_size" else name
-                )
-                refused.append(f"{what}: {saved[name]} there, {present[name]} here")
+    if "DeepSpeed" in (saved["sharding"], present["sharding"]):
+        whose = {"world_size": "processes whose shards DeepSpeed wrote", "sharding": "sharding"}
+        refused += [
+            f"{what}: {saved[name]} there, {present[name]} here"
+            for name, what in whose.items()
+            if saved[name] != present[name]
+        ]
     if (saved["by_file"] or present["by_file"]) and saved["world_size"] != present["world_size"]:
         refused.append(
             "processes that a stream's files are dealt out to: "
@@ -101,13 +111,20 @@ def check_shares(saved: dict[str, Any], present: dict[str, Any]) -> tuple[list[s
 def _shown(shares: dict[str, Any]) -> str:
     """2 processes x per_device_train_batch_size 2 x gradient_accumulation_steps 1 = 4"""
     processes, sharding = shares["world_size"], shares["sharding"]
+    alike = processes // _with_rows(shares)
     return (
         f"{processes} process{'es' if processes != 1 else ''}"
-        f"{'' if sharding == 'none' else f' of {sharding}'} x "
+        f"{'' if sharding == 'none' else f' of {sharding}'}"
+        f"{f' / {alike} with the same rows' if alike > 1 else ''} x "
         f"per_device_train_batch_size {shares['train_batch_size']} x "
         f"gradient_accumulation_steps {shares['gradient_accumulation_steps']} = "
         f"{shares['rows_of_step']}"
     )
+
+
+def _with_rows(shares: dict[str, Any]) -> int:
+    passes = shares["train_batch_size"] * shares["gradient_accumulation_steps"]
+    return shares["rows_of_step"] // passes
 
 
 def _differs(saved: dict[str, Any], present: dict[str, Any]) -> str:
@@ -118,7 +135,7 @@ def _differs(saved: dict[str, Any], present: dict[str, Any]) -> str:
     same = saved["rows_of_step"] // saved["gradient_accumulation_steps"] == (
         present["rows_of_step"] // present["gradient_accumulation_steps"]
     )
-    if saved["uneven"] and (not same or not (saved["filled"] or present["world_size"] == 1)):
+    if saved["uneven"] and (not same or not (saved["filled"] or _with_rows(present) == 1)):
         why.append("the last step of an epoch has fewer rows, which are grouped otherwise")
     return f" (losses differ: {'; '.join(why)})" if why else ""
 
@@ -127,8 +144,8 @@ def deal_batches(loader: Any, filled: bool) -> Any:
     """The batches of accelerate's dataloader, as the run's first processes would share them.
 
     Args:
-        filled: in one process, fills the last batch of an epoch with the first rows of it, as
-            several processes do.
+        filled: where nobody else has rows of his own, fills the last batch of an epoch with the
+            first rows of it, as several processes do.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if filled and sampler is not None and not isinstance(sampler, BatchSamplerShard):

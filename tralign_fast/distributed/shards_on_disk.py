@@ -1,5 +1,9 @@
-"""Checkpoints of a model that transformers has cut up over processes: weights whole, optimizer
-states as each process has them."""
+"""Weights and optimizer states of which processes have shards, as accelerate lays them out.
+
+Optimizer states of tensor parallelism are written as accelerate writes those of FSDP2's
+SHARDED_STATE_DICT, by `torch.distributed.checkpoint`: a form that every layout reads, whole or in
+shards. What FSDP2 has is written here only in the background; accelerate's functions block.
+"""
 
 from __future__ import annotations
 
@@ -7,75 +11,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 
-from tralign_fast.reference.sharding import own_file
+from tralign_fast.distributed.background import write
+from tralign_fast.reference.shard_files import said_by_all, write_shards
+from tralign_fast.reference.sharding import process_index
+from tralign_fast.training.optimizer_state import innermost
 
-_PARTS = "_tralign_shard"  # marks what stands for a DTensor
-
-
-def load_weights(model: nn.Module, folder: Path) -> Any:
-    """Reads whole weights, of which every process keeps its own part; returns what was missing or
-    unexpected. All must call."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    whole: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        whole |= load_file(file)
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    return set_model_state_dict(model, whole, options=options)
+MODEL = "pytorch_model_fsdp"
+OPTIMIZER = "optimizer"
 
 
-def save_optimizer(optimizer: Any, folder: Path, name: str) -> None:
-    """Writes this process's part of the states into its own file."""
-    state = optimizer.state_dict()
-    state["state"] = {
-        index: {key: _taken_apart(value) for key, value in own.items()}
-        for index, own in state["state"].items()
-    }
-    torch.save(state, own_file(folder, name))
+def optimizer_folder(folder: Path) -> Path:
+    """Where a checkpoint has the optimizer's shards, if it has them in shards."""
+    return folder / f"{OPTIMIZER}_0"
 
 
-def read_optimizer(optimizer: Optimizer, folder: Path, name: str) -> dict[str, Any]:
-    """What `save_optimizer` has written, as `load_state_dict` of the same optimizer takes it."""
-    state = torch.load(own_file(folder, name), map_location="cpu", weights_only=True)
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    state["state"] = {
-        index: {key: _put_together(value, parameters[index]) for key, value in own.items()}
-        for index, own in state["state"].items()
-    }
-    return state
+def optimizer_shards(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The optimizer's states by parameters' names, as `torch.distributed.checkpoint` takes them.
+
+    States that are not there yet are made, by a step of a learning rate of 0.
+    """
+    return {OPTIMIZER: get_optimizer_state_dict(model, innermost(optimizer))}
 
 
-def _taken_apart(value: Any) -> Any:
-    """A DTensor as plain types, which `torch.load` takes without running code."""
-    if not hasattr(value, "placements"):
-        return value
-    kinds = [
-        ["shard", p.dim]
-        if p.is_shard()
-        else ["partial", p.reduce_op]
-        if p.is_partial()
-        else ["copy"]
-        for p in value.placements
-    ]
-    return {_PARTS: value.to_local(), "placements": kinds, "shape": list(value.shape)}
+def save_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Every process writes its shards; all must call.
+
+    Raises:
+        OSError: a process could not write its part.
+    """
+    write_shards(optimizer_shards(model, optimizer), optimizer_folder(folder))
 
 
-def _put_together(value: Any, parameter: Any) -> Any:
-    if not isinstance(value, dict) or _PARTS not in value:
-        return value
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+def save_fsdp(model: nn.Module, optimizer: Any, folder: Path, whole: bool) -> None:
+    """Weights and optimizer of FSDP2, as accelerate's `save_fsdp_model` and `save_fsdp_optimizer`
+    write them; all must call.
 
-    made = {"shard": Shard, "partial": Partial, "copy": Replicate}
-    placements = [made[kind](*rest) for kind, *rest in value["placements"]]
-    if tuple(value["shape"]) == tuple(parameter.shape):
-        placements = list(parameter.placements)  # strided shards of two dimensions among them
-    local: Tensor = value[_PARTS].to(parameter.device)
-    stride = torch.empty(value["shape"], device="meta").stride()
-    return DTensor.from_local(
-        local, parameter.device_mesh, placements, run_check=False,
-        shape=torch.Size(value["shape"]), stride=stride,
-    )  # fmt: skip
+    Args:
+        whole: as FULL_STATE_DICT, gathered by the first process; else as SHARDED_STATE_DICT.
+    """
+    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
+    weights = get_model_state_dict(model, options=options)
+    if not whole:
+        write_shards({"model": weights}, folder / f"{MODEL}_0")
+        save_optimizer(model, optimizer, folder)
+        return
+    states = get_optimizer_state_dict(model, innermost(optimizer), options=options)
+    for name, content in ((MODEL, weights), (OPTIMIZER, states)):
+        if process_index() == 0:
+            write(lambda held, group, to=folder / f"{name}.bin": torch.save(held, to), content)
+
+
+def read_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> dict[str, Any]:
+    """What `save_optimizer` or accelerate has written, each process its own shards as it cuts them
+    now; all must call.
+
+    Raises:
+        OSError: a file is missing or damaged.
+    """
+    shards = optimizer_shards(model, optimizer)
+    said_by_all(lambda: dcp.load(shards, checkpoint_id=optimizer_folder(folder)))
+    return shards[OPTIMIZER]

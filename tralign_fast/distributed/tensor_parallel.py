@@ -61,6 +61,14 @@ def check_layers(model: PreTrainedModel, start: PreTrainedModel | None, args: An
                 f"{name}: {count} {what} cannot be shared by {processes} processes (tp_size); "
                 f"expected a tp_size that divides {heads} and {groups}"
             )
+    mesh: Any = causal_lm_of(model)._device_mesh
+    parts = mesh.size() if mesh is not None else processes
+    if parts > processes and config.tie_word_embeddings and config.vocab_size % parts:
+        raise ValueError(
+            f"{name}: {config.vocab_size} tied embeddings cannot be shared evenly by {parts} "
+            f"processes (tp_size={processes} beside fsdp_size={parts // processes}), and uneven "
+            "shares train otherwise: expected a vocabulary of a multiple, or fsdp_size=1"
+        )
     if not any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise ValueError(
             f"{name}: tensor parallelism of this transformers cuts weights that are no DTensors, "

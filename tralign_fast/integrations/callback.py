@@ -19,20 +19,22 @@ from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference import TrustRegion
 from tralign_fast.reference.merged import follow_merged_, has_adapters, merged_weights
-from tralign_fast.reference.sharding import is_sharded, own_file, process_count, reshard
+from tralign_fast.reference.sharding import is_sharded, reshard
 
 try:
-    from safetensors.torch import load_file, save_file
+    from safetensors import SafetensorError
     from transformers import TrainerCallback, TrainerState, TrainingArguments
 
     from tralign_fast.reference.adapter import AdapterReference
     from tralign_fast.reference.base import load_generator, save_generator
     from tralign_fast.reference.offloaded import OffloadedReference
+    from tralign_fast.reference.shard_files import load_tensors, save_tensors
 except ModuleNotFoundError as error:
     raise explained("TrustRegionCallback", error) from None
 
 # Inside a checkpoint, beside the policy: TRL forgets where its reference was.
 FOLDER = "reference"
+_FILE = "model.safetensors"
 # What activation checkpointing and torch.compile put into the names of parameters.
 _WRAPPER_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -69,9 +71,10 @@ class TrustRegionCallback(TrainerCallback):
     - for FSDP2: each process moves its own shards, nothing is communicated. TRL shards its
       reference itself; elsewhere shard yours as the policy is, before training:
       `accelerate.utils.fsdp_utils.fsdp2_prepare_model(trainer.accelerator, ref_model)`;
-    - through checkpoints: the reference is saved in them, and found again on a resume (of shards,
-      with as many processes). Which checkpoint `train` is given is told to nobody but `train`:
-      with `trainer=` this stands before it and listens, until `detach()`.
+    - through checkpoints: the reference is saved in them, and found again on a resume (its shards
+      are written by `torch.distributed.checkpoint`, and read by any number of processes). Which
+      checkpoint `train` is given is told to nobody but `train`: with `trainer=` this stands before
+      it and listens, until `detach()`.
 
     Args:
         alpha, every: α in [0, 1] and τ, as in `TrustRegion` (α = 1 is the hard update; τ under 1 is
@@ -85,7 +88,7 @@ class TrustRegionCallback(TrainerCallback):
     Raises:
         ValueError: there is no reference that could move, it is the policy itself, another callback
             moves it, or (when training starts) it is not sharded as the policy is, or a resumed
-            checkpoint holds the shards of another number of processes or (with `ref_model=`) is in
+            checkpoint holds a part of a reference or (with `ref_model=`) is in
             a folder that neither `args.output_dir` nor `args.resume_from_checkpoint` names.
     """
 
@@ -308,26 +311,25 @@ class _ModelReference:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: local_shard(p).contiguous() for name, p in _named(self.model)}
-        save_file(tensors, self._file(folder))
+        tensors = dict(_named(self.model))
+        save_tensors(folder / _FILE, tensors, tensors)
         save_generator(self.generator, folder)
 
     def load(self, folder: Path) -> None:
-        file = self._file(folder)
-        if not file.is_file():
+        named = dict(_named(self.model))
+        try:
+            saved = load_tensors(folder / _FILE, named)
+            if missing := min(named.keys() - saved.keys(), default=None):
+                raise ValueError(f"it has no {missing}")
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
-                f"{folder} has no {file.name}, the reference of this process of "
-                f"{process_count()}: resume with as many processes as wrote it, sharded alike"
-            )
-        saved = load_file(file)
+                f"{folder} holds no whole reference ({str(error).splitlines()[0]}): resume from "
+                "another checkpoint"
+            ) from error
         with torch.no_grad():
-            for name, parameter in _named(self.model):
+            for name, parameter in named.items():
                 local_shard(parameter).copy_(saved[name])
         load_generator(self.generator, folder)
-
-    def _file(self, folder: Path) -> Path:
-        name = "model.safetensors"
-        return own_file(folder, name) if self.is_sharded else folder / name
 
     def detach(self) -> None:
         pass

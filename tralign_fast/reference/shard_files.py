@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from tralign_fast.distributed.background import write
 from tralign_fast.ops.ema import local_shard
 from tralign_fast.reference.sharding import own_file, process_index, shard_like
 
@@ -36,12 +37,28 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], like: dict[str, Any]) -
     """
     if _any(tensors, like, "ds_tensor"):
         local = {name: local_shard(t).contiguous() for name, t in tensors.items()}
-        save_file(local, own_file(path.parent, path.name))
+        own = own_file(path.parent, path.name)
+        write(lambda local, group: save_file(local, own), local)
     elif _any(tensors, like, "to_local"):
         shards = {name: _as_shard(t, like.get(name)) for name, t in tensors.items()}
-        _said_by_all(lambda: dcp.save(shards, checkpoint_id=shards_of(path)))
+        write_shards(shards, shards_of(path))
     elif process_index() == 0:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        whole = {name: t.detach().contiguous() for name, t in tensors.items()}
+        write(lambda whole, group: save_file(whole, path), whole)
+
+
+def write_shards(content: dict[str, Any], folder: Path) -> None:
+    """Every process writes its shards by `torch.distributed.checkpoint`, now or in the background.
+
+    Raises:
+        OSError: a process could not write its part.
+    """
+    write(
+        lambda content, group: said_by_all(
+            lambda: dcp.save(content, checkpoint_id=folder, process_group=group)
+        ),
+        content,
+    )
 
 
 def load_tensors(path: Path, like: dict[str, Any]) -> dict[str, Tensor]:
@@ -56,7 +73,8 @@ def load_tensors(path: Path, like: dict[str, Any]) -> dict[str, Tensor]:
     folder = shards_of(path)
     if not folder.is_dir():
         whole = load_file(path)
-        return {n: shard_like(t, like[n]).cpu() for n, t in whole.items()} if cut else whole
+        sharded = {name for name, p in like.items() if hasattr(p, "to_local")}  # not all, of TP
+        return {n: shard_like(t, like[n]).cpu() if n in sharded else t for n, t in whole.items()}
     if not cut:
         return read_whole(folder)
     names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -64,7 +82,7 @@ def load_tensors(path: Path, like: dict[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"{folder.name} holds {missing}, which the model has not")
     local = {name: torch.empty_like(local_shard(like[name]), device="cpu") for name in names}
     shards = {name: _as_shard(t, like[name]) for name, t in local.items()}
-    _said_by_all(lambda: dcp.load(shards, checkpoint_id=folder))
+    said_by_all(lambda: dcp.load(shards, checkpoint_id=folder))
     return local
 
 
@@ -77,7 +95,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
     for name, kind in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
         is_tensor = isinstance(kind, TensorStorageMetadata)
         found[name] = torch.empty(kind.size, dtype=kind.properties.dtype) if is_tensor else None
-    _said_by_all(lambda: dcp.load(found, checkpoint_id=folder, no_dist=True))
+    said_by_all(lambda: dcp.load(found, checkpoint_id=folder, no_dist=True))
     return found
 
 
@@ -98,7 +116,7 @@ def _any(tensors: dict[str, Tensor], like: dict[str, Any], attribute: str) -> bo
     return any(hasattr(p, attribute) for p in (*tensors.values(), *like.values()))
 
 
-def _said_by_all(action: Callable[[], Any]) -> None:
+def said_by_all(action: Callable[[], Any]) -> None:
     """`CheckpointException`, which is no Exception, holds the error of every process that had one:
     the first is raised in its place."""
     try:

@@ -261,6 +261,11 @@ class TRConfig(TrainingArguments):
         False, "Evaluation: KL to the initial model (kl/initial); keeps a copy of its weights."
     )
 
+    async_save: bool = _option(
+        False,
+        "Write checkpoints while training goes on, from a copy on the host; the last one is waited "
+        "for. Not with DeepSpeed.",
+    )
     overwrite_output_dir: bool = _option(False, "Write into an output_dir that holds another run.")
 
     def __post_init__(self) -> None:

@@ -3,7 +3,8 @@
 transformers writes a checkpoint file by file into its final folder, takes the folder with the
 highest number for the newest one, and starts a fresh optimizer where its file is missing. Here it
 is written into `.writing/`, gets a manifest when every process has written its part, and then its
-name. What that costs: the files are read once for their checksums, and flushed to the disk.
+name. What that costs: the files are read once for their checksums, and flushed to the disk. With
+`async_save` all of that is done in the background, from a copy on the host.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ from transformers.trainer_utils import SaveStrategy
 from tralign_fast.data.tokenization import lend_in_groups
 from tralign_fast.distributed import other_layout, shards_on_disk
 from tralign_fast.distributed.alike import check_rows
-from tralign_fast.distributed.resized import deal_batches, shares_of
-from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
+from tralign_fast.distributed.background import Background, write, writes_later
+from tralign_fast.distributed.resized import deal_batches, processes_with_rows, shares_of
+from tralign_fast.distributed.tensor_parallel import (
+    is_sharded_by_transformers,
+    sharing_processes,
+)
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.training.converted import read_unmatched
 from tralign_fast.training.manifest import write_manifest
 from tralign_fast.training.optimizer_state import (
     follow_schedule,
-    innermost,
     kept_options,
     load_exactly,
 )
@@ -59,6 +63,8 @@ class ResumableTrainer(Trainer):
     _writes = False
     _facts: dict[str, Any] | None = None
     _read_from = ""  # the checkpoint that weights are read from
+    _background: Background | None = None
+    _started: tuple[Path, Path]  # where the last checkpoint is written, and where it belongs
 
     def __init__(self, model: Any, args: Any, **options: Any) -> None:
         only_model = args.save_only_model
@@ -96,6 +102,7 @@ class ResumableTrainer(Trainer):
             if self._run.checkpoint is None:
                 self.reference.restart()
             stack.enter_context(signals.listening(saves))
+            stack.enter_context(self._in_background())
             output = super().train(self._run.checkpoint, *args, **kwargs)
         if signals.received is not None:
             last = f"checkpoint-{self.state.global_step}"
@@ -170,7 +177,9 @@ class ResumableTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         filled = self._run.facts.get("options", {}).get("filled", False)
-        return deal_batches(super().get_train_dataloader(), filled and self.args.world_size == 1)
+        return deal_batches(
+            super().get_train_dataloader(), filled and processes_with_rows(self) == 1
+        )
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -179,33 +188,40 @@ class ResumableTrainer(Trainer):
         return str(Path(folder) / WRITING) if self._writes else folder
 
     def _save_checkpoint(self, model, trial) -> None:
+        self._await_writing()
         run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         written = run / WRITING / name
+        later = self._background
         try:
             if self.args.should_save:
                 shutil.rmtree(run / WRITING, ignore_errors=True)
                 written.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            with self._writing():
+            with self._writing(), later.collecting() if later else contextlib.nullcontext():
                 if not self.args.save_only_model:
                     self.reference.save(written / REFERENCE_FOLDER)
                 with self._tokens_of_all():
                     super()._save_checkpoint(model, trial)
+            make_whole = self._finishing(written, run)
+            self._started = (written, run / name)
+            if later is not None:
+                later.start(make_whole)
+                return
             self.accelerator.wait_for_everyone()
-            self._make_whole(written, run)
+            make_whole()
         except (*_WRITE_ERRORS, RuntimeError) as error:
             raise _write_error(error, written, run / name) from error
         self.accelerator.wait_for_everyone()
-        if self._pushed is not None:
-            self._pushed = None
-            super()._push_from_checkpoint(str(run / name))
+        self._push()
 
-    def _make_whole(self, written: Path, run: Path) -> None:
+    def _finishing(self, written: Path, run: Path) -> Callable[[], None]:
+        """What makes a checkpoint whole, once all have written it; what it needs of the run is read
+        here."""
         best = self.state.best_model_checkpoint == str(written)
         if best:
             self.state.best_model_checkpoint = str(run / written.name)
         if not self.args.should_save:
-            return
+            return lambda: None
         if best:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         facts = {
@@ -214,8 +230,55 @@ class ResumableTrainer(Trainer):
             "resumable": not self.args.save_only_model,
             "options": self._options(),
         }
-        write_manifest(written, facts)
-        publish(written, run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        keep, stays = self.args.save_total_limit, self.state.best_model_checkpoint
+
+        def finish() -> None:
+            write_manifest(written, facts)
+            publish(written, run, keep, stays)
+
+        return finish
+
+    def _push(self) -> None:
+        if self._pushed is not None:
+            self._pushed = None
+            super()._push_from_checkpoint(str(self._started[1]))
+
+    def _await_writing(self) -> None:
+        """Waits for the checkpoint that is written in the background, if one is.
+
+        Raises:
+            ValueError: it could not be written.
+        """
+        try:
+            waited = self._background is not None and self._background.wait()
+        except (*_WRITE_ERRORS, RuntimeError) as error:
+            raise _write_error(error, *self._started) from error
+        if waited:
+            self._push()
+
+    @contextlib.contextmanager
+    def _in_background(self) -> Iterator[None]:
+        """Inside, checkpoints are written while training goes on, if `async_save` asks for it; at
+        the end, however it comes, the last one is whole."""
+        if not getattr(self.args, "async_save", False):
+            yield
+            return
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "async_save=True: DeepSpeed's engine writes its checkpoints itself: set it to "
+                "False, or use FSDP2"
+            )
+        self._background = Background()
+        try:
+            yield
+            self._await_writing()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the one that ended the run is told
+                self._background.wait()
+            raise
+        finally:
+            self._background.close()
+            self._background = None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -227,21 +290,48 @@ class ResumableTrainer(Trainer):
 
     @contextlib.contextmanager
     def _tokens_of_all(self) -> Iterator[None]:
-        """Inside, the state counts tokens of all processes: it is the first one's that is saved."""
+        """Inside, the state counts tokens of all processes: it is the first one's that is saved.
+        Those that share layers see the same ones."""
         own = self.state.num_input_tokens_seen
         count = torch.tensor(own, device=self.args.device)
-        self.state.num_input_tokens_seen = int(self.accelerator.reduce(count, reduction="sum"))  # pyright: ignore[reportArgumentType]
+        of_all = int(self.accelerator.reduce(count, reduction="sum"))  # pyright: ignore[reportArgumentType]
+        self.state.num_input_tokens_seen = of_all // sharing_processes(self.model)
         try:
             yield
         finally:
             self.state.num_input_tokens_seen = own
 
+    def _writes_later(self) -> bool:
+        """Whether weights and optimizer are written in the background: an adapter is small."""
+        return writes_later() and not hasattr(self.model, "peft_config")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # transformers gathers what it has cut up itself as it saves
+        if not self._writes_later() or is_sharded_by_transformers(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        if self.args.should_save:
+            assert self.model is not None
+            save = super()._save
+            held = self.model.state_dict() if state_dict is None else state_dict
+            write(lambda state, group: save(output_dir, state_dict=state), held)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded_by_transformers(self.model):
+        folder, optimizer = Path(output_dir), self.optimizer
+        assert self.model is not None
+        assert optimizer is not None
+        if is_sharded_by_transformers(self.model):
+            shards_on_disk.save_optimizer(self.model, optimizer, folder)
+        elif not self._writes_later():
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        folder = Path(output_dir)
-        shards_on_disk.save_optimizer(self.optimizer, folder, OPTIMIZER_NAME)
+        elif self.is_fsdp_enabled:
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            whole = plugin.state_dict_type.name == "FULL_STATE_DICT"
+            shards_on_disk.save_fsdp(self.model, optimizer, folder, whole)
+        elif self.args.should_save:
+            path = folder / OPTIMIZER_NAME
+            write(lambda state, group: torch.save(state, path), optimizer.state_dict())
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
             torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
@@ -280,6 +370,7 @@ class ResumableTrainer(Trainer):
             super()._load_rng_state(folder)
 
     def _load_best_model(self) -> None:
+        self._await_writing()
         self._read_from = self.state.best_model_checkpoint or ""
         if not self._read_weights():
             super()._load_best_model()
@@ -289,13 +380,10 @@ class ResumableTrainer(Trainer):
         checkpoint of another layout. False: there was nothing to do."""
         assert self.model is not None
         folder = Path(self._read_from)
-        if is_sharded_by_transformers(self.model):
-            reshard(self.model)  # a forward without backward leaves the head's weights gathered
-            self._issue_warnings_after_load(shards_on_disk.load_weights(self.model, folder))
-        elif not other_layout.is_own_layout(self, folder):
-            other_layout.load_weights(self, folder)
-        else:
+        if other_layout.is_own_layout(self, folder):
             return False
+        reshard(self.model)  # a forward without backward leaves the head's weights gathered
+        other_layout.load_weights(self, folder)
         return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -312,11 +400,7 @@ class ResumableTrainer(Trainer):
             self.reference.load(folder / REFERENCE_FOLDER)
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if is_sharded_by_transformers(self.model) and not self.is_fsdp_enabled:
-            optimizer = innermost(self.optimizer)
-            state = shards_on_disk.read_optimizer(optimizer, folder, OPTIMIZER_NAME)
-            load_exactly(self.optimizer, state)
-        elif not other_layout.is_own_layout(self, folder):
+        if not other_layout.is_own_layout(self, folder, optimizer=True):
             other_layout.load_optimizer(self, folder)
         elif self.is_fsdp_enabled:
             with kept_options(self.optimizer):
@@ -349,9 +433,9 @@ class _EndInTime(TrainerCallback):
 class _CountOnce(TrainerCallback):
     """A checkpoint counts tokens of all processes: from there on the first one has that count."""
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            state.num_input_tokens_seen = 0
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        first = state.is_world_process_zero
+        state.num_input_tokens_seen *= sharing_processes(model) if first else 0
         state.train_batch_size = args.train_batch_size  # not that of the checkpoint's processes
 
 
