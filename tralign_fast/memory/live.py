@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tralign_fast.ops import head_operator
 
 CATEGORIES = (
-    "parameters", "gradients", "optimizer", "reference", "activations", "logits tile",
+    "parameters", "gradients", "optimizer", "reference", "activations", "logits tile", "gathered",
 )  # fmt: skip
 HOST = "host"  # counted nowhere
 _aten = torch.ops.aten
@@ -32,6 +33,7 @@ class MemoryReport:
     reference: int
     activations: int  # and everything else
     logits_tile: int
+    gathered: int  # of several ranks: whole weights of a layer, whole gradients, buffers for both
     peak: int
 
 
@@ -51,7 +53,9 @@ class LiveTensors(TorchDispatchMode):
         self._events: list[tuple[int, int]] = []  # (serial number, ± bytes)
         self._tags: dict[int, str] = {}
         self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._sizes: dict[int, int] = {}  # by serial number, of now
         self._start = 0
+        self._paused = False
         self._marks: list[tuple[int, Any]] = []  # (events by then, what begins)
 
     def add(self, tensor: Tensor) -> int:
@@ -59,6 +63,7 @@ class LiveTensors(TorchDispatchMode):
         if tensor.layout != torch.strided:  # a tied embedding's gradient on a CPU
             self.add(tensor._indices())
             return self.add(tensor._values())
+        tensor = getattr(tensor, "_local_tensor", tensor)  # a shard's
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
@@ -67,18 +72,27 @@ class LiveTensors(TorchDispatchMode):
         size, serial = storage.nbytes(), len(self._tags)
 
         def freed(reference: weakref.ref[Any]) -> None:
-            self._events.append((serial, -size))
+            self._events.append((serial, -self._sizes[serial]))
             entry = self._live.get(key)
             if entry is not None and entry[0] is reference:
                 del self._live[key]
 
         self._live[key] = (weakref.ref(storage, freed), serial)
+        self._sizes[serial] = size
         self._events.append((serial, size))
         tag = self.tag_now
         if tag == "logits tile" and tuple(tensor.shape) in self.weight_shapes:
             tag = "gradients"  # of the LM head, or TRL's fp32 sum of it
         self._tags[serial] = tag
         return serial
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size than when it was counted."""
+        known = self._live.get(storage._cdata)
+        if known is not None and known[0]() is storage:
+            serial, size = known[1], storage.nbytes()
+            self._events.append((serial, size - self._sizes[serial]))
+            self._sizes[serial] = size
 
     def tag(self, tensors: Any, tag: str) -> None:
         """Says what storages are for, from their beginning."""
@@ -93,6 +107,15 @@ class LiveTensors(TorchDispatchMode):
             yield
         finally:
             self.tag_now = before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, what comes from operators is not counted."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def start(self) -> None:
         """The peak is looked for from here on."""
@@ -133,6 +156,8 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back with its shards
         body = _BODIES.get(func)
         if body is not None:
             # the operator's own code, so that what it allocates inside is seen
@@ -147,6 +172,8 @@ class LiveTensors(TorchDispatchMode):
             if func is _aten.index.Tensor and args[1][0].dtype == torch.bool:
                 func, args = _aten.clone.default, (args[0].flatten(0, args[1][0].dim() - 1),)
         output = func(*args, **kwargs)
+        if self._paused:
+            return output
         for tensor in (output,) if isinstance(output, Tensor) else tree_iter(output):
             if isinstance(tensor, Tensor):
                 self.add(tensor)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from tralign_fast.memory import as_on_gpu as gpu
 from tralign_fast.memory.live import HOST, LiveTensors, MemoryReport
+from tralign_fast.memory.one_rank import first_of, gathered_counted, sharding_on_cpus
 from tralign_fast.memory.probed_once import probed_once
 from tralign_fast.memory.workload import Workload, make_trainer, make_trl_trainer
 from tralign_fast.reference.base import ReferencePolicy
@@ -38,23 +39,23 @@ def trace(work: Workload, *, as_on_gpu: bool = True, fake: bool = True) -> Memor
     Raises:
         ValueError: as `TRConfig` and `TRTrainer` do.
     """
-    with _traced(work, as_on_gpu, fake) as (live, trainer):
-        _count_training(live, trainer)
+    with traced(work, as_on_gpu, fake) as (live, trainer):
+        count_training(live, trainer)
         return live.report()
 
 
 def trace_segments(work: Workload) -> list[tuple[Any, MemoryReport]]:
     """The peaks of `trace` between the moments when a decoder layer begins, ends, or has the
     gradient of its output, or the optimizer steps: (what begins, which layer or None)."""
-    with _traced(work, True, True) as (live, trainer):
+    with traced(work, True, True) as (live, trainer):
         for index, layer in enumerate(decoder_layers(trainer.model)):
             _mark(live, layer, index)
-        _count_training(live, trainer)
+        count_training(live, trainer)
         return live.segments()
 
 
 @contextlib.contextmanager
-def _traced(work: Workload, as_on_gpu: bool, fake: bool) -> Iterator[tuple[LiveTensors, Any]]:
+def traced(work: Workload, as_on_gpu: bool, fake: bool) -> Iterator[tuple[LiveTensors, Any]]:
     with (
         tempfile.TemporaryDirectory() as folder,
         quietly(),
@@ -62,11 +63,23 @@ def _traced(work: Workload, as_on_gpu: bool, fake: bool) -> Iterator[tuple[LiveT
         gpu.fake_tensors() if fake else contextlib.nullcontext(),
         probed_once() if fake else contextlib.nullcontext(),
         _young_garbage(),
+        _several(work.gpus, fake),
         LiveTensors(fake=fake) as live,
+        gathered_counted(live) if work.gpus > 1 else contextlib.nullcontext(),
     ):
         trainer = make_trainer(work, folder)
         trainer.add_callback(_TagReference(trainer.reference, live))
         yield live, trainer
+
+
+@contextlib.contextmanager
+def _several(gpus: int, fake: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if gpus > 1:
+            stack.enter_context(sharding_on_cpus())
+            if fake:
+                stack.enter_context(first_of(gpus))
+        yield
 
 
 @contextlib.contextmanager
@@ -114,20 +127,23 @@ def trace_trl(work: Workload) -> MemoryReport:
         trainer = make_trl_trainer(work, folder)
         held = [p for name, p in trainer.model.named_parameters() if ".ref." in name]  # PEFT
         held += [] if trainer.ref_model is None else trainer.ref_model.parameters()
-        _count_training(live, trainer, held)
+        count_training(live, trainer, held)
         return live.report()
 
 
-def _count_training(live: LiveTensors, trainer: Trainer, reference: Sequence[Tensor] = ()) -> None:
+def count_training(live: LiveTensors, trainer: Trainer, reference: Sequence[Tensor] = ()) -> None:
     model: Any = trainer.model
+    sharded = bool(trainer.args.fsdp)
     live.tag([*model.parameters(), *model.buffers()], "parameters")
     live.tag(reference, "reference")
     for parameter in model.parameters():
         live.weight_shapes.add(tuple(parameter.shape))
-        if parameter.requires_grad:  # before gradient release puts its own hook behind this one
+        if parameter.requires_grad and not sharded:  # before gradient release puts its own hook behind this one
             parameter.register_post_accumulate_grad_hook(lambda p: live.tag(p.grad, "gradients"))
     gc.collect()
     live.start()
+    if sharded:
+        trainer.add_callback(_TagShards(live))
 
     def tags(tag: str) -> Callable[..., None]:
         def begin(*_: Any) -> None:
@@ -145,6 +161,18 @@ def _count_training(live: LiveTensors, trainer: Trainer, reference: Sequence[Ten
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _TagShards(TrainerCallback):
+    """Says what the shards of the policy are, once they are made, and starts the count there."""
+
+    def __init__(self, live: LiveTensors) -> None:
+        self.live = live
+
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs) -> None:
+        self.live.tag([*model.parameters(), *model.buffers()], "parameters")
+        gc.collect()
+        self.live.start()
 
 
 class _TagReference(TrainerCallback):

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from tralign_fast.commands.launch import options_of
 from tralign_fast.ops.losses import LOSSES
 
 
@@ -28,6 +29,7 @@ class Workload:
         lora_dtype: of the adapters; PEFT's own default beside bf16 weights is "float32".
         base_bits: 16, or 4: the linear layers of the base are bitsandbytes' NF4.
         options: of `TRConfig`.
+        gpus: that FSDP2 shards all over, each with `pairs` and `tokens` of its own.
     """
 
     model: Any
@@ -38,6 +40,7 @@ class Workload:
     lora_dtype: str = "bfloat16"
     base_bits: int = 16
     options: dict[str, Any] = field(default_factory=dict)
+    gpus: int = 1
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.tokens < 4 * self.pairs:
@@ -67,7 +70,7 @@ class Workload:
         prompt = [0] * (pair - 2 * completion)
         ids = [0] * completion
         rows = []
-        for row in range(2 * self.pairs):
+        for row in range(2 * self.pairs * self.gpus):
             own = {"chosen_ids": ids, "rejected_ids": [*ids[1:], 1]}  # which may not be alike
             if not self.paired:
                 # TRL's name for the completion of another prompt, which it takes ready made
@@ -120,6 +123,7 @@ class Workload:
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
+            **(options_of("fsdp2") if self.gpus > 1 else {}),
             **self.options,
         }
 
