@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -20,22 +15,14 @@ from tests.integrations.distributed_run import (
     STEPS,
     train,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import check_ended, launch
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc_per_node", str(PROCESSES), "-m", "tests.integrations.distributed_run", str(folder),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run = launch("tests.integrations.distributed_run", PROCESSES, str(folder), timeout=280)
+    check_ended(run)
     return torch.load(folder / "found.pt", weights_only=True)
 
 

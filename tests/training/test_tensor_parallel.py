@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +12,7 @@ from accelerate import Accelerator, ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from transformers.distributed import DistributedConfig
 
+from tests.processes import check_ended, launch
 from tests.training.tensor_parallel_run import (
     CASES,
     LAYOUTS,
@@ -31,7 +28,6 @@ from tralign_fast.distributed.processes import check_distribution
 from tralign_fast.distributed.tensor_parallel import check_layers, copy_sharded
 from tralign_fast.reference import reference_class
 
-ROOT = Path(__file__).parents[2]
 # `make test` runs these, and `make test-slow` all
 SOME = {"tp2": ("kto-resident", "dpo-snapshot"), "cp2": ("kto-snapshot", "dpo-one")}
 WHOLE = {
@@ -73,15 +69,8 @@ def together(request, folder):
     """layout -> case -> what its processes find."""
     asked = [f"{layout}={','.join(cases)}" for layout, cases in request.param.items()]
     (processes,) = {LAYOUTS[layout][0] for layout in request.param}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-        str(processes), "-m", "tests.training.tensor_parallel_run", str(folder), *asked,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run = launch("tests.training.tensor_parallel_run", processes, str(folder), *asked, timeout=600)
+    check_ended(run)
     found = {x: json.loads((folder / f"{x}.json").read_text()) for x in request.param}
     for layout in request.param:
         shutil.rmtree(folder / layout)
