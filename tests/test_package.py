@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import fork
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -156,13 +158,7 @@ def test_the_folder_kernels_does_not_shadow_hugging_faces_kernels():
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-m", "tralign_fast.cli", *arguments],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    return fork("-m", "tralign_fast.cli", *arguments)
 
 
 def test_train_from_a_recipe(recipe, tmp_path):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 
 from tests.conftest import make_tiny_llama
 from tests.distributed.fault_run import train
+from tests.processes import torchrun
 from tests.training.test_checkpoints import SAVING, losses_of, run_until
 from tests.training.test_trainer import make
 from tralign_fast.distributed import elastic
@@ -22,24 +21,16 @@ from tralign_fast.distributed.pace import Pace
 from tralign_fast.training.checkpoints import check_manifest, newest_checkpoint
 from tralign_fast.training.runs import RUN_FILE, locked
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:moved aside", "ignore:resumed with another")
 
 
-def torchrun(folder: Path, fault: str, restarts: int) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "--max_restarts", str(restarts), "-m", "tests.distributed.fault_run", str(folder), fault,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
+def started(folder: Path, fault: str, restarts: int) -> subprocess.CompletedProcess[str]:
+    return torchrun("tests.distributed.fault_run", 2, str(folder), fault, restarts=restarts)
 
 
 @pytest.mark.matrix
 def test_a_process_that_dies_ends_the_others_and_leaves_no_lock(tmp_path):
-    run = torchrun(tmp_path, "dies", 0)
+    run = started(tmp_path, "dies", 0)
     ended = time.time()
     assert run.returncode != 0
     assert "exitcode  : -9" in run.stderr
@@ -53,7 +44,7 @@ def test_a_process_that_dies_ends_the_others_and_leaves_no_lock(tmp_path):
 
 @pytest.mark.matrix
 def test_a_restart_of_torchrun_goes_on_by_itself(tmp_path):
-    run = torchrun(tmp_path / "run", "dies", 1)
+    run = started(tmp_path / "run", "dies", 1)
     assert run.returncode == 0, run.stderr[-3000:]
     losses = json.loads((tmp_path / "run" / "losses.json").read_text())
     assert losses == pytest.approx(train(tmp_path / "whole", 4), rel=1e-5)
@@ -69,7 +60,7 @@ def test_a_restart_of_torchrun_goes_on_by_itself(tmp_path):
     ],
 )
 def test_what_differs_ends_all_with_one_message(fault, message, tmp_path):
-    run = torchrun(tmp_path, fault, 0)
+    run = started(tmp_path, fault, 0)
     assert run.returncode != 0
     said = re.findall(r"ValueError: .*", run.stderr)
     assert len(said) == 2  # a script of one's own: the command line says it once
@@ -169,7 +160,7 @@ def test_of_two_processes_the_slower_one_is_named_and_no_one_for_milliseconds():
 
 @pytest.mark.matrix
 def test_a_slow_process_is_named_in_a_run(tmp_path):
-    run = torchrun(tmp_path, "slow", 0)
+    run = started(tmp_path, "slow", 0)
     assert run.returncode == 0, run.stderr[-3000:]
     said = re.findall(r"process (\d) on \S+ keeps the others waiting: .*", run.stderr)
     assert said == ["1"]

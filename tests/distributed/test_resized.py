@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from datasets import Dataset
 from transformers.distributed import DistributedConfig
 
 from tests.distributed.resized_run import CASES, STEPS, trained
+from tests.processes import check_ended, launch
 from tests.training.tensor_parallel_run import save_models
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import kto_rows
@@ -24,26 +22,17 @@ from tralign_fast.distributed.resized import check_shares
 from tralign_fast.reference.snapshot import SnapshotReference
 from tralign_fast.reference.trust_region import TrustRegion
 
-ROOT = Path(__file__).parents[2]
 FSDP2 = ("dpo-snapshot", "dpo-offloaded", "dpo-resident", "kto-resident", "kto-snapshot")
 pytestmark = pytest.mark.filterwarnings("ignore:a step of", "ignore:moved aside")
 
 
 def run(count: int, kind: str, source: Path | None, step: int, into: Path, cases) -> Any:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-        str(count), "-m", "tests.distributed.resized_run", kind, str(source), str(step), str(into),
-        *cases,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
+    asked = (kind, str(source), str(step), str(into), *cases)
+    return launch("tests.distributed.resized_run", count, *asked)
 
 
 def processes(*args) -> None:
-    ended = run(*args)
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    check_ended(run(*args))
 
 
 def found(folder: Path, case: str) -> dict[str, list[float]]:

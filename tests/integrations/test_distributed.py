@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -21,8 +16,7 @@ from tests.integrations.distributed_run import (
     build,
     train,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import check_ended, launch
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +30,8 @@ def together(folder):
 
 
 def found_by(processes, folder, *source):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-        str(processes), "-m", "tests.integrations.distributed_run", str(folder), *map(str, source),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    asked = (str(folder), *map(str, source))
+    check_ended(launch("tests.integrations.distributed_run", processes, *asked, timeout=280))
     return torch.load(folder / "found.pt", weights_only=True)
 
 

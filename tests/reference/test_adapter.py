@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from tests.conftest import DEVICE, make_tiny_llama
-from tests.reference.test_windows import STEPS, check_a_killed_run, two_epochs
+from tests.reference.test_windows import STEPS, two_epochs
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer, TrustRegion
@@ -591,10 +591,6 @@ def test_resume(tiny_llama, small_tokenizer, tmp_path):
         ValueError, match=r"adapter_tolerance: 1e-06 there, 0.001 here\): resume with those"
     ):
         other.train(resume_from_checkpoint=str(folder))
-
-
-def test_a_killed_run_resumes_to_the_same_losses(small_tokenizer, tmp_path):
-    check_a_killed_run(lora, small_tokenizer, tmp_path, reference="adapter", **SCHEDULES["hybrid"])
 
 
 # --- a quantised base -----------------------------------------------------------------------------

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,6 @@ from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, kto_rows, pair_rows
 from tralign_fast.ops.backend import warn_once
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 WINDOWED = {
     "snapshot": {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3},
@@ -332,62 +327,6 @@ def test_batches_that_no_window_saw_are_refused(tiny_llama, small_tokenizer, tmp
     trainer.train()
     with pytest.raises(ValueError, match=r"was not scored when\s+its window began"):
         trainer.evaluate(pair_rows(3))
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from transformers import TrainerCallback
-from tests.conftest import make_small_tokenizer, make_tiny_llama
-from {module} import {policy}
-from tests.reference.test_windows import two_epochs
-from tests.conftest import make_tiny_llama
-from tests.training.test_trainer import make
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-tokenizer = make_small_tokenizer()
-rows, extra = two_epochs("dpo", 1)
-policy = {policy}(make_tiny_llama(tokenizer))
-trainer = make(policy, tokenizer, {folder!r}, rows=rows, **{{**extra, **{options!r}}})
-trainer.add_callback(Kill())
-trainer.train()
-"""
-
-
-def check_a_killed_run(policy, tokenizer, folder, **options):
-    """A process that is killed after step 6 resumes from step 4 to the losses of a whole run.
-
-    Args:
-        policy: function of a tiny Llama, which the process imports by its name.
-    """
-    options |= {"save_strategy": "steps", "save_steps": 2}
-    code = KILLED.format(
-        root=str(ROOT), module=policy.__module__, policy=policy.__name__,
-        folder=str(folder / "run"), options=options,
-    )  # fmt: skip
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    rows, extra = two_epochs("dpo", 1)
-    extra |= options
-    model = policy(make_tiny_llama(tokenizer))
-    again = make(model, tokenizer, folder / "run", rows=rows, **extra)
-    again.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
-    resumed = [log["loss"] for log in again.state.log_history if "loss" in log]
-    whole = make(model, tokenizer, folder / "whole", rows=rows, **extra)
-    assert resumed == pytest.approx(history(whole), rel=1e-6)
-
-
-def itself(model):
-    return model
-
-
-def test_a_killed_run_resumes_to_the_same_losses(small_tokenizer, tmp_path):
-    options = {"reference": "offloaded", **WINDOWED["offloaded"]}
-    check_a_killed_run(itself, small_tokenizer, tmp_path, **options)
 
 
 def test_no_second_set_of_weights(tiny_llama, small_tokenizer, tmp_path):

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.conftest import make_tiny_llama
+from tests.processes import check_ended, fork
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, pair_rows
 from tralign_fast.training import runs
@@ -549,11 +550,7 @@ assert wait(children, 120) == [143, 143]
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_at_one_step(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", TWO, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_ended(fork("-c", TWO, str(tmp_path)))
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert {"rng_state_0.pth", "rng_state_1.pth"} < set(check_manifest(checkpoint)["files"])
 
@@ -603,14 +600,11 @@ def test_a_model_without_a_trainable_parameter_is_refused(tiny_llama, small_toke
 
 def test_killed_runs_resume_to_the_losses_of_one_that_was_not(tmp_path):
     """A sample of `python -m benchmarks.kill`."""
-    command = [sys.executable, "-m", "benchmarks.kill", "--trials", "2", "--touches"]
+    command = ["-m", "benchmarks.kill", "--trials", "2", "--touches"]
     cases = ("snapshot, DPO", "resident, DPO, bf16 Adafactor, release")
     for case in cases:
         command += ["--case", case]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = fork(*command, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "2 trials, " in done.stdout
     assert ", 0 faults" in done.stdout

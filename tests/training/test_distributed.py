@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.processes import check_ended, launch
 from tests.training.distributed_run import (
     CASES,
     KINDS,
@@ -21,8 +18,6 @@ from tests.training.distributed_run import (
     STEPS,
     train,
 )
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +47,12 @@ PART = [pytest.param((kind, cases), id=f"some-{kind}") for kind, cases in SOME.i
 def together(request, tmp_path_factory):
     kind, cases = request.param
     folder = tmp_path_factory.mktemp(kind)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc_per_node", str(PROCESSES), "-m", "tests.training.distributed_run", str(folder),
-        kind, *cases,
-    ]  # fmt: skip
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"
-    }  # fmt: skip
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    check_ended(
+        launch(
+            "tests.training.distributed_run", PROCESSES, str(folder), kind, *cases,
+            DS_ACCELERATOR="cpu",
+        )
+    )  # fmt: skip
     found = json.loads((folder / "losses.json").read_text())
     assert set(cases) - set(found) == set(REFUSED.get(kind, ()))
     return {**found, "kind": kind, "folder": folder}

@@ -4,16 +4,12 @@ the reference, gradient release; each also resumed in the midst of a window."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.processes import check_ended, launch, torchrun
 from tests.training.matrix_run import CASES, PLACES, PROCESSES, RELEASED, ROWS, STEPS, train
 
-ROOT = Path(__file__).parents[2]
 # `make test` runs these, and `make test-slow` all
 SOME = ("fsdp2:dpo-adapter-adafactor", "fsdp2:traffic-snapshot", "checks")
 TRAFFIC = [f"traffic-{place}" for place in PLACES]
@@ -22,22 +18,6 @@ WHOLE += [f"ddp:{case}" for case in (*CASES, *TRAFFIC) if case not in RELEASED]
 WHOLE.remove("ddp:dpo-adapter-4bit")  # each process has a base of its own: as one process
 # a launch each
 PARTS = [WHOLE[i::4] for i in range(4)]
-
-
-def launch(
-    module: str, processes: int, *arguments: str, timeout: int = 400, **environment: str
-) -> None:
-    """Runs a module in that many processes."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc_per_node", str(processes), "-m", module, *arguments,
-    ]  # fmt: skip
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **environment}
-    run = subprocess.run(
-        command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=timeout
-    )
-    told = "\n".join(line for line in run.stderr.splitlines() if line.startswith("[rank"))
-    assert run.returncode == 0, told[-4000:] or run.stderr[-4000:]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +31,8 @@ def launch(
     ],
 )
 def test_four_processes_train_as_one_does(names, tmp_path):
-    launch("tests.training.matrix_run", PROCESSES, str(tmp_path), *names, timeout=1200)
+    run = launch("tests.training.matrix_run", PROCESSES, str(tmp_path), *names, timeout=1200)
+    check_ended(run)
     found = json.loads((tmp_path / "losses.json").read_text())
     cases = {case for _, case in pairs(names)}
     alone = {case: train(case, tmp_path / case, batch=PROCESSES * ROWS) for case in cases}
@@ -73,4 +54,4 @@ def pairs(names):
 @pytest.mark.matrix
 def test_gradients_are_released_on_shards_by_kernels():
     pytest.importorskip("triton")
-    launch("tests.training.release_checks", PROCESSES, TRITON_INTERPRET="1")
+    check_ended(torchrun("tests.training.release_checks", PROCESSES, TRITON_INTERPRET="1"))

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +11,7 @@ from accelerate import Accelerator, ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from transformers.distributed import DistributedConfig
 
+from tests.processes import check_ended, launch
 from tests.training.tensor_parallel_run import (
     CASES,
     LAYOUTS,
@@ -30,7 +27,6 @@ from tralign_fast.distributed.processes import check_distribution
 from tralign_fast.distributed.tensor_parallel import check_layers, copy_sharded
 from tralign_fast.reference import reference_class
 
-ROOT = Path(__file__).parents[2]
 TENSOR_LAYOUTS = ("tp2", "tp2-fsdp2")
 # `make test` runs these, and `make test-slow` all
 SOME = {
@@ -79,15 +75,8 @@ def together(request, folder):
     """layout -> case -> what its processes find."""
     asked = [f"{layout}={','.join(cases)}" for layout, cases in request.param.items()]
     (processes,) = {LAYOUTS[layout][0] for layout in request.param}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-        str(processes), "-m", "tests.training.tensor_parallel_run", str(folder), *asked,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run = launch("tests.training.tensor_parallel_run", processes, str(folder), *asked, timeout=600)
+    check_ended(run)
     return {x: json.loads((folder / f"{x}.json").read_text()) for x in request.param}
 
 
