@@ -193,7 +193,42 @@ class Gold:
         train(self.model, loss_of, len(pairs), bf16=self.bf16, **options)
 
 
-class WordGold:
+class LinearGold:
+    """A logistic head on features of prompt and answer."""
+
+    weight: Tensor  # (features,) float64
+
+    def features(self, rows: Sequence[tuple[Ids, Ids]]) -> Tensor:  # (rows, features) float64
+        raise NotImplementedError
+
+    def __call__(self, rows: Sequence[tuple[Ids, Ids]]) -> list[float]:
+        return (self.features(rows) @ self.weight).tolist()
+
+    def differences(self, pairs: Sequence[tuple[Ids, Ids, Ids]]) -> Tensor:
+        chosen = self.features([(prompt, answer) for prompt, answer, _ in pairs])
+        return chosen - self.features([(prompt, answer) for prompt, _, answer in pairs])
+
+    def fit(self, pairs: Sequence[tuple[Ids, Ids, Ids]], penalty: float = 0.01) -> None:
+        """Logistic regression on differences, `penalty·|w|²/2`."""
+        self.weight = logistic(self.differences(pairs), penalty)
+
+
+def logistic(x: Tensor, penalty: float) -> Tensor:  # (pairs, features) float64 -> (features,)
+    """The w of the least mean `-log σ(x·w) + penalty·|w|²/2`, by Newton's method."""
+    weight = x.new_zeros(x.shape[1])
+    for _ in range(30):
+        p = torch.sigmoid(-x @ weight)
+        gradient = penalty * weight - x.T @ p / len(x)
+        curvature = x.T @ (x * (p * (1 - p))[:, None]) / len(x)
+        curvature += penalty * torch.eye(len(weight), dtype=torch.float64)
+        move = torch.linalg.solve(curvature, gradient)
+        weight = weight - move
+        if move.norm() < 1e-8 * (1 + weight.norm()):
+            break
+    return weight
+
+
+class WordGold(LinearGold):
     """A gold of another kind: the mean of an answer's word embeddings, and a logistic head.
 
     The features of a pair are the difference of its answers' features: the embedding of an answer,
@@ -233,24 +268,29 @@ class WordGold:
         prompts, answers = (self._embedded([row[i] for row in rows]) for i in (0, 1))
         return torch.cat([answers, 16 * prompts * answers], 1)  # both of norm about 1
 
-    def __call__(self, rows: Sequence[tuple[Ids, Ids]]) -> list[float]:
-        return (self.features(rows) @ self.weight).tolist()
 
-    def fit(self, pairs: Sequence[tuple[Ids, Ids, Ids]], penalty: float = 0.01) -> None:
-        """Logistic regression on differences, `penalty·|w|²/2`, by Newton's method."""
-        x = self.features([(p, c) for p, c, _ in pairs])
-        x = x - self.features([(p, r) for p, _, r in pairs])
-        weight = torch.zeros_like(self.weight)
-        for _ in range(30):
-            p = torch.sigmoid(-x @ weight)
-            gradient = penalty * weight - x.T @ p / len(x)
-            curvature = x.T @ (x * (p * (1 - p))[:, None]) / len(x)
-            curvature += penalty * torch.eye(len(weight), dtype=torch.float64)
-            move = torch.linalg.solve(curvature, gradient)
-            weight = weight - move
-            if move.norm() < 1e-8 * (1 + weight.norm()):
-                break
-        self.weight = weight
+class TokenGold(LinearGold):
+    """A gold of a third kind, that knows no meaning: which common tokens an answer has.
+
+    Args:
+        vocabulary: tokens of the policy.
+        kept: those that have a weight: the ones that the most pairs have in one answer alone.
+    """
+
+    def __init__(self, vocabulary: int, kept: int = 512) -> None:
+        self.kept = kept
+        self.weight = torch.zeros(vocabulary, dtype=torch.float64)
+
+    def features(self, rows: Sequence[tuple[Ids, Ids]]) -> Tensor:  # (rows, vocabulary) float64
+        found = torch.zeros(len(rows), len(self.weight), dtype=torch.float64)
+        for index, (_, answer) in enumerate(rows):
+            found[index, torch.tensor(answer, dtype=torch.long)] = 1
+        return found
+
+    def fit(self, pairs: Sequence[tuple[Ids, Ids, Ids]], penalty: float = 0.03) -> None:
+        x = self.differences(pairs)
+        common = x.abs().sum(0).topk(min(self.kept, len(self.weight))).indices
+        self.weight[common] = logistic(x[:, common], penalty)
 
 
 def accuracy(gold: Any, pairs: Sequence[tuple[Ids, Ids, Ids]]) -> float:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.common import commit
@@ -29,7 +28,8 @@ from benchmarks.evidence.cache import key_of, read_json, write_json
 from benchmarks.evidence.overoptimize_arms import Arm, Settings
 from benchmarks.evidence.overoptimize_material import Material, load_material
 from benchmarks.evidence.overoptimize_measure import Diverged, Gauge, turning_point
-from tralign_fast import TRConfig, TRTrainer
+from benchmarks.evidence.training import make_trainer
+from tralign_fast import TRTrainer
 
 Result = dict[str, Any]
 
@@ -79,7 +79,7 @@ def run_arm(arm: Arm, material: Material, root: Path, deadline: float | None = N
         points: a dict (`Gauge`) for the start and every measured step; totals; finished: False
         where the deadline came first; diverged: why the arm ended early, or None.
     """
-    done = _file_of(arm, material, root)
+    done = _file_of({"arm": asdict(arm)}, material, root)
     if (found := read_json(done)) is not None:
         return found
     folder = done.with_suffix("")
@@ -87,8 +87,9 @@ def run_arm(arm: Arm, material: Material, root: Path, deadline: float | None = N
     trainer = _trainer(arm, material, folder / "run")
     gauge = Gauge(copy.deepcopy(trainer.model), material, arm.pairs, arm.seed)
     points = read_json(folder / "points.json")
+    start = _start(gauge, arm, material, root)
     if not points:
-        points = [{"step": 0, **gauge(gauge.initial), "seconds": 0.0, "cpu_seconds": 0.0,
+        points = [{"step": 0, **start, "seconds": 0.0, "cpu_seconds": 0.0,
                    "lag": 0.0, "loss": None}]  # fmt: skip
         write_json(folder / "points.json", points)
     watch = _Watch(gauge, arm, material.settings, folder / "points.json", points, deadline)
@@ -124,13 +125,22 @@ def run_arm(arm: Arm, material: Material, root: Path, deadline: float | None = N
     return result
 
 
-def _file_of(arm: Arm, material: Material, root: Path) -> Path:
-    """Where a finished arm's result is; what is made on the way lies in a folder of its stem."""
-    config = {
-        "arm": asdict(arm), "material": material.folder.name,
-        "settings": asdict(material.settings),
-    }  # fmt: skip
-    return root / f"arm-{key_of(config)}.json"
+def _start(gauge: Gauge, arm: Arm, material: Material, root: Path) -> dict[str, Any]:
+    """The initial policy's figures, measured by the first arm of these pairs and seed."""
+    path = _file_of({"start": [arm.pairs, arm.seed]}, material, root)
+    found = read_json(path)
+    if found is None:
+        figures = gauge(gauge.initial)
+        found = {"figures": figures, "margins": gauge.start_margins}
+        write_json(path, found)
+    gauge.start_margins = found["margins"]
+    return found["figures"]
+
+
+def _file_of(what: dict[str, Any], material: Material, root: Path) -> Path:
+    """Where a finished result is; what an arm makes on the way lies in a folder of its stem."""
+    config = {**what, "material": material.folder.name, "settings": asdict(material.settings)}
+    return root / f"{next(iter(what))}-{key_of(config)}.json"
 
 
 def _device_name(device: str) -> str:
@@ -139,27 +149,11 @@ def _device_name(device: str) -> str:
 
 def _trainer(arm: Arm, material: Material, folder: Path) -> TRTrainer:
     settings = material.settings
-    rows = material.pairs[arm.pairs]
-    kto = arm.loss == "kto"
-    data = [
-        {"prompt_ids": row["prompt_ids"], "completion_ids": row[f"{key}_ids"],
-         "label": key == "chosen"}
-        for row in rows for key in ("chosen", "rejected")
-    ] if kto else [{k: v for k, v in row.items() if k != "other_ids"} for row in rows]  # fmt: skip
-    saved = not any(folder.glob("checkpoint-*"))
-    config = TRConfig(
-        output_dir=str(folder),
-        overwrite_output_dir=saved,  # of an arm that was killed before its first checkpoint
-        loss_type=arm.loss,
-        beta=arm.beta,
-        **arm.reference(),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.pairs * (2 if kto else 1),
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.warmup_steps,
-        max_length=settings.max_length,
-        gradient_checkpointing=False,
+    return make_trainer(
+        arm, settings, arm.reference(), material.policy(), material.tokenizer,
+        material.pairs[arm.pairs], folder, "_ids",
+        # of an arm that was killed before its first checkpoint
+        overwrite_output_dir=not any(folder.glob("checkpoint-*")),
         bf16=settings.bf16,
         use_cpu=material.device == "cpu",
         logging_steps=settings.steps,  # the callback asks for a log at every measured step
@@ -168,15 +162,7 @@ def _trainer(arm: Arm, material: Material, folder: Path) -> TRTrainer:
         save_steps=settings.steps,  # … and for checkpoints
         save_total_limit=1,
         disable_tqdm=True,
-        report_to=[],
-        seed=arm.seed,
-    )
-    return TRTrainer(
-        material.policy(),
-        args=config,
-        train_dataset=Dataset.from_list(data),
-        processing_class=material.tokenizer,
-    )
+    )  # fmt: skip
 
 
 _material = functools.lru_cache(load_material)  # of a worker: read once for all its arms
@@ -226,7 +212,7 @@ def run(
     material = load(source, settings, root, device)  # made once, before any worker needs it
     left = []
     for arm in arms:
-        if (found := read_json(_file_of(arm, material, root))) is not None:
+        if (found := read_json(_file_of({"arm": asdict(arm)}, material, root))) is not None:
             yield arm, found
         else:
             left.append(arm)

@@ -32,6 +32,7 @@ class Settings:
     sft_steps: int = 300
     sft_rate: float = 2e-5
     gold: str = "model"  # which one ranks: model, or words where no model is trained
+    check: str = "words"  # the second one: words, or tokens
     gold_steps: int = 300
     gold_rate: float = 2e-5
     model_batch: int = 16  # rows of the SFT, pairs of the gold
@@ -63,7 +64,7 @@ GPU = Settings()
 # Two busy cores: the first and the last two layers, the first 4,096 tokens, few pairs many times.
 CPU = Settings(
     layers=3, vocabulary=4096, prompt_tokens=32, new_tokens=16, bf16=False, sft_steps=100,
-    sft_rate=1e-3, gold="words", gold_steps=0, policy_rows=120, test_rows=48, gold_test_rows=300,
+    sft_rate=1e-3, gold="words", check="tokens", gold_steps=0, policy_rows=120, test_rows=48, gold_test_rows=300,
     steps=120, pairs=2, learning_rate=2e-4, warmup_steps=4, every=(4, 16, 64), measure_every=20,
     save_every=40, prompts=48, held_out=48, sample_batch=48,
 )  # fmt: skip
@@ -135,6 +136,17 @@ def _core(settings: Settings) -> Iterator[Arm]:
     yield Arm("dpo", 0.1, 1.0, taus[len(taus) // 2], 0)
 
 
+def _losses(settings: Settings) -> Iterator[Arm]:
+    """The same of IPO and KTO."""
+    taus = settings.every
+    for loss in ("ipo", "kto"):
+        beta = MOVING[loss]
+        yield Arm(loss, beta, 0.0, 0, 0)
+        yield Arm(loss, beta / 10, 0.0, 0, 0)
+        yield Arm(loss, beta, 0.6, 1, 0)
+        yield Arm(loss, beta, 1.0, taus[len(taus) // 2], 0)
+
+
 def _interval(settings: Settings) -> Iterator[Arm]:
     """τ in powers of two at α = 1; α from 0.1 to 1 at one τ."""
     taus = settings.every
@@ -165,6 +177,7 @@ STAGES, STAGE_BETA = (2, 4), 0.3
 # What --arms takes. `all` is their union in this order: what matters most comes first.
 EXPERIMENTS = {
     "core": _core,
+    "losses": _losses,
     "dpo": lambda s: _curves("dpo", s),
     "ipo": lambda s: _curves("ipo", s),
     "kto": lambda s: _curves("kto", s),

@@ -19,7 +19,7 @@ from tralign_fast.ops.backend import warn_once
 # Settings that the material depends on, and an arm's own do not change.
 _OF_MATERIAL = (
     "layers", "vocabulary", "prompt_tokens", "new_tokens", "bf16", "sft_steps", "sft_rate", "gold",
-    "gold_steps", "gold_rate", "model_batch", "policy_rows", "test_rows", "gold_test_rows",
+    "check", "gold_steps", "gold_rate", "model_batch", "policy_rows", "test_rows", "gold_test_rows",
     "flipped", "sample_batch",
 )  # fmt: skip
 
@@ -98,7 +98,10 @@ def _judges(
         words = hh_models.WordGold(tokenizer)
         words.weight = torch.load(folder / "words.pt", weights_only=True)
         found["words"] = words
-    names = [settings.gold, *(name for name in found if name != settings.gold)]
+    if (folder / "tokens.pt").is_file():
+        found["tokens"] = hh_models.TokenGold(settings.vocabulary)
+        found["tokens"].weight = torch.load(folder / "tokens.pt", weights_only=True)
+    names = [name for name in (settings.gold, settings.check) if name in found]
     return {
         key: _standardised(found[name], *facts["scale"][name])
         for key, name in zip(("gold", "check"), names, strict=False)
@@ -189,6 +192,11 @@ def _train_judges(
         words.fit(pairs)
         torch.save(words.weight, folder / "words.pt")
         judges["words"] = words
+    if settings.check == "tokens":
+        tokens = hh_models.TokenGold(settings.vocabulary)
+        tokens.fit(pairs)
+        torch.save(tokens.weight, folder / "tokens.pt")
+        judges["tokens"] = tokens
     return judges
 
 

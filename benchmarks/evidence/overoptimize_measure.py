@@ -64,7 +64,7 @@ class Gauge:
             "train": material.pairs[pairs][: settings.held_out],
             "held_out": material.test[pairs][: settings.held_out],
         }
-        self._at_start: dict[str, Tensor] = {}
+        self.start_margins: dict[str, list[float]] = {}  # of each kind of pairs, nats
 
     @torch.no_grad()
     def __call__(self, model: Any, start: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Gauge:
         - golds: each prompt's reward; samples: texts of the first prompts
 
         Args:
-            start: figures of the initial policy; None: `model` is it.
+            start: figures of the initial policy, which is measured first; None: `model` is it.
 
         Raises:
             Diverged: log-probs that are not finite, of which no sample can be drawn.
@@ -155,19 +155,14 @@ class Gauge:
                  for batch in self._batches(self._unpaired, others, model.device)]
             )  # fmt: skip
             margin = (pairs[0] - pairs[1]).cpu()
-            first = self._at_start.setdefault(name, self._start_margin(model, name, margin))
+            if model is self.initial:
+                self.start_margins[name] = margin.tolist()
+            first = torch.tensor(self.start_margins[name])
             found[f"{name}_chosen"], found[f"{name}_rejected"] = pairs.mean(1).tolist()
             found[f"{name}_other"] = float(other.mean())
             grown = (margin > first).double() + 0.5 * (margin == first).double()
             found[f"{name}_accuracy"] = float(grown.mean())
         return found
-
-    def _start_margin(self, model: Any, name: str, margin: Tensor) -> Tensor:
-        if name in self._at_start or model is self.initial:
-            return self._at_start.get(name, margin)
-        batches = self._batches(self._paired, self._rows[name], model.device)
-        logps = torch.cat([sequence_logps(self.initial, b).view(2, -1) for b in batches], 1).cpu()
-        return logps[0] - logps[1]
 
     def _batches(
         self, collate: PreferenceCollator, rows: Sequence[dict[str, Any]], device: Any

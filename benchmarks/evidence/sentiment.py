@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from benchmarks.common import commit
 from benchmarks.evidence.arms import Arm, Settings, cached
 from benchmarks.evidence.measure import Gauge
-from tralign_fast import TRConfig, TRTrainer
+from benchmarks.evidence.training import make_trainer
 
 
 @dataclass
@@ -45,15 +44,6 @@ def load_material() -> Material:
     from tralign_fast.demo.smollm2 import load_smollm2
 
     return Material(*load_smollm2(), train_rows(), test_rows(), gold_reward())
-
-
-def unpaired(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """KTO's rows: both completions of every pair, one after the other."""
-    return [
-        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
-        for row in rows
-        for key in ("chosen", "rejected")
-    ]
 
 
 class _Measure(TrainerCallback):
@@ -84,7 +74,13 @@ def run_arm(
     material = load()
     prompts = {row["prompt"][-1]["content"]: row["prompt"] for row in material.test_rows}
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer = _make_trainer(arm, settings, material, output_dir)
+        trainer = make_trainer(
+            arm, settings, settings.schedule(arm.schedule), material.model, material.tokenizer,
+            material.train_rows, output_dir,
+            bf16=False,  # the same numbers on every device
+            logging_steps=settings.measure_every,
+            save_strategy="no",
+        )  # fmt: skip
         gauge = Gauge(
             copy.deepcopy(trainer.model), material.tokenizer, list(prompts.values()),
             material.test_rows, material.gold, settings, arm.seed,
@@ -115,37 +111,6 @@ def run_arm(
             "commit": commit(),  # an arm may be older than the run that finds it in the cache
         },
     }
-
-
-def _make_trainer(arm: Arm, settings: Settings, material: Material, output_dir: str) -> TRTrainer:
-    kto = arm.loss == "kto"
-    columns = ["prompt", "completion", "label"] if kto else ["prompt", "chosen", "rejected"]
-    rows = unpaired(material.train_rows) if kto else material.train_rows
-    config = TRConfig(
-        output_dir=output_dir,
-        loss_type=arm.loss,
-        beta=arm.beta,
-        **settings.schedule(arm.schedule),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.pairs * (2 if kto else 1),
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.warmup_steps,
-        max_length=settings.max_length,
-        train_sampling_strategy="random",  # of pairs and of labels alike
-        gradient_checkpointing=False,  # 135M parameters: memory is not what is short
-        bf16=False,  # the same numbers on every device
-        logging_steps=settings.measure_every,
-        save_strategy="no",
-        report_to=[],
-        seed=arm.seed,
-    )
-    return TRTrainer(
-        material.model,
-        args=config,
-        train_dataset=Dataset.from_list(rows).select_columns(columns),
-        processing_class=material.tokenizer,
-    )
 
 
 def _peak_memory_mb() -> float:
