@@ -18,7 +18,7 @@ FUSED = "LoRA"  # the kind of the patches
 # the adapter's own, without gradient.
 STAND_IN = "_tralign_lora_factors"
 # Fake tensors: a traced step is the real one. No other class: shards, quantised weights.
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 def fuse_lora(model: nn.Module) -> Callable[[], None]:
@@ -47,6 +47,16 @@ def _forward(own_forward: Any, layer: Any, x: Tensor, *args: Any, **kwargs: Any)
         return own_forward(layer, x)
     base = layer.base_layer
     return lora_linear(x, base.weight, base.bias, factors)
+
+
+def lora_without_value(layer: Any, x: Tensor) -> Tensor | None:
+    """What the layer would return, with its gradients and any values; None: it does not run by
+    `lora_linear`."""
+    factors = _plain_factors(layer, x)
+    if factors is None or torch.compiler.is_compiling():
+        return None
+    base = layer.base_layer
+    return lora_linear(x, base.weight, base.bias, factors, value=False)
 
 
 def _plain_factors(layer: Any, x: Tensor) -> LoraFactors | None:
@@ -92,7 +102,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    return all(tensor is None or type(tensor) in PLAIN for tensor in tensors)
 
 
 def _have_dtypes(

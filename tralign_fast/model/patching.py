@@ -73,6 +73,18 @@ def runs_only(module: nn.Module, *kinds: str) -> bool:
     )
 
 
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and changes by `Patches`, no others."""
+    forward = module.__dict__.get("forward")
+    patches = [p for p in module.__dict__.get(_BOOK, {}).values() if isinstance(p, _Forward)]
+    while forward is not None:
+        patch = next((p for p in patches if p.bound == forward), None)
+        if patch is None:
+            return False
+        forward = patch.before
+    return True
+
+
 def _take_back(module: nn.Module, owner: int) -> None:
     book = module.__dict__.get(_BOOK, {})
     for key, patch in list(book.items()):

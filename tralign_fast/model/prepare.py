@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator
 from tralign_fast.model.attention import enable_prefix_attention
+from tralign_fast.model.checkpointing import lean_checkpoints
 from tralign_fast.model.cpu import speed_up_linears
 from tralign_fast.model.fused_lora import fuse_lora
 from tralign_fast.model.graphs import graph_decoder
@@ -98,6 +99,7 @@ def prepare_model(
         undo.callback(speed_up_linears(model))
         if fused_lora:
             undo.callback(fuse_lora(model))
+        undo.callback(lean_checkpoints(model))
         is_there = next(model.parameters()).device.type != "meta"
         probe = probe and is_there
         with _evaluating(model):

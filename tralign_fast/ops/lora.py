@@ -36,12 +36,17 @@ def lora_linear(
     weight: Tensor,  # (O, I)
     bias: Tensor | None,  # (O,)
     factors: LoraFactors,
+    *,
+    value: bool = True,
 ) -> Tensor:  # (..., O)
     """`F.linear(x, weight, bias) + s * (x.to(dtype) @ A.T * c) @ B.T`, in the dtype of the first.
 
     Products have the dtypes that modules would give them: under autocast its own, else the base's
     is that of x and weight, and the factors' is `factors.dtype`. Their sum is rounded once. For the
     backward x is kept as it is, `A x`, and the factors' casts, but none of x or weight.
+
+    Args:
+        value: False, where a gradient is wanted alone: the output has any values.
     """
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -51,7 +56,7 @@ def lora_linear(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
         assert down is not None
         assert factors.coefficients is None
-        return _LoraLinear.apply(x, weight, bias, down, up, scale, dtypes)
+        return _LoraLinear.apply(x, weight, bias, down, up, scale, dtypes, value)
     return _forward(x, weight, bias, factors, dtypes)[0]
 
 
@@ -66,10 +71,15 @@ class _LoraLinear(torch.autograd.Function):
         up: Tensor,
         scale: float,
         dtypes: tuple[torch.dtype, torch.dtype],  # base, factors
+        value: bool,
     ) -> Tensor:
         ctx.factor_dtypes = down.dtype, up.dtype
         down, up = down.to(dtypes[1]), up.to(dtypes[1])  # once: launches cost more than these
-        out, h = _forward(x, weight, bias, LoraFactors(down, up, scale, dtypes[1]), dtypes)
+        if value:
+            out, h = _forward(x, weight, bias, LoraFactors(down, up, scale, dtypes[1]), dtypes)
+        else:
+            h = x.reshape(-1, x.shape[-1]).to(dtypes[1]) @ down.t()
+            out = x.new_empty((), dtype=dtypes[0]).expand(*x.shape[:-1], weight.shape[0])
         _, of_weight, _, of_down, of_up, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if of_weight or of_down else None, h if of_up else None, weight, down, up
@@ -83,7 +93,7 @@ class _LoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         x, h, weight, down, up = ctx.saved_tensors
         of_x, of_weight, of_bias, of_down, of_up, *_ = ctx.needs_input_grad
         scale, (base, factors) = ctx.scale, ctx.dtypes
@@ -111,7 +121,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_weight = (grad.t() @ rows.to(base)).to(weight.dtype)
         if of_bias:
             grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_down, grad_up, None, None
+        return grad_x, grad_weight, grad_bias, grad_down, grad_up, None, None, None
 
 
 def _forward(

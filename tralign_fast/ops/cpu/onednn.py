@@ -12,6 +12,7 @@ terms, twice at 1,536).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,26 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = None, None, None
-        if ctx.needs_input_grad[0]:
-            short = grad.shape[-1] <= _LONGEST_SUM
-            grad_x = product(grad.contiguous(), weight.t()) if short else grad @ weight
-        rows = grad.flatten(0, -2)  # (M, N)
-        if ctx.needs_input_grad[1]:
-            # MKL: oneDNN wants this transposed, which costs what it saves
-            grad_weight = rows.t() @ x.flatten(0, -2)
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias
+        return gradients(x, weight, grad, ctx.needs_input_grad)
+
+
+def gradients(
+    x: Tensor | None,  # (..., K)
+    weight: Tensor,  # (N, K)
+    grad: Tensor,  # (..., N)
+    needs: Sequence[bool],  # gradient of x, of weight, of bias
+    through_onednn: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `linear`, or with `through_onednn` off those of PyTorch's own."""
+    grad_x, grad_weight, grad_bias = None, None, None
+    if needs[0]:
+        short = through_onednn and grad.shape[-1] <= _LONGEST_SUM
+        grad_x = product(grad.contiguous(), weight.t()) if short else grad @ weight
+    rows = grad.flatten(0, -2)  # (M, N)
+    if needs[1]:
+        assert x is not None
+        # MKL: oneDNN wants this transposed, which costs what it saves
+        grad_weight = rows.t() @ x.flatten(0, -2)
+    if needs[2]:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_weight, grad_bias
