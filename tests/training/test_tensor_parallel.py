@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +26,9 @@ from tests.training.tensor_parallel_run import (
     save_models,
     train,
 )
+from tralign_fast.data import division
 from tralign_fast.data.packing import PreferenceCollator
-from tralign_fast.distributed.context_parallel import check_division
+from tralign_fast.distributed.context_parallel import check_division, dividing
 from tralign_fast.distributed.processes import check_distribution
 from tralign_fast.distributed.tensor_parallel import check_layers, copy_sharded
 from tralign_fast.reference import reference_class
@@ -180,6 +182,42 @@ def test_a_ref_model_that_is_cut_otherwise_is_refused(tiny_llama):
 def test_a_second_model_with_an_adapter_is_refused(tiny_llama):
     with pytest.raises(ValueError, match="a second model with an adapter cannot be cut up"):
         copy_sharded(get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])))
+
+
+@pytest.mark.parametrize(
+    ("layout", "routers", "why"),
+    [
+        ("shared", False, None),
+        ("padded", False, "padded rows cannot be cut; leave packing on"),
+        ("shared", True, "set router_aux_loss_coef=0, or take max_length down"),
+    ],
+)
+def test_a_long_group_is_cut_or_the_warning_says_what_to_do(layout, routers, why, monkeypatch):
+    monkeypatch.setattr(division, "_long_groups", division.itertools.count())
+    group = SimpleNamespace(group_name="seven")
+    mesh = SimpleNamespace(get_local_rank=lambda: 1, get_group=lambda: group)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(
+            parallelism_config=ParallelismConfig(cp_size=2), torch_device_mesh={"cp": mesh}
+        ),
+        data_collator=PreferenceCollator(paired=True, layout=layout),
+        aux_loss_enabled=routers,
+    )
+    own = trainer.data_collator
+    rows = [{"row": 5, "prompt_ids": [1] * 9, "chosen_ids": [2] * 9, "rejected_ids": [3] * 9}]
+    with dividing(trainer), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        batch = trainer.data_collator(rows)
+    assert trainer.data_collator is own
+    if why is None:
+        assert not caught
+        assert batch.pieces.group == batch.layout.cut.group == "seven"
+        assert batch.weight == 0.0  # the first process owns it
+    else:
+        assert batch.pieces is None
+        (warning,) = caught
+        assert str(warning.message).startswith("row 5 has ")
+        assert why in str(warning.message)
 
 
 @pytest.mark.parametrize(
