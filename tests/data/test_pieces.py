@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tralign_fast.data.division import share_out
-from tralign_fast.data.packing import PackedBatch, PreferenceCollator
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator, can_be_merged
 
 
 def rows_of(*sizes, paired=True):
@@ -125,6 +125,7 @@ def test_a_batch_with_pieces_travels_to_another_process():
     again = pickle.loads(pickle.dumps(batch))
     assert torch.equal(again.pieces.index, batch.pieces.index)
     assert np.array_equal(again.layout.cut.key_index, batch.layout.cut.key_index)
+    assert not can_be_merged(batch)  # others would have to merge alike
     moved = batch.to("meta")
     assert {t.device.type for t in (moved.pieces.index, moved.targets, moved.pieces.sent)} == {
         "meta"

@@ -30,9 +30,10 @@ def tensors(tokens):
 )
 @pytest.mark.parametrize("count", [2, 3])
 def test_pieces_see_what_the_whole_row_sees(count, options, varlen, monkeypatch):
-    rows = rows_of(*MIXED, (2, 55, 57))
+    rows = rows_of(*MIXED, (2, 55, 57), (150, 130, 160))
     whole = PreferenceCollator(paired=True)(rows)
     batches = divided(rows, count, paired=True)
+    assert all(batch.layout.cut is not None and batch.layout.groups for batch in batches)
     query, key, value, slope = tensors(whole.num_tokens)
     for t in (query, key, value):
         t.requires_grad_()

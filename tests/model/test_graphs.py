@@ -22,7 +22,7 @@ from tests.model.test_attention import build
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.memory import Workload
 from tralign_fast.memory.workload import make_trainer
-from tralign_fast.model import attention, graphs
+from tralign_fast.model import attention, cut_attention, graphs, scoring
 from tralign_fast.model.patching import causal_lm_of, decoder_of
 from tralign_fast.model.prepare import prepare_model
 from tralign_fast.model.scoring import sequence_logps
@@ -208,6 +208,31 @@ def test_a_shape_is_captured_when_it_comes_again(captures):
         assert made.captured == captured
     step(model, batch_of((200, 90, 30)))  # another shape
     assert (made.captured, made.replayed) == (1, 2)
+
+
+def test_rows_with_pieces_of_groups_run_themselves(captures, monkeypatch):
+    """Their attention waits for other processes. Here these have what this one has."""
+
+    def gathered(own, width, group):
+        return torch.cat([own, own.new_zeros(width - len(own), *own.shape[1:])]).repeat(2, 1, 1)
+
+    monkeypatch.setattr(cut_attention, "gather_rows", gathered)
+    rows = [{"prompt_ids": [3] * 40, "chosen_ids": [4] * 9, "rejected_ids": [5] * 8}]
+    batch = PreferenceCollator(paired=True, division=(0, 2), cut_over="cp")(rows).to(DEVICE)
+    model = make()
+    prepare_model(model, cuda_graphs=True)
+    for _ in range(3):
+        hidden = decoder_of(causal_lm_of(model))(**keywords(batch)).last_hidden_state
+        hidden.sum().backward()
+    assert runner(model).captured == 0
+    step(model, batch_of(*PAIRS))
+    step(model, batch_of(*PAIRS, seed=1))
+    assert runner(model).captured == 1
+
+
+def keywords(batch):
+    inputs = {k: v for k, v in scoring._inputs(batch).items() if k != "score_index"}
+    return {**inputs, "use_cache": False}
 
 
 def test_a_second_forward_before_the_backward_runs_itself(captures):

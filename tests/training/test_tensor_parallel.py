@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +22,9 @@ from tests.training.tensor_parallel_run import (
     save_models,
     train,
 )
+from tralign_fast.data import division
 from tralign_fast.data.packing import PreferenceCollator
-from tralign_fast.distributed.context_parallel import check_division
+from tralign_fast.distributed.context_parallel import check_division, dividing
 from tralign_fast.distributed.processes import check_distribution
 from tralign_fast.distributed.tensor_parallel import check_layers, copy_sharded
 from tralign_fast.reference import reference_class
@@ -36,9 +38,9 @@ SOME = {
 }
 CUT = tuple(c for c in CASES if c.endswith("-long"))
 WHOLE = {
-    "tp2": tuple(c for c in CASES if c != "dpo-one" and c not in CUT),
+    "tp2": tuple(c for c in CASES if c not in ("dpo-one", *CUT)),
     "tp2-fsdp2": ("dpo-resident", "dpo-snapshot", "kto-resident"),
-    "cp2": tuple(c for c in CASES if c not in ("dpo-tied", "dpo-lora", "dpo-by-name")),
+    "cp2": tuple(c for c in CASES if c not in ("dpo-tied", "dpo-lora", "dpo-by-name", *CUT)),
 }
 WHOLE["cp3"] = ("dpo-snapshot-long", "kto-split-long", "kto-offloaded-long", "dpo-one")
 WHOLE["cp2-fsdp2"] = (*WHOLE["tp2-fsdp2"], "dpo-split-long", "dpo-resident-long")
@@ -47,6 +49,7 @@ if not hasattr(DistributedConfig, "tp_size"):  # before 5.17: weights that are n
 LAUNCHES = [
     pytest.param(SOME, id="some"),
     *[pytest.param({k: c}, id=k, marks=pytest.mark.matrix) for k, c in WHOLE.items()],
+    pytest.param({"cp2": CUT}, id="cp2-cut", marks=pytest.mark.matrix),
 ]
 
 
@@ -99,7 +102,8 @@ def test_they_train_as_one_does(case, alone, together):
         assert ours["entropy"] == pytest.approx(one["entropy"], rel=1e-5)
         assert ours["num_tokens"] == one["num_tokens"]
         assert ours["eval_rows"] == one["eval_rows"]
-        assert (ours["cuts"] > 0) == (layout[:2] == "cp" and case in (*CUT, "dpo-one"))
+        if layout.startswith("cp") and case in (*CUT, "dpo-one"):
+            assert ours["cuts"] > 0
         if not (layout.endswith("fsdp2") and case.startswith("kto")):  # who lends to whom
             assert ours["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
 
@@ -188,6 +192,42 @@ def test_a_ref_model_that_is_cut_otherwise_is_refused(tiny_llama):
 def test_a_second_model_with_an_adapter_is_refused(tiny_llama):
     with pytest.raises(ValueError, match="a second model with an adapter cannot be cut up"):
         copy_sharded(get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])))
+
+
+@pytest.mark.parametrize(
+    ("layout", "routers", "why"),
+    [
+        ("shared", False, None),
+        ("padded", False, "padded rows cannot be cut; leave packing on"),
+        ("shared", True, "set router_aux_loss_coef=0, or take max_length down"),
+    ],
+)
+def test_a_long_group_is_cut_or_the_warning_says_what_to_do(layout, routers, why, monkeypatch):
+    monkeypatch.setattr(division, "_long_groups", division.itertools.count())
+    group = SimpleNamespace(group_name="seven")
+    mesh = SimpleNamespace(get_local_rank=lambda: 1, get_group=lambda: group)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(
+            parallelism_config=ParallelismConfig(cp_size=2), torch_device_mesh={"cp": mesh}
+        ),
+        data_collator=PreferenceCollator(paired=True, layout=layout),
+        aux_loss_enabled=routers,
+    )
+    own = trainer.data_collator
+    rows = [{"row": 5, "prompt_ids": [1] * 9, "chosen_ids": [2] * 9, "rejected_ids": [3] * 9}]
+    with dividing(trainer), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        batch = trainer.data_collator(rows)
+    assert trainer.data_collator is own
+    if why is None:
+        assert not caught
+        assert batch.pieces.group == batch.layout.cut.group == "seven"
+        assert batch.weight == 0.0  # the first process owns it
+    else:
+        assert batch.pieces is None
+        (warning,) = caught
+        assert str(warning.message).startswith("row 5 has ")
+        assert why in str(warning.message)
 
 
 @pytest.mark.parametrize(

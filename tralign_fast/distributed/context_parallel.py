@@ -30,8 +30,8 @@ def check_division(accelerator: Accelerator, collator: Any) -> None:
     sizes: Any = accelerator.parallelism_config
     if (getattr(sizes, "sp_size", None) or 1) > 1:
         raise ValueError(
-            f"sp_size={sizes.sp_size}: DeepSpeed's sequence parallelism cuts rows inside of their "
-            "groups, which packed rows cannot be; use cp_size, which cuts between them"
+            f"sp_size={sizes.sp_size}: DeepSpeed's sequence parallelism cuts rows at any token, "
+            "and knows no shared prompts; use cp_size"
         )
     if dividing_processes(accelerator) == 1:
         return

@@ -35,13 +35,14 @@ def gather_rows(
 
     if len(rows) < width:
         rows = torch.cat([rows, rows.new_zeros(width - len(rows), *rows.shape[1:])])
-    held = DTensor.from_local(rows, _mesh(group, rows.device.type), [Shard(0)], run_check=False)
+    held = DTensor.from_local(rows, mesh_of(group, rows.device.type), [Shard(0)], run_check=False)
     # asynchronous: what is computed before the result is read runs beside it
     everywhere = held.redistribute(placements=[Replicate()], async_op=True)
     return everywhere.to_local(grad_placements=[Partial()])
 
 
-def _mesh(name: str, kind: str) -> Any:
+def mesh_of(name: str, kind: str) -> Any:
+    """The mesh of a process group, by its name and the kind of device; made once."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import _resolve_process_group
 

@@ -333,7 +333,7 @@ class TRTrainer(ResumableTrainer):
         return inputs.to(self.args.device)
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Any) -> Any:
-        return contextlib.nullcontext, inputs  # no row is cut: batches come divided
+        return contextlib.nullcontext, inputs  # batches come divided, and long rows cut
 
     def get_train_dataloader(self) -> Any:
         with dividing(self):
