@@ -57,3 +57,67 @@ def test_one_launch_a_step_and_the_losses_of_pytorch(
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert rewards == pytest.approx(expected_rewards, rel=1e-3, abs=2e-5)
     assert torch.isfinite(torch.tensor(found)).all()
+
+
+METHODS = {
+    "dpo": {},
+    "kto": {"loss_type": "kto"},
+    "wpo": {"use_weighting": True},
+    "dpo in parts": {"token_budget": 60, "logits_budget_mb": 0},
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_interpreter.py runs it interpreted")
+@pytest.mark.parametrize(
+    "method",
+    ["dpo", *(pytest.param(m, marks=pytest.mark.matrix) for m in METHODS if m != "dpo")],
+)
+def test_a_run_that_keeps_powers(method, tiny_llama, small_tokenizer, tmp_path, monkeypatch):
+    """Losses and metrics are those of kept logits to bf16's rounding, and no logits are made for a
+    step: neither for its gradients nor for what it logs."""
+    import tralign_kernels
+    from tralign_fast.ops import logprobs, tiles
+    from tralign_fast.training import models
+
+    extra = METHODS[method]
+    rows = kto_rows(12) if method == "kto" else pair_rows(12)
+    tiny_llama.resize_token_embeddings(pad_to_multiple_of=16)  # more rows than tokens
+    start = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    for module in (logprobs, models):
+        monkeypatch.setattr(module, "pick_backend", lambda *_: "triton")
+    asked, own = [], tralign_kernels.linear_powers_
+    monkeypatch.setattr(
+        tralign_kernels, "linear_powers_", lambda *a, **k: asked.append(1) or own(*a, **k)
+    )
+
+    def logs(kept):
+        tiny_llama.load_state_dict(start)
+        args = TRConfig(
+            **{**options(tmp_path / kept), "bf16": True, "kept": kept, "max_steps": 3}, **extra,
+            ref_model_sync_steps=2, reference="resident", eval_strategy="steps", eval_steps=3,
+        )  # fmt: skip
+        trainer = TRTrainer(
+            tiny_llama, args=args, train_dataset=rows, eval_dataset=rows.select(range(4)),
+            processing_class=small_tokenizer,
+        )  # fmt: skip
+        trainer.train()
+        trainer.release_model()
+        return [log for log in trainer.state.log_history if {"loss", "eval_loss"} & {*log}]
+
+    expected = logs("logits")
+    assert not asked
+    monkeypatch.setattr(tiles, "project", None)
+    found = logs("powers")
+    assert asked
+    for ours, theirs in zip(found, expected, strict=True):
+        print({k: (ours[k], theirs[k]) for k in ours if isinstance(ours[k], float)})
+        timed = {key for key in ours if "second" in key or "runtime" in key}
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - timed:
+            assert ours[key] == pytest.approx(
+                theirs[key], rel=TOLERANCES.get(key, 2e-2), abs=2e-3
+            ), key
+
+
+# what depends on no gradient is of the same logits
+TOLERANCES = {"epoch": 0.0, "num_tokens": 0.0}
