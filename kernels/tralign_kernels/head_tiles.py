@@ -138,10 +138,13 @@ def splits_of(W: int) -> int:
     return triton.cdiv(W, SPLIT)
 
 
-def sizes_of(hidden: Tensor, weight: Tensor, powers: Tensor | None) -> tuple[int, ...]:
+def sizes_of(
+    hidden: Tensor, weight: Tensor, powers: Tensor | None
+) -> tuple[int, int, int, int, int, int]:
     """(N, W, H, row strides of the three)"""
+    (N, H), W = hidden.shape, weight.shape[0]
     stored = 0 if powers is None else powers.stride(0)
-    return (len(hidden), *weight.shape, hidden.stride(0), weight.stride(0), stored)
+    return N, W, H, hidden.stride(0), weight.stride(0), stored
 
 
 def tile_options(launch: DotLaunch, name: str, grouped: bool = True) -> dict[str, Any]:

@@ -11,6 +11,8 @@ order of their columns. With statistics it is six numbers (`statistics`): what t
 up to as they stand in registers, so that no logits need to be read for them.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -330,7 +332,7 @@ def linear_logprob_forward_(
     name = architecture(hidden.device)
     wide = is_wide(hidden, weight)
     candidates = (WIDE_LAUNCH if wide else SMALL_LAUNCH)[name]
-    inner, outer, softcap = fold(**transform)  # pyright: ignore[reportArgumentType]
+    inner, outer, softcap = fold(**transform)
     if statistics is not None:
         assert wide, "statistics are of aligned halves"
         assert not softcap, "statistics are of scores without a softcap"
@@ -379,7 +381,7 @@ def linear_logprob_forward_(
             splits,
             0 if statistics is None else statistics.stride(0),
             STATISTICS=statistics is not None,
-            BLOCK=_COMBINE_BLOCK,  # pyright: ignore[reportArgumentType]
+            BLOCK=_COMBINE_BLOCK,
         )
 
 
