@@ -1,6 +1,7 @@
 """Operators that a training step dispatches at real size, counted without a GPU.
 
-    python -m benchmarks.launches [--cases "8B LoRA 64" ...] [--whole] [--top 10]
+    python -m benchmarks.launches [--cases "8B LoRA 64" ...] [--kept powers] [--whole] [--top 10]
+    python -m benchmarks.launches --head             head and loss alone, in one node or two
 
 A step of the trainer's own code runs under fake tensors, on a GPU's paths (`tralign_fast.memory`),
 and every operator that reaches the device is counted: those that compute. Left out are views, and
@@ -35,6 +36,7 @@ from benchmarks.common import environment, format_table, write_csv
 from benchmarks.phases import PHASES, Phases
 from tralign_fast.memory import LiveTensors, Workload
 from tralign_fast.memory.plan import load_config
+from tralign_fast.ops.powers import KEPT
 from tralign_fast.training.optimizer_kernels import KernelSteps
 from tralign_kernels import adafactor, adamw
 
@@ -120,7 +122,9 @@ def _counted_step(counting: Counting) -> Any:
     return counted
 
 
-def count(case: Case, *, layers: int | None = None, checkpointing: bool = True) -> Counter[Any]:
+def count(
+    case: Case, *, layers: int | None = None, checkpointing: bool = True, kept: str = "logits"
+) -> Counter[Any]:
     """Operators of one step by (phase, name), of a model of that many layers (None: its own)."""
     from tralign_fast.memory import as_on_gpu as gpu
     from tralign_fast.memory.trace import quietly
@@ -133,7 +137,7 @@ def count(case: Case, *, layers: int | None = None, checkpointing: bool = True) 
     # the option: what a GPU has by default, where two batches are swept as one row
     options = {
         "ref_model_sync_steps": 512, "gradient_checkpointing": checkpointing,
-        "precompute_ref_batch_size": 2 * STEPS,
+        "precompute_ref_batch_size": 2 * STEPS, "kept": kept,
     }  # fmt: skip
     options |= case.fields.get("options", {})
     work = Workload(config, **{**case.fields, "options": options})
@@ -183,11 +187,78 @@ def _watch(counting: Counting) -> Any:
     return Watch()
 
 
-def at_full_size(case: Case, *, checkpointing: bool = True) -> Counter[Any]:
+def at_full_size(case: Case, **options: Any) -> Counter[Any]:
     """`count` of all layers, from models of one and of two: each further layer adds the same."""
-    one, two = (count(case, layers=n, checkpointing=checkpointing) for n in (1, 2))
+    one, two = (count(case, layers=n, **options) for n in (1, 2))
     further = load_config(case.model).num_hidden_layers - 1
     return Counter({key: one[key] + further * (two[key] - one[key]) for key in one | two})
+
+
+# What a trainer may call for head and loss: (as one node, what is kept, whether it logs statistics)
+HEADS = {
+    "two calls": (False, "logits", False),
+    "one node": (True, "logits", False),
+    "two calls, powers": (False, "powers", False),
+    "one node, powers": (True, "powers", False),
+    "two calls, statistics": (False, "logits", True),
+    "two calls, statistics, powers": (False, "powers", True),
+}
+
+
+def count_head(
+    node: bool, kept: str, statistics: bool, *, tokens: int = 1024, hidden: int = 4096,
+    vocab: int = 128256,
+) -> Counter[tuple[str, str]]:  # fmt: skip
+    """Operators by (forward or backward, name) from hidden states to DPO's loss of two pairs and to
+    both gradients, in bf16: Llama-3-8B's head."""
+    from types import SimpleNamespace
+
+    from tralign_fast import linear_preference_loss, preference_loss
+    from tralign_fast.memory import as_on_gpu as gpu
+    from tralign_fast.ops import backend
+    from tralign_fast.ops.logprobs import linear_logprobs_and_statistics
+
+    names = ("entropy", "mean_logits", "is_top1") if statistics else ()
+    with (
+        gpu.as_on_gpu(),
+        gpu.fake_tensors(),
+        Counting() as counting,
+        mock.patch.object(backend, "_do_nothing", counting.own_kernel),
+    ):
+        rows, weight = (
+            torch.empty(n, hidden, dtype=torch.bfloat16, requires_grad=True)
+            for n in (tokens, vocab)
+        )
+        targets = torch.zeros(tokens, dtype=torch.int64)
+        offsets, references = torch.arange(5) * (tokens // 4), torch.zeros(4)
+        now: Any = SimpleNamespace(now="forward")
+        counting.phases = now
+        if node:
+            loss = linear_preference_loss(
+                rows, weight, targets, offsets, references, loss="dpo", beta=0.1, kept=kept
+            ).loss
+        else:
+            logps, _ = linear_logprobs_and_statistics(rows, weight, targets, names, kept=kept)
+            loss = preference_loss(logps, references, offsets, loss="dpo", beta=0.1).loss
+        now.now = "backward"
+        loss.backward()
+    return counting.counts
+
+
+def _heads(out: Path) -> None:
+    rows, lines = [], []
+    for name, kind in HEADS.items():
+        counts = count_head(*kind)
+        phases = [sum(n for k, n in counts.items() if k[0] == p) for p in ("forward", "backward")]
+        own = sum(n for k, n in counts.items() if k[1] == "own kernel")
+        lines.append([name, *map(str, phases), str(counts.total()), str(own)])
+        rows += [
+            {"case": name, "phase": phase, "operator": operator, "count": number}
+            for (phase, operator), number in sorted(counts.items())
+        ]
+    print(format_table(["head and loss", "forward", "backward", "all", "own kernels"], lines))
+    about = environment(("torch",))
+    write_csv(out / "launches_head.csv", [{**row, **about} for row in rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,14 +267,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--whole", action="store_true", help="run all layers (minutes)")
     parser.add_argument("--top", type=int, default=10, help="operators to name by themselves")
+    parser.add_argument("--kept", default="logits", choices=KEPT, help="TRConfig's option")
+    parser.add_argument("--head", action="store_true", help="head and loss alone")
     options = parser.parse_args(arguments)
+    if options.head:
+        _heads(options.out)
+        return 0
     rows, lines = [], []
     for name in options.cases:
         for checkpointing in (True, False):
             case = CASES[name]
             counter = count if options.whole else at_full_size
-            counts = counter(case, checkpointing=checkpointing)
-            label = name + ("" if checkpointing else ", no checkpointing")
+            counts = counter(case, checkpointing=checkpointing, kept=options.kept)
+            label = name + ", powers" * (options.kept == "powers")
+            label += "" if checkpointing else ", no checkpointing"
             by_phase = {p: sum(n for k, n in counts.items() if k[0] == p) for p in PHASES}
             lines.append(
                 [label, *(f"{n:,.0f}" for n in by_phase.values()), f"{counts.total():,.0f}",
@@ -217,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{label}: {_top(counts, options.top)}")
     print(format_table(["operators a step", *PHASES, "all", "goal"], lines))
     about = environment(("torch", "transformers", "peft", "liger-kernel"))
-    write_csv(options.out / "launches.csv", [{**row, **about} for row in rows])
+    name = "launches.csv" if options.kept == "logits" else f"launches_{options.kept}.csv"
+    write_csv(options.out / name, [{**row, **about} for row in rows])
     return 0
 
 

@@ -53,3 +53,14 @@ def test_a_kernel_of_ligers_is_one_operator():
     without = launches.count(dataclasses.replace(case, fields=plain), layers=2)
     assert not [key for key in without if key[1] == "Liger's kernel"]
     assert without.total() > two.total() + 2 * 80
+
+
+def test_one_node_for_head_and_loss_spares_no_operator():
+    """Why the trainer makes two calls (docs/decisions.md); and powers take one operator more, the
+    hidden states times their rows' factors."""
+    totals = {name: launches.count_head(*kind).total() for name, kind in launches.HEADS.items()}
+    assert totals["one node"] == totals["two calls"] == 13
+    assert totals["one node, powers"] == totals["two calls, powers"] == 14
+    assert totals["two calls, statistics, powers"] == totals["two calls, statistics"] + 1
+    own = launches.count_head(*launches.HEADS["two calls, statistics, powers"])
+    assert not [key for key in own if key == ("forward", "mm.out")]  # no logits are made

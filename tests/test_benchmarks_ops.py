@@ -41,8 +41,9 @@ def test_every_arm_is_called_checked_and_measured(runs):
 
 
 @pytest.mark.parametrize("name", ["tralign_fast", "tralign_fast_lean", "tralign_fast_1_gib",
-                                  "tralign_fast_node", "eager", "eager_scored",
-                                  "torch", "trl", "liger", "liger_scaled"])  # fmt: skip
+                                  "tralign_fast_node", "tralign_fast_logged", "eager",
+                                  "eager_scored", "torch", "trl", "liger",
+                                  "liger_scaled"])  # fmt: skip
 def test_arms_do_the_same_work(name):
     inputs = arms.make_inputs(CASE)
     if name == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -86,8 +87,9 @@ def test_arms_of_a_gpu_are_left_out_elsewhere():
         assert not {*on_cpu} & {*arms.GPU_ARMS}
         assert {*on_gpu} == {*on_cpu, *arms.GPU_ARMS}
         assert len(on_gpu) == len({*on_gpu})
-    with pytest.raises(ValueError, match="powers are kept by Triton"):
-        arms.ARMS["tralign_fast_powers"][1](arms.make_inputs(CASE))
+    for name in ("tralign_fast_powers", "tralign_fast_powers_logged"):
+        with pytest.raises(ValueError, match="powers are kept by Triton"):
+            arms.ARMS[name][1](arms.make_inputs(CASE))
 
 
 def test_the_arm_of_powers_keeps_them(monkeypatch):

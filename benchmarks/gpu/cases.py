@@ -74,6 +74,7 @@ ARMS = {
     "ours": "tralign-fast",
     "ours_plain": "tralign-fast without layer kernels and CUDA graphs",
     "ours_frozen": "tralign-fast, reference frozen, precomputed",
+    "ours_powers": "tralign-fast, powers kept by the head",
 }
 
 
@@ -135,9 +136,9 @@ _DEFAULT = [
     ("8b-full/2p4k/ckpt", "trl ours"),
     ("8b-release/2p4k/ckpt", "trl ours"),
     ("8b-lora64/8p16k/ckpt", "trl ours"),
-    ("8b-lora64/2p4k/ckpt", "trl_liger ours_frozen ours_plain"),
+    ("8b-lora64/2p4k/ckpt", "trl_liger ours_frozen ours_plain ours_powers"),
     ("8b-full/2p4k/ckpt", "trl_liger ours_frozen"),
-    ("1b-full/2p4k/nockpt", "trl_liger ours_frozen ours_plain"),
+    ("1b-full/2p4k/nockpt", "trl_liger ours_frozen ours_plain ours_powers"),
     ("8b-lora64/2p4k/nockpt", "trl_liger"),
     ("8b-lora16/2p4k/ckpt", "trl ours"),
     ("8b-qlora64/2p4k/ckpt", "trl ours"),

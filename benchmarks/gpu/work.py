@@ -96,6 +96,8 @@ def options_of(case: Case) -> dict[str, Any]:
         options |= {} if case.is_trl else {"gradient_release": True}
     if case.arm == "ours_plain":
         options |= {"layer_kernels": "none", "cuda_graphs": False}
+    if case.arm == "ours_powers":
+        options |= {"kept": "powers"}
     if case.arm == "ours_frozen":
         options |= {"precompute_ref_log_probs": True, "sync_ref_model": False}
     return options

@@ -14,8 +14,9 @@ default sizes are those of Llama-3-8B, on a CPU smaller ones.
 noise of the machine hits all alike. An arm that has used up `--arm_seconds` leaves the round (at
 least one steady call is timed); `calls` says how many were.
 
-On a GPU our arms are four: logits kept within what is free (`tralign_fast`), within 1 GiB, head and
-loss as one node, and that with powers kept in place of logits, which is not measured so far.
+On a GPU our arms are six: logits kept within what is free (`tralign_fast`), within 1 GiB, head and
+loss as one node, and that with powers kept in place of logits; then what the trainer asks for,
+log-probs with the statistics that it logs, of logits and of powers. Powers are not measured so far.
 
 quack's operator gives the mean of cross entropies and no log-probs of tokens, which DPO needs: its
 arm computes that mean of policy and reference, forward and backward, and is not checked. An arm

@@ -154,9 +154,31 @@ def make_tralign_fast_node(inputs: Inputs, **options: Any) -> Callable[[], Tenso
 
 
 def make_tralign_fast_powers(inputs: Inputs) -> Callable[[], Tensor]:
+    _check_powers(inputs)
+    return make_tralign_fast_node(inputs, kept="powers")
+
+
+def _check_powers(inputs: Inputs) -> None:
     if not (inputs.hidden.is_cuda and inputs.hidden.dtype == torch.bfloat16):
         raise ValueError("powers are kept by Triton, in bf16; elsewhere this would be another arm")
-    return make_tralign_fast_node(inputs, kept="powers")
+
+
+def make_tralign_fast_logged(inputs: Inputs, kept: str = "logits") -> Callable[[], Tensor]:
+    from tralign_fast.ops.logprobs import linear_logprobs_and_statistics
+
+    # what a step of the trainer's DPO asks for: the reference's log-probs have no statistics
+    names = ("entropy", "mean_logits", "is_top1")
+
+    def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wanted = names if torch.is_grad_enabled() else ()
+        return linear_logprobs_and_statistics(hidden, weight, targets, wanted, kept=kept)[0]
+
+    return lambda: _of_scored(inputs, score)
+
+
+def make_tralign_fast_powers_logged(inputs: Inputs) -> Callable[[], Tensor]:
+    _check_powers(inputs)
+    return make_tralign_fast_logged(inputs, kept="powers")
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -268,6 +290,11 @@ ARMS: dict[str, tuple[str, Callable[[Inputs], Callable[[], Tensor]]]] = {
     "tralign_fast_1_gib": ("tralign-fast, logits_budget_mb=1024", make_tralign_fast_1_gib),
     "tralign_fast_node": ("tralign-fast, linear_preference_loss", make_tralign_fast_node),
     "tralign_fast_powers": ("tralign-fast, the same, powers kept", make_tralign_fast_powers),
+    "tralign_fast_logged": ("tralign-fast, statistics too", make_tralign_fast_logged),
+    "tralign_fast_powers_logged": (
+        "tralign-fast, statistics too, powers kept",
+        make_tralign_fast_powers_logged,
+    ),
     "cce": ("cut-cross-entropy", make_cce),
     "compiled": ("eager, torch.compile, scored rows", make_compiled),
     "eager_scored": ("eager, scored rows", make_eager_scored),
@@ -279,6 +306,6 @@ ARMS: dict[str, tuple[str, Callable[[Inputs], Callable[[], Tensor]]]] = {
     "torch": ("F.linear_cross_entropy", make_torch),
 }
 # what differs from another arm on a GPU alone
-GPU_ARMS = ("tralign_fast_1_gib", "tralign_fast_powers")
+GPU_ARMS = ("tralign_fast_1_gib", "tralign_fast_powers", "tralign_fast_powers_logged")
 # whose result is not the loss that is checked
 UNCHECKED = ("bare", "quack")

@@ -38,6 +38,7 @@ class DotLaunch(NamedTuple):
     num_stages: int
     tma: bool = False  # operands through tensor descriptors
     persistent: bool = False  # a program a multiprocessor, which takes work until none is left
+    parts: int = 1  # 1 or 4: of the tile's columns, reduced one after the other
 
 
 def backend() -> str:

@@ -5,31 +5,45 @@ Letters: N scored tokens (rows), H hidden size, W rows of the weight: the vocabu
 hidden, as a Linear layer and the tile path round them: a policy that keeps its logits and a
 reference that never makes them must agree (the first DPO loss is ln 2).
 
-A work item is one block of rows and `SPLIT` columns. It keeps the maximum of its scores and the sum
-of their exponentials in registers and stores two numbers a row; a second, small kernel combines the
-items of a row in the order of their columns. Which columns an item has depends on the shape alone,
-so that results do not depend on the number of multiprocessors, nor on the order of the items.
+A work item (`head_tiles`) keeps the maximum of its scores and the sum of their exponentials in
+registers and stores two numbers a row; a second, small kernel combines the items of a row in the
+order of their columns. With statistics it is six numbers (`statistics`): what the scores are summed
+up to as they stand in registers, so that no logits need to be read for them.
 """
 
-from typing import Any
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .ema import round_nearest
-from .launch import FLOAT_PRECISION, DotLaunch, architecture, device_of, dot, pick
+from .head_tiles import (
+    check_powers,
+    grid_of,
+    halves_of,
+    is_aligned,
+    item_of,
+    operands_of,
+    product_of_tile,
+    scores_of,
+    sizes_of,
+    splits_of,
+    store_tile,
+    target_of,
+    tile_options,
+)
+from .launch import DotLaunch, architecture, device_of, pick
 from .logprob import (
     DTYPES,
     check_logsumexp,
+    check_statistics,
     check_vector,
     fold,
+    fold_logsumexp,
     logprob_naive,
-    score,
-    store_logsumexp,
 )
+from .statistics import fold_statistics, moments_of, moved_moments
 
 # Halves whose rows are multiples of 16 elements. The first of a row is the default, the others are
 # tried with TRALIGN_AUTOTUNE=1. sm_90 was timed; the others are what fits without a spill.
@@ -73,83 +87,91 @@ POWERS_LAUNCH = {
     "sm_100": (DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),),
     "gfx942": (DotLaunch(128, 128, 64, 8, 2),),
 }
-
-# Columns of a work item: 16 tiles of 128. Llama 3's vocabulary has 63 items a row, so that 2,048
-# rows make 504 of them (3.8 for each of an H100's 132 SMs) and leave 0.5 kB a row to combine.
-SPLIT = 2048
-# Rows whose hidden states stay in the L2 cache (16 MB at H = 4,096, of an A100's 40 and an H100's
-# 50) while all of the weight passes by; it is read from device memory once for every such group.
-GROUP = 2048
+# Where statistics are made too, with powers and without. Not timed. Beside each score there are its
+# power and its distance from the peak, for which sm_90 has registers if a quarter of the tile is
+# looked at a time, and sm_80 with a tile of half the rows; on gfx942 addresses of a deeper slice
+# spill from scalar registers.
+STATISTICS_LAUNCH = {
+    "sm_80": (DotLaunch(64, 128, 64, 8, 3),),
+    "sm_90": (
+        DotLaunch(128, 256, 64, 8, 4, tma=True, persistent=True, parts=4),
+        DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),
+    ),
+    "sm_100": (DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),),
+    "gfx942": (DotLaunch(128, 128, 32, 8, 2),),
+}
 _COMBINE_BLOCK = 128
 
 
+# In place of a target's column, where another column of the item has a larger score, or an earlier
+# one the same.
+_BEATEN = tl.constexpr(-2)
+
+
 @triton.jit
-def _load_tile(
-    source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TMA: tl.constexpr,
+def _fold_scores(
+    x, first_row, first_column, N, W, inner, outer, powers, powers_stride, target,
+    target_logit, peak, mass, energy, squares, total, dtype: tl.constexpr, SOFTCAP: tl.constexpr,
+    POWERS: tl.constexpr, STATISTICS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) of a row-major matrix, zeros outside of it."""
-    if TMA:
-        tile = source.load([row, column])
-    else:
-        i = row + tl.arange(0, ROWS)
-        j = column + tl.arange(0, COLUMNS)
-        inside = (i < rows)[:, None] & (j < columns)[None, :]
-        address = source + i.to(tl.int64)[:, None] * stride + j[None, :]
-        tile = tl.load(address, mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def place_of(item, row_blocks, splits, GROUP_BLOCKS: tl.constexpr):
-    """(block of rows, split): rows vary fastest within a group of blocks, then splits, then groups.
-
-    Programs that run together read the same part of the weight, which thus comes from device memory
-    once a group, and hidden states that the L2 cache holds.
-    """
-    if GROUP_BLOCKS == 0:  # all rows are one group
-        block, split = item % row_blocks, item // row_blocks
-    else:
-        first = item // (GROUP_BLOCKS * splits) * GROUP_BLOCKS
-        blocks = tl.minimum(GROUP_BLOCKS, row_blocks - first)
-        place = item % (GROUP_BLOCKS * splits)
-        block, split = first + place % blocks, place // blocks
-    return block, split
-
-
-@triton.jit
-def scores_of_tile(
-    hidden, weight, bias_ptr, first_row, first_column, N, W, H, hidden_stride, weight_stride,
-    inner, outer, dtype: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):  # fmt: skip
-    """(ROWS, COLUMNS) fp32 scores; -inf in columns that are not there."""
+    """(target, target_logit, peak, mass, energy, squares, total) with the logits x of a tile, or a
+    part of one, in them; stores their powers."""
+    COLUMNS: tl.constexpr = x.shape[1]
     column = first_column + tl.arange(0, COLUMNS)
-    inside = column < W
-    x = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if BIAS:  # first, not last: registers are scarcest after the product
-        x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    for k in range(0, H, DEPTH):
-        a = _load_tile(hidden, first_row, k, N, H, hidden_stride, ROWS, DEPTH, TMA)
-        b = _load_tile(weight, first_column, k, W, H, weight_stride, COLUMNS, DEPTH, TMA)
-        x = dot(a, b.T, x, PRECISION)
-    z = score(round_nearest(x, dtype).to(tl.float32), inner, outer, SOFTCAP)
-    return tl.where(inside[None, :], z, -float("inf"))
+    if STATISTICS:
+        total += tl.sum(x, axis=1)
+    z = scores_of(x, column, W, inner, outer, dtype, SOFTCAP)
+    # maxima skip NaN, sums do not; a row of -inf so far: exp(-inf - 0) = 0, not NaN
+    highest = tl.max(z, axis=1)
+    new_peak = tl.maximum(peak, highest)
+    pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    if STATISTICS:
+        # a branch, which few tiles take: what it needs is not alive beside what follows
+        is_here = (target >= first_column) & (target < first_column + COLUMNS)
+        if tl.max(is_here.to(tl.int32), axis=0) > 0:
+            target_logit += _picked(z, column, target)
+            first = tl.min(tl.where(z == highest[:, None], column[None, :], 2**31 - 1), axis=1)
+            is_first_peak = (highest > peak) & (first == target)
+            target = tl.where(is_here & (is_first_peak == 0), _BEATEN, target)
+        energy, squares = moved_moments(energy, squares, mass, peak, pivot)
+    else:
+        target_logit += _picked(z, column, target)
+    power = tl.exp(z - pivot[:, None])
+    mass = mass * tl.exp(peak - pivot) + tl.sum(power, axis=1)
+    if STATISTICS:
+        energies, powers_squared = moments_of(z, pivot[:, None], power)
+        energy += tl.sum(energies, axis=1)
+        squares += tl.sum(powers_squared, axis=1)
+    if POWERS:
+        power *= tl.exp(pivot)[:, None]
+        store_tile(powers, first_row, first_column, N, W, powers_stride, power, TMA)
+    return target, target_logit, new_peak, mass, energy, squares, total
 
 
 @triton.jit
-def store_tile(target, first_row, first_column, rows, columns, stride, values, TMA: tl.constexpr):
-    """`values` into a row-major matrix, what lies outside of it left out."""
-    ROWS: tl.constexpr = values.shape[0]
-    COLUMNS: tl.constexpr = values.shape[1]
-    if TMA:
-        target.store([first_row, first_column], round_nearest(values, target.dtype))
-    else:
-        row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        address = target + row.to(tl.int64)[:, None] * stride + column[None, :]
-        tl.store(address, round_nearest(values, target.dtype.element_ty), mask=inside)
+def _fold_halves(
+    x, first_row, first_column, N, W, inner, outer, powers, powers_stride, target,
+    target_logit, peak, mass, energy, squares, total, dtype: tl.constexpr, SOFTCAP: tl.constexpr,
+    POWERS: tl.constexpr, STATISTICS: tl.constexpr, TMA: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`_fold_scores` of the left columns, then of the right ones, which wait for the left's peak:
+    what stands beside every score is alive for half of them."""
+    left, right = halves_of(x)
+    target, target_logit, peak, mass, energy, squares, total = _fold_scores(
+        left, first_row, first_column, N, W, inner, outer, powers, powers_stride, target,
+        target_logit, peak, mass, energy, squares, total, dtype, SOFTCAP, POWERS, STATISTICS, TMA,
+    )  # fmt: skip
+    return _fold_scores(
+        right, first_row, first_column + COLUMNS // 2, N, W, inner, outer, powers,
+        powers_stride, target, target_logit, peak, mass, energy, squares, total, dtype, SOFTCAP,
+        POWERS, STATISTICS, TMA,
+    )  # fmt: skip
+
+
+@triton.jit
+def _picked(z, column, target):
+    """Scores of the targets that lie in these columns, else 0."""
+    return tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
 
 
 @triton.jit(do_not_specialize=["start", "N"])
@@ -158,8 +180,7 @@ def _linear_logprob_kernel(
     weight,  # (W, H): likewise
     bias_ptr,  # (W,)
     targets_ptr,  # (N,) int64
-    peak_ptr,  # (splits, N) fp32: maximum of an item's scores
-    mass_ptr,  # (splits, N) fp32: sum of exp(score - maximum)
+    partial_ptr,  # (2 or 6, splits, N) fp32: peak, mass, energy, squares, total, is top-1
     target_logit_ptr,  # (N,) fp32
     powers,  # (N, W) exp(score), where asked for: pointer or, with TMA, descriptor
     start,
@@ -174,7 +195,9 @@ def _linear_logprob_kernel(
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     POWERS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     TMA: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -185,67 +208,97 @@ def _linear_logprob_kernel(
     dtype: tl.constexpr = hidden.dtype if TMA else hidden.dtype.element_ty
     row_blocks, splits = tl.cdiv(N, ROWS), tl.cdiv(W, SPLIT)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        block, split = place_of(item, row_blocks, splits, GROUP // ROWS)
-        first_row = block * ROWS
-        row = first_row + tl.arange(0, ROWS)
-        row_inside = row < N
-        begin = split * SPLIT
-        end = tl.minimum(begin + SPLIT, W)
-        # a target lies in one item, which alone writes it; 32 bits, as the columns it is sought in
-        target = tl.load(targets_ptr + row, mask=row_inside, other=-1) - start
-        own = row_inside & (target >= begin) & (target < end)
-        target = tl.where(own, target, -1).to(tl.int32)
+        split, first_row, row, row_inside, begin, end, target = item_of(
+            item, targets_ptr, start, N, W, row_blocks, splits, SPLIT, GROUP, ROWS
+        )
+        target_logit = tl.zeros((ROWS,), tl.float32)
         peak = tl.full((ROWS,), -float("inf"), tl.float32)
         mass = tl.zeros((ROWS,), tl.float32)
-        target_logit = tl.zeros((ROWS,), tl.float32)
+        energy = tl.zeros((ROWS,), tl.float32)
+        squares = tl.zeros((ROWS,), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)  # of logits before they are rounded
         for first_column in range(begin, end, COLUMNS):
-            z = scores_of_tile(
+            x = product_of_tile(
                 hidden, weight, bias_ptr, first_row, first_column, N, W, H, hidden_stride,
-                weight_stride, inner, outer, dtype, BIAS, SOFTCAP, TMA, PRECISION, ROWS, COLUMNS,
-                DEPTH,
+                weight_stride, BIAS, TMA, PRECISION, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
-            column = first_column + tl.arange(0, COLUMNS)
-            at_target = column[None, :] == target[:, None]
-            target_logit += tl.sum(tl.where(at_target, z, 0.0), axis=1)
-            # maxima skip NaN, sums do not; a row of -inf so far: exp(-inf - 0) = 0, not NaN
-            new_peak = tl.maximum(peak, tl.max(z, axis=1))
-            pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-            power = tl.exp(z - pivot[:, None])
-            mass = mass * tl.exp(peak - pivot) + tl.sum(power, axis=1)
-            peak = new_peak
-            if POWERS:
-                power *= tl.exp(pivot)[:, None]
-                store_tile(powers, first_row, first_column, N, W, powers_stride, power, TMA)
-        partial = split.to(tl.int64) * N + row
-        tl.store(peak_ptr + partial, peak, mask=row_inside)
-        tl.store(mass_ptr + partial, mass, mask=row_inside)
-        tl.store(target_logit_ptr + row, target_logit, mask=own)
+            if PARTS == 1:
+                target, target_logit, peak, mass, energy, squares, total = _fold_scores(
+                    x, first_row, first_column, N, W, inner, outer, powers, powers_stride, target,
+                    target_logit, peak, mass, energy, squares, total, dtype, SOFTCAP, POWERS,
+                    STATISTICS, TMA,
+                )  # fmt: skip
+            else:
+                left, right = halves_of(x)
+                target, target_logit, peak, mass, energy, squares, total = _fold_halves(
+                    left, first_row, first_column, N, W, inner, outer, powers, powers_stride,
+                    target, target_logit, peak, mass, energy, squares, total, dtype, SOFTCAP,
+                    POWERS, STATISTICS, TMA, COLUMNS // 2,
+                )  # fmt: skip
+                target, target_logit, peak, mass, energy, squares, total = _fold_halves(
+                    right, first_row, first_column + COLUMNS // 2, N, W, inner, outer, powers,
+                    powers_stride, target, target_logit, peak, mass, energy, squares, total, dtype,
+                    SOFTCAP, POWERS, STATISTICS, TMA, COLUMNS // 2,
+                )  # fmt: skip
+        partial = partial_ptr + split.to(tl.int64) * N + row
+        part = splits.to(tl.int64) * N
+        tl.store(partial, peak, mask=row_inside)
+        tl.store(partial + part, mass, mask=row_inside)
+        if STATISTICS:
+            is_top1 = (target >= 0) & (target_logit == peak)
+            tl.store(partial + 2 * part, energy, mask=row_inside)
+            tl.store(partial + 3 * part, squares, mask=row_inside)
+            tl.store(partial + 4 * part, total * inner, mask=row_inside)
+            tl.store(partial + 5 * part, tl.where(is_top1, 1.0, 0.0), mask=row_inside)
+        tl.store(target_logit_ptr + row, target_logit, mask=target != -1)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "statistics_stride"])
 def _combine_kernel(
-    peak_ptr,  # (splits, N) fp32
-    mass_ptr,  # (splits, N) fp32
+    partial_ptr,  # (2 or 6, splits, N) fp32
     logsumexp_ptr,  # (N, 2) fp32, running
+    statistics_ptr,  # (5, N) fp32, running
     N,
     splits,
+    statistics_stride,
+    STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
-    peak = tl.load(logsumexp_ptr + 2 * row, mask=inside, other=0.0)
-    mass = tl.exp(tl.load(logsumexp_ptr + 2 * row + 1, mask=inside, other=0.0))
+    part = splits.to(tl.int64) * N
+    partial_ptr += row
+    peak = tl.full((BLOCK,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    if STATISTICS:
+        energy = tl.zeros((BLOCK,), tl.float32)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        top1 = tl.zeros((BLOCK,), tl.float32)
     for _ in range(0, splits):
-        other_peak = tl.load(peak_ptr + row, mask=inside, other=0.0)
-        other_mass = tl.load(mass_ptr + row, mask=inside, other=0.0)
+        other_peak = tl.load(partial_ptr, mask=inside, other=0.0)
+        other_mass = tl.load(partial_ptr + part, mask=inside, other=0.0)
         new_peak = tl.maximum(peak, other_peak)
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        if STATISTICS:
+            energy, squares = moved_moments(energy, squares, mass, peak, pivot)
+            more = tl.load(partial_ptr + 2 * part, mask=inside, other=0.0)
+            more_squares = tl.load(partial_ptr + 3 * part, mask=inside, other=0.0)
+            more, more_squares = moved_moments(more, more_squares, other_mass, other_peak, pivot)
+            energy += more
+            squares += more_squares
+            total += tl.load(partial_ptr + 4 * part, mask=inside, other=0.0)
+            other_top1 = tl.load(partial_ptr + 5 * part, mask=inside, other=0.0)
+            top1 = tl.where(other_peak > peak, other_top1, top1)
         mass = mass * tl.exp(peak - pivot) + other_mass * tl.exp(other_peak - pivot)
         peak = new_peak
-        peak_ptr += N
-        mass_ptr += N
-    pivot = tl.where(peak == -float("inf"), 0.0, peak)
-    store_logsumexp(logsumexp_ptr, row, pivot, tl.log(mass), inside)
+        partial_ptr += N
+    before, new = fold_logsumexp(logsumexp_ptr, row, peak, mass, inside)
+    if STATISTICS:
+        fold_statistics(
+            statistics_ptr + row, statistics_stride.to(tl.int64), before, new, mass, energy,
+            squares, peak, top1 > 0.0, total, inside,
+        )  # fmt: skip
 
 
 def linear_logprob_forward_(
@@ -258,6 +311,7 @@ def linear_logprob_forward_(
     *,
     bias: Tensor | None = None,  # (W,) of the same dtype
     powers: Tensor | None = None,  # (N, W) bf16, written: see `linear_powers`
+    statistics: Tensor | None = None,  # (5, N) float32, read and written, of aligned halves
     **transform: float | None,  # of `logprob.fold`
 ) -> None:
     """`logprob_forward_(F.linear(hidden, weight, bias), ...)` without the logits.
@@ -267,8 +321,8 @@ def linear_logprob_forward_(
     multiplied to fp32's precision (TF32 three times over on NVIDIA, IEEE on AMD).
 
     Traffic: the weight is read once from device memory for every 2,048 rows; memory: two floats a
-    row for every 2,048 columns. The result is the same on every run, and does not
-    depend on the number of multiprocessors.
+    row for every 2,048 columns, six with statistics. The result is the same on every run, and does
+    not depend on the number of multiprocessors.
     """
     N, H = hidden.shape
     W = weight.shape[0]
@@ -278,60 +332,56 @@ def linear_logprob_forward_(
     name = architecture(hidden.device)
     wide = is_wide(hidden, weight)
     candidates = (WIDE_LAUNCH if wide else SMALL_LAUNCH)[name]
-    inner, outer, softcap = fold(**transform)  # pyright: ignore[reportArgumentType]
+    inner, outer, softcap = fold(**transform)
+    if statistics is not None:
+        assert wide, "statistics are of aligned halves"
+        assert not softcap, "statistics are of scores without a softcap"
+        check_statistics(statistics, N)
     if powers is not None:
         check_powers(powers, hidden, weight, softcap)
+    if statistics is not None:
+        candidates = [c for c in STATISTICS_LAUNCH[name] if bias is None or is_roomy(c)]
+    elif powers is not None:
         candidates = POWERS_LAUNCH[name]
     elif softcap:
-        candidates = [c for c in candidates if fits_softcap(c)]
-    splits = triton.cdiv(W, SPLIT)
-    peaks, masses = hidden.new_empty((2, splits, N), dtype=torch.float32)
+        candidates = [c for c in candidates if is_roomy(c)]
+    splits = splits_of(W)
+    parts = 2 if statistics is None else 6
+    partial = hidden.new_empty((parts, splits, N), dtype=torch.float32)
 
     def run(launch: DotLaunch) -> None:
-        items = triton.cdiv(N, launch.rows) * splits
-        assert items < 2**31, (N, W)
-        _linear_logprob_kernel[(programs_of(items, launch, hidden.device),)](
+        _linear_logprob_kernel[grid_of(N, W, launch, hidden.device)](
             *operands_of(hidden, weight, launch),
             hidden if bias is None else bias,  # any pointer, not read
             targets.contiguous(),
-            peaks,
-            masses,
+            partial,
             target_logit,
             target_of(powers, launch) if powers is not None else hidden,  # likewise
             start,
-            N,
-            W,
-            H,
-            hidden.stride(0),
-            weight.stride(0),
-            0 if powers is None else powers.stride(0),
+            *sizes_of(hidden, weight, powers),
             inner,
             outer,
             BIAS=bias is not None,
             SOFTCAP=softcap,
             POWERS=powers is not None,
-            TMA=launch.tma,
-            PRECISION=FLOAT_PRECISION[name],
-            SPLIT=SPLIT,
-            GROUP=GROUP if wide else 0,  # small tiles have no registers left for it on sm_80
-            ROWS=launch.rows,
-            COLUMNS=launch.columns,
-            DEPTH=launch.depth,
-            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-            num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
+            STATISTICS=statistics is not None,
+            **tile_options(launch, name, grouped=wide),
+            PARTS=launch.parts,
         )
 
     with device_of(hidden):
         key = (_linear_logprob_kernel, name, hidden.dtype, N, W, H, bias is None, softcap,
-               powers is None)  # fmt: skip
+               powers is None, parts)  # fmt: skip
         run(pick(candidates, key, run))
         _combine_kernel[(triton.cdiv(N, _COMBINE_BLOCK),)](
-            peaks,
-            masses,
+            partial,
             logsumexp,
+            logsumexp if statistics is None else statistics,  # any pointer, not read
             N,
             splits,
-            BLOCK=_COMBINE_BLOCK,  # pyright: ignore[reportArgumentType]
+            0 if statistics is None else statistics.stride(0),
+            STATISTICS=statistics is not None,
+            BLOCK=_COMBINE_BLOCK,
         )
 
 
@@ -359,55 +409,14 @@ def _check(
         assert vector.is_contiguous(), vector.stride()
 
 
-def fits_softcap(launch: DotLaunch) -> bool:
-    """tanh takes more registers than 128 accumulators a thread leave: the tile may have 64."""
+def is_roomy(launch: DotLaunch) -> bool:
+    """tanh takes more registers than 128 accumulators a thread leave, and so does a bias beside
+    statistics: the tile may have 64."""
     return launch.rows * launch.columns <= 64 * 32 * launch.num_warps
 
 
 def is_wide(hidden: Tensor, weight: Tensor) -> bool:
     return hidden.dtype != torch.float32 and is_aligned(hidden) and is_aligned(weight)
-
-
-def check_powers(powers: Tensor, hidden: Tensor, weight: Tensor, softcap: bool) -> None:
-    assert not softcap, "a softcap's slope is not in the powers"
-    assert powers.shape == (len(hidden), len(weight)), powers.shape
-    assert powers.dtype == hidden.dtype == torch.bfloat16, (powers.dtype, hidden.dtype)
-    for matrix in (powers, hidden, weight):
-        assert matrix.stride(1) == 1, matrix.stride()
-        assert is_aligned(matrix), (matrix.data_ptr(), matrix.shape, matrix.stride())
-
-
-def programs_of(items: int, launch: DotLaunch, device: torch.device) -> int:
-    return min(items, _multiprocessors(device)) if launch.persistent else items
-
-
-def operands_of(hidden: Tensor, weight: Tensor, launch: DotLaunch) -> tuple[Any, Any]:
-    """As pointers or, with TMA, descriptors."""
-    if not launch.tma:
-        return hidden, weight
-    return (
-        _describe(hidden, launch.rows, launch.depth),
-        _describe(weight, launch.columns, launch.depth),
-    )
-
-
-def target_of(powers: Tensor, launch: DotLaunch) -> Any:
-    return _describe(powers, launch.rows, launch.columns) if launch.tma else powers
-
-
-def is_aligned(matrix: Tensor) -> bool:
-    """Whether TMA can address it, and pointers 16 bytes a thread: as every language model's."""
-    return (matrix.data_ptr() | matrix.stride(0) | matrix.shape[1]) % 16 == 0
-
-
-def _describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns])
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3  # interpreted: fewer programs than items, as on a GPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def linear_logprob_naive(

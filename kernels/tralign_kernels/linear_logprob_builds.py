@@ -6,13 +6,14 @@ from typing import Any
 
 import triton
 
-from . import linear_logprob, linear_powers
+from . import head_tiles, linear_logprob, linear_powers
 from .launch import FLOAT_PRECISION, DotLaunch
 from .linear_logprob import (
     POWERS_LAUNCH,
     SMALL_LAUNCH,
+    STATISTICS_LAUNCH,
     WIDE_LAUNCH,
-    fits_softcap,
+    is_roomy,
 )
 from .logprob import DTYPES
 
@@ -26,13 +27,13 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
     leave the candidates of TRALIGN_AUTOTUNE and most of the rest to benchmarks.report.
     """
     architectures = ["sm_80", "sm_90", "sm_100"] if backend == "cuda" else ["gfx942"]
-    configurations = [_combine_configuration()]
+    configurations = [_combine_configuration(statistics) for statistics in (False, True)]
     for name in architectures:
         for dtype in DTYPES.values():
             small = SMALL_LAUNCH[name]
             candidates = small if dtype == "fp32" else WIDE_LAUNCH[name]
             for launch, aligned in [*((c, True) for c in candidates), (small[0], False)]:
-                plain, every = (False, False), (True, fits_softcap(launch))
+                plain, every = (False, False), (True, is_roomy(launch))
                 for bias, softcap in (plain, every):
                     configuration = _configuration(name, dtype, launch, aligned, bias, softcap)
                     by_default = dtype == "bf16" and launch == candidates[0]
@@ -50,8 +51,24 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                 configurations += [
                     _powers_configuration(name, launch, bias, repair=True) for bias in (False, True)
                 ]
+        configurations += _statistics_configurations(name)
     configurations += [_scale_configuration(backend, aligned) for aligned in (True, False)]
     return configurations
+
+
+def _statistics_configurations(target: str) -> list[dict[str, Any]]:
+    found = []
+    for launch in STATISTICS_LAUNCH[target]:
+        for bias in (False, True) if is_roomy(launch) else (False,):
+            for powers in (False, True):
+                configuration = _configuration(
+                    target, "bf16", launch, True, bias, False, powers, statistics=True
+                )
+                by_default = launch == STATISTICS_LAUNCH[target][0]
+                configuration["representative"] = powers and (bias or not is_roomy(launch))
+                configuration["representative"] &= by_default
+                found.append(configuration)
+    return found
 
 
 def _powers_configuration(
@@ -120,16 +137,19 @@ def _configuration(
     bias: bool,
     softcap: bool,
     powers: bool = False,
+    statistics: bool = False,
 ) -> dict[str, Any]:
     N, W, H = 2048, 128_256, 4096  # Llama-3-8B
     constexprs = {
         "BIAS": bias,
         "SOFTCAP": softcap,
         "POWERS": powers,
+        "STATISTICS": statistics,
+        "PARTS": launch.parts,
         "TMA": launch.tma,
         "PRECISION": FLOAT_PRECISION[target],
-        "SPLIT": linear_logprob.SPLIT,
-        "GROUP": linear_logprob.GROUP if launch not in SMALL_LAUNCH[target] else 0,
+        "SPLIT": head_tiles.SPLIT,
+        "GROUP": head_tiles.GROUP if launch not in SMALL_LAUNCH[target] else 0,
         "ROWS": launch.rows,
         "COLUMNS": launch.columns,
         "DEPTH": launch.depth,
@@ -138,9 +158,10 @@ def _configuration(
     hidden = f"tensordesc<{dtype}[{launch.rows}, {launch.depth}]>" if launch.tma else pointer
     weight = f"tensordesc<{dtype}[{launch.columns}, {launch.depth}]>" if launch.tma else pointer
     # arguments divisible by 16: pointers, W, H, row strides
-    divisible = (*range(8), 10, 11, 12, 13, 14) if aligned else range(8)
+    divisible = (*range(7), 9, 10, 11, 12, 13) if aligned else range(7)
     name = f"linear_logprob {dtype} {launch.rows}x{launch.columns}"
     name += " bias" * bias + " softcap" * softcap + " powers" * powers
+    name += " statistics" * statistics
     name += " unaligned" * (not aligned)
     return {
         "name": name,
@@ -151,11 +172,10 @@ def _configuration(
             "weight": weight,
             "bias_ptr": pointer,
             "targets_ptr": "*i64",
-            "peak_ptr": "*fp32",
-            "mass_ptr": "*fp32",
+            "partial_ptr": "*fp32",
             "target_logit_ptr": "*fp32",
             "powers": (
-                f"tensordesc<{dtype}[{launch.rows}, {launch.columns}]>"
+                f"tensordesc<{dtype}[{launch.rows}, {launch.columns // launch.parts}]>"
                 if powers and launch.tma
                 else pointer
             ),
@@ -168,26 +188,33 @@ def _configuration(
         "attrs": {
             (i,): [["tt.divisibility", 16]]
             for i in divisible
-            if not (launch.tma and (i in (0, 1) or (powers and i == 7)))
+            if not (launch.tma and (i in (0, 1) or (powers and i == 6)))
         },
         "options": {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
         "shape": f"N={N} W={W} H={H}",
-        **traffic(N, W, H, 4 if dtype == "fp32" else 2, launch, bias, powers),
+        **traffic(N, W, H, 4 if dtype == "fp32" else 2, launch, bias, powers, statistics),
     }
 
 
 def traffic(
-    N: int, W: int, H: int, size: int, launch: DotLaunch, bias: bool, powers: bool = False
+    N: int,
+    W: int,
+    H: int,
+    size: int,
+    launch: DotLaunch,
+    bias: bool,
+    powers: bool = False,
+    statistics: bool = False,
 ) -> dict[str, int]:
     """Bytes that the kernel asks for (caches serve most), and that any kernel must."""
-    row_blocks, splits = triton.cdiv(N, launch.rows), triton.cdiv(W, linear_logprob.SPLIT)
+    row_blocks, splits = triton.cdiv(N, launch.rows), triton.cdiv(W, head_tiles.SPLIT)
     columns = sum(
-        triton.cdiv(min(linear_logprob.SPLIT, W - begin), launch.columns)
-        for begin in range(0, W, linear_logprob.SPLIT)
+        triton.cdiv(min(head_tiles.SPLIT, W - begin), launch.columns)
+        for begin in range(0, W, head_tiles.SPLIT)
     )
     operands = (columns * N + row_blocks * W) * H * size
-    # targets are read for every item; its two numbers are written
-    vectors = N * (splits * (8 + 8) + 4) + bias * row_blocks * W * size
+    # targets are read for every item; its numbers are written
+    vectors = N * (splits * (8 + _part_bytes(statistics)) + 4) + bias * row_blocks * W * size
     least = (N + W) * H * size + N * (8 + 8 + 4) + bias * W * size
     stored = powers * N * W * size
     return {"moved": operands + vectors + stored, "minimum": least + stored}
@@ -197,7 +224,7 @@ def powers_traffic(
     N: int, W: int, H: int, launch: DotLaunch, bias: bool, repair: bool
 ) -> dict[str, int]:
     """As `traffic`, of `linear_powers_`; to repair, of rows that need none."""
-    splits = triton.cdiv(W, linear_logprob.SPLIT)
+    splits = triton.cdiv(W, head_tiles.SPLIT)
     # targets and logsumexp for every item, log-probs in one of them
     vectors = N * (splits * (8 + 8) + 4)
     if repair:
@@ -211,21 +238,26 @@ def scale_traffic(N: int, H: int, block: int, size: int = 2) -> dict[str, int]:
     return {"moved": rows + triton.cdiv(H, block) * vectors, "minimum": rows + vectors}
 
 
-def _combine_configuration() -> dict[str, Any]:
-    N, splits = 2048, triton.cdiv(128_256, linear_logprob.SPLIT)
-    traffic = 8 * N * splits + 16 * N
+def _part_bytes(statistics: bool) -> int:
+    """Of a row and item."""
+    return 6 * 4 if statistics else 2 * 4
+
+
+def _combine_configuration(statistics: bool) -> dict[str, Any]:
+    N, splits = 2048, triton.cdiv(128_256, head_tiles.SPLIT)
+    traffic = _part_bytes(statistics) * N * splits + 16 * N + statistics * 40 * N
+    constexprs = {"STATISTICS": statistics, "BLOCK": linear_logprob._COMBINE_BLOCK}
     return {
-        "name": "linear_logprob combine",
+        "name": "linear_logprob combine" + " statistics" * statistics,
         "fn": linear_logprob._combine_kernel,
         "signature": {
-            "peak_ptr": "*fp32",
-            "mass_ptr": "*fp32",
+            "partial_ptr": "*fp32",
             "logsumexp_ptr": "*fp32",
-            "N": "i32",
-            "splits": "i32",
-            "BLOCK": "constexpr",
+            "statistics_ptr": "*fp32",
+            **dict.fromkeys(("N", "splits", "statistics_stride"), "i32"),
+            **dict.fromkeys(constexprs, "constexpr"),
         },
-        "constexprs": {"BLOCK": linear_logprob._COMBINE_BLOCK},
+        "constexprs": constexprs,
         "attrs": {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2)},
         "options": {"num_warps": 4},
         "shape": f"N={N} splits={splits}",

@@ -26,19 +26,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import linear_logprob
 from .ema import round_nearest
-from .launch import FLOAT_PRECISION, DotLaunch, Launch, architecture, backend, device_of, pick
-from .linear_logprob import (
-    POWERS_LAUNCH,
+from .head_tiles import (
     check_powers,
+    grid_of,
+    item_of,
     operands_of,
-    place_of,
-    programs_of,
-    scores_of_tile,
+    product_of_tile,
+    scores_of,
+    sizes_of,
     store_tile,
     target_of,
+    tile_options,
 )
+from .launch import DotLaunch, Launch, architecture, backend, device_of, pick
+from .linear_logprob import POWERS_LAUNCH
 from .logprob import check_logsumexp, check_vector, fold
 
 _LOW, _HIGH = tl.constexpr(-30.0), tl.constexpr(60.0)
@@ -85,17 +87,13 @@ def _linear_powers_kernel(
     dtype: tl.constexpr = hidden.dtype if TMA else hidden.dtype.element_ty
     row_blocks, splits = tl.cdiv(N, ROWS), tl.cdiv(W, SPLIT)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        block, split = place_of(item, row_blocks, splits, GROUP // ROWS)
-        first_row = block * ROWS
-        row = first_row + tl.arange(0, ROWS)
-        row_inside = row < N
+        _, first_row, row, row_inside, begin, end, target = item_of(
+            item, targets_ptr, start, N, W, row_blocks, splits, SPLIT, GROUP, ROWS
+        )
+        own = target >= 0
         high = tl.load(logsumexp_ptr + 2 * row, mask=row_inside, other=0.0)
         low = tl.load(logsumexp_ptr + 2 * row + 1, mask=row_inside, other=0.0)
         is_moderate, shift = _shift_of(high)
-        begin = split * SPLIT
-        end = tl.minimum(begin + SPLIT, W)
-        target = tl.load(targets_ptr + row, mask=row_inside, other=-1) - start
-        own = row_inside & (target >= begin) & (target < end)
         logp = tl.load(logps_ptr + row, mask=own, other=0.0)
         own_power = tl.exp(high - shift + low) * (tl.exp(logp) - 1.0)
         wrong, count = row_inside, 1
@@ -104,15 +102,14 @@ def _linear_powers_kernel(
             tl.store(own_place, round_nearest(own_power, dtype), mask=own & is_moderate)
             wrong = row_inside & (is_moderate == 0)
             count = tl.max(wrong.to(tl.int32), axis=0)
-        target = tl.where(own, target, -1).to(tl.int32)
         if count > 0:
             for first_column in range(begin, end, COLUMNS):
-                z = scores_of_tile(
+                x = product_of_tile(
                     hidden, weight, bias_ptr, first_row, first_column, N, W, H, hidden_stride,
-                    weight_stride, inner, outer, dtype, BIAS, False, TMA, PRECISION, ROWS, COLUMNS,
-                    DEPTH,
+                    weight_stride, BIAS, TMA, PRECISION, ROWS, COLUMNS, DEPTH,
                 )  # fmt: skip
                 column = first_column + tl.arange(0, COLUMNS)
+                z = scores_of(x, column, W, inner, outer, dtype, False)
                 at_target = column[None, :] == target[:, None]
                 power = tl.where(at_target, own_power[:, None], tl.exp(z - shift[:, None]))
                 if REPAIR:
@@ -180,9 +177,7 @@ def linear_powers_(
     name = architecture(hidden.device)
 
     def run(launch: DotLaunch) -> None:
-        items = triton.cdiv(N, launch.rows) * triton.cdiv(W, linear_logprob.SPLIT)
-        assert items < 2**31, (N, W)
-        _linear_powers_kernel[(programs_of(items, launch, hidden.device),)](
+        _linear_powers_kernel[grid_of(N, W, launch, hidden.device)](
             *operands_of(hidden, weight, launch),
             hidden if bias is None else bias,  # any pointer, not read
             targets.contiguous(),
@@ -191,25 +186,12 @@ def linear_powers_(
             powers if repair else target_of(powers, launch),
             powers,
             start,
-            N,
-            W,
-            H,
-            hidden.stride(0),
-            weight.stride(0),
-            powers.stride(0),
+            *sizes_of(hidden, weight, powers),
             inner,
             outer,
             BIAS=bias is not None,
             REPAIR=repair,
-            TMA=launch.tma,
-            PRECISION=FLOAT_PRECISION[name],
-            SPLIT=linear_logprob.SPLIT,
-            GROUP=linear_logprob.GROUP,
-            ROWS=launch.rows,
-            COLUMNS=launch.columns,
-            DEPTH=launch.depth,
-            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-            num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
+            **tile_options(launch, name),
         )
 
     with device_of(hidden):

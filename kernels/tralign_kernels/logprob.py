@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .ema import round_nearest
 from .launch import Launch, backend, device_of
+from .statistics import fold_statistics, moments_of, moved_moments
 
 # Both read (and the backward writes) 16 bytes a thread per load in bf16. Forward: one program walks
 # a row, so a block must be wide enough to hide the one reduction over warps per block: 32 columns a
@@ -97,31 +98,19 @@ def store_logsumexp(logsumexp_ptr, row, pivot, rest, mask=None):
 
 
 @triton.jit
-def _fold_statistics(
-    statistics_ptr,  # (5, N) fp32, running: see `logprob_forward_`
-    stride,
-    before,  # share of the mass of the columns so far
-    new,  # share of those of the tile
-    entropy,  # of the tile
-    squares,  # sum of squared probabilities of the tile
-    peak,  # largest score of the tile
-    is_top1,  # whether that is the target's
-    total,  # sum of scores of the tile
-):
-    # of a mixture of two distributions that share no column: each part's own entropy, and that of
-    # the choice between them
-    old = before * (tl.load(statistics_ptr) - tl.log(tl.where(before == 0.0, 1.0, before)))
-    tl.store(statistics_ptr, old + new * (entropy - tl.log(tl.where(new == 0.0, 1.0, new))))
-    statistics_ptr += stride
-    old = before * before * tl.load(statistics_ptr)
-    tl.store(statistics_ptr, old + new * new * squares)
-    old_peak = tl.load(statistics_ptr + stride)
-    tl.store(statistics_ptr + stride, tl.maximum(old_peak, peak))
-    statistics_ptr += 2 * stride
-    top1 = tl.where(is_top1, 1.0, 0.0)
-    tl.store(statistics_ptr, tl.where(peak > old_peak, top1, tl.load(statistics_ptr)))
-    statistics_ptr += stride
-    tl.store(statistics_ptr, tl.load(statistics_ptr) + total)
+def fold_logsumexp(logsumexp_ptr, row, peak, mass, mask=None):
+    """logsumexp[row] ← that of it and of a tile, whose largest score and mass these are.
+
+    Returns the shares of all mass: (of what was there, of the tile).
+    """
+    high = tl.load(logsumexp_ptr + 2 * row, mask=mask)
+    low = tl.load(logsumexp_ptr + 2 * row + 1, mask=mask)
+    top = tl.maximum(peak, high)
+    pivot = tl.where(top == -float("inf"), 0.0, top)
+    new, old = mass * tl.exp(peak - pivot), tl.exp(high - pivot + low)
+    store_logsumexp(logsumexp_ptr, row, pivot, tl.log(new + old), mask)
+    divisor = tl.where(new + old == 0.0, 1.0, new + old)
+    return old / divisor, new / divisor
 
 
 @triton.jit
@@ -173,26 +162,20 @@ def _logprob_forward_kernel(
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         # a row of -inf so far: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        scale, power = tl.exp(peak - pivot), tl.exp(z - pivot)
+        power = tl.exp(z - pivot)
         if STATISTICS:
-            shift = tl.where(peak == -float("inf"), 0.0, peak - pivot)
-            # a masked column has no power, and an infinite distance
-            distance = tl.where(z == -float("inf"), 0.0, z - pivot)
-            energy = (energy + mass * shift) * scale + power * distance
-            squares = squares * (scale * scale) + power * power
+            energy, squares = moved_moments(energy, squares, mass, peak, pivot)
+            energies, powers_squared = moments_of(z, pivot, power)
+            energy += energies
+            squares += powers_squared
             total += tl.where(inside, z, 0.0)
             is_before = (z == target_score) & (column < target)
             beaten |= ((z > target_score) | is_before).to(tl.int32)
-        mass = mass * scale + power
+        mass = mass * tl.exp(peak - pivot) + power
         peak = new_peak
 
-    high, low = tl.load(logsumexp_ptr + 2 * row), tl.load(logsumexp_ptr + 2 * row + 1)
-    top = tl.maximum(peak, high)
-    pivot = tl.where(top == -float("inf"), 0.0, top)
     tile_mass = tl.sum(mass, axis=0)
-    new_mass, old_mass = tile_mass * tl.exp(peak - pivot), tl.exp(high - pivot + low)
-    all_mass = new_mass + old_mass
-    store_logsumexp(logsumexp_ptr, row, pivot, tl.log(all_mass))
+    before, new = fold_logsumexp(logsumexp_ptr, row, peak, tile_mass)
     if (
         not STATISTICS
     ):  # else it is known before the loop, where it would take registers for nothing
@@ -201,15 +184,14 @@ def _logprob_forward_kernel(
         )
     tl.store(target_logit_ptr + row, target_score, mask=has_target)
     if STATISTICS:
-        divisor = tl.where(all_mass == 0.0, 1.0, all_mass)
-        tile_mass = tl.where(tile_mass == 0.0, 1.0, tile_mass)
-        _fold_statistics(
+        fold_statistics(
             statistics_ptr + row,
             statistics_stride.to(tl.int64),
-            old_mass / divisor,
-            new_mass / divisor,
-            tl.log(tile_mass) - tl.sum(energy, axis=0) / tile_mass,
-            tl.sum(squares, axis=0) / (tile_mass * tile_mass),
+            before,
+            new,
+            tile_mass,
+            tl.sum(energy, axis=0),
+            tl.sum(squares, axis=0),
             peak,
             has_target & (tl.max(beaten, axis=0) == 0),  # pyright: ignore[reportOperatorIssue]
             tl.sum(total, axis=0),
@@ -280,9 +262,7 @@ def logprob_forward_(
     # training step fill a GPU (132 SMs on an H100).
     launches = FORWARD_LAUNCH if statistics is None else STATISTICS_LAUNCH
     if statistics is not None:
-        assert statistics.shape == (5, N), (statistics.shape, N)
-        assert statistics.dtype == torch.float32, statistics.dtype
-        assert statistics.stride(1) == 1 or N == 1, statistics.stride()
+        check_statistics(statistics, N)
     _launch(
         _logprob_forward_kernel, N, launches[backend()],
         (logits, targets, logsumexp, target_logit), start, transform,
@@ -386,6 +366,12 @@ def check_vector(vector: Tensor, N: int, dtype: torch.dtype) -> None:
 def check_logsumexp(logsumexp: Tensor, N: int) -> None:
     assert logsumexp.shape == (N, 2), (logsumexp.shape, N)
     assert logsumexp.dtype == torch.float32, logsumexp.dtype
+
+
+def check_statistics(statistics: Tensor, N: int) -> None:
+    assert statistics.shape == (5, N), (statistics.shape, N)
+    assert statistics.dtype == torch.float32, statistics.dtype
+    assert statistics.stride(1) == 1 or N == 1, statistics.stride()
 
 
 def aot_configurations(backend: str) -> list[dict[str, Any]]:

@@ -50,13 +50,17 @@ def test_every_kernel_is_listed() -> None:
         # ref × θ dtypes × alignment, the halves in two roundings
         assert listed.count("_ema_kernel") == 3 * 3 * 2 + 2 * 3 * 2
         # tile candidates and the unaligned tile × plain or not; fp32 has one candidate. With powers
-        # each candidate × bias
+        # each candidate × bias; with statistics each × powers, × bias where it has room for one
         powers = len(linear_logprob.POWERS_LAUNCH[target])
-        assert listed.count("_linear_logprob_kernel") == (2 * (2 + 1) + 1 + 1 + powers) * 2
+        statistics = [
+            1 + linear_logprob.is_roomy(c) for c in linear_logprob.STATISTICS_LAUNCH[target]
+        ]
+        kinds = 2 * (2 + 1) + 1 + 1 + powers + sum(statistics)
+        assert listed.count("_linear_logprob_kernel") == kinds * 2
         # as many, and the last to repair
         assert listed.count("_linear_powers_kernel") == (powers + 1) * 2
         assert listed.count("_scale_rows_kernel") == 2  # aligned or not
-        assert listed.count("_combine_kernel") == 1
+        assert listed.count("_combine_kernel") == 2  # with statistics or without
         # losses, two in the other normalisation, lengths, KL given, sums, f-divergence and weights
         assert listed.count("_preference_kernel") == 14 + 2 + 1 + 2 + 2 + 1 + 1
         # dtypes × scaled × (4 blocks and a row of parts, 3 and one where C is no multiple of 16)

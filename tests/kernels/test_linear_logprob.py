@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tralign_kernels import (
+    head_tiles,
     launch,
     linear_logprob,
     linear_logprob_forward_,
@@ -32,7 +33,7 @@ def small_tiles(monkeypatch) -> None:
     for table in ("WIDE_LAUNCH", "SMALL_LAUNCH"):
         names = getattr(linear_logprob, table)
         monkeypatch.setattr(linear_logprob, table, dict.fromkeys(names, (SMALL,)))
-    monkeypatch.setattr(linear_logprob, "SPLIT", 64)
+    monkeypatch.setattr(head_tiles, "SPLIT", 64)
 
 
 def make(rows: int, vocab: int, depth: int, dtype: torch.dtype, device: torch.device, seed=0):
@@ -112,7 +113,7 @@ def test_groups_of_rows(device, group, rows, monkeypatch) -> None:
     """Every item is one group's: nothing is left out, and nothing changes but the order."""
     inputs = make(rows, V, 48, torch.bfloat16, device)[:3]  # aligned: small tiles have one group
     whole = run(*inputs)
-    monkeypatch.setattr(linear_logprob, "GROUP", group)
+    monkeypatch.setattr(head_tiles, "GROUP", group)
     grouped = run(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(grouped, whole, strict=True))
     check(grouped, *inputs)

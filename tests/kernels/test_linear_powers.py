@@ -10,8 +10,11 @@ from tests.ops.test_logprobs import assert_as_good_as_pytorch
 from tralign_fast import linear_logprobs
 from tralign_fast.ops import logprobs
 from tralign_fast.ops.backend import warn_once
-from tralign_fast.ops.logprobs import linear_logprobs_naive
+from tralign_fast.ops.logprobs import linear_logprobs_and_statistics, linear_logprobs_naive
+from tralign_fast.ops.statistics import STATISTICS
+from tralign_fast.ops.transform import LogitTransform
 from tralign_kernels import (
+    head_tiles,
     linear_logprob,
     linear_logprob_forward_,
     linear_powers,
@@ -31,11 +34,11 @@ SMALL = DotLaunch(rows=16, columns=32, depth=16, num_warps=4, num_stages=2)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch) -> None:
     launch_by(monkeypatch, SMALL)
-    monkeypatch.setattr(linear_logprob, "SPLIT", 64)
+    monkeypatch.setattr(head_tiles, "SPLIT", 64)
 
 
 def launch_by(monkeypatch, launch) -> None:
-    for table in ("WIDE_LAUNCH", "SMALL_LAUNCH", "POWERS_LAUNCH"):
+    for table in ("WIDE_LAUNCH", "SMALL_LAUNCH", "POWERS_LAUNCH", "STATISTICS_LAUNCH"):
         names = getattr(linear_logprob, table)
         monkeypatch.setattr(linear_logprob, table, dict.fromkeys(names, (launch,)))
     # that module has the table by name
@@ -181,6 +184,108 @@ def test_descriptors_and_few_programs_change_no_bit(device, monkeypatch) -> None
     assert all(a.equal(b) for a, b in zip(*results, strict=True))
 
 
+def statistics_of(hidden, weight, targets, bias, widths=(V,), kept=1, **options):
+    """(the running statistics, powers of the first `kept` tiles, logsumexp, target logits)."""
+    rows = len(targets)
+    logsumexp = torch.tensor([[-INF, 0.0]], device=hidden.device).repeat(rows, 1)
+    target_logit = torch.full((rows,), NAN, device=hidden.device)
+    table = torch.zeros(5, rows, device=hidden.device)
+    table[2] = -INF
+    powers, start = [], 0
+    for index, width in enumerate(widths):
+        part = slice(start, start + width)
+        own = hidden.new_full((rows, width), NAN) if index < kept else None
+        linear_logprob_forward_(
+            hidden, weight[part], targets, start, logsumexp, target_logit, powers=own,
+            statistics=table, bias=None if bias is None else bias[part], **options,
+        )  # fmt: skip
+        powers += [] if own is None else [own]
+        start = part.stop
+    return table, powers, logsumexp, target_logit
+
+
+def assert_statistics(table, z, targets) -> None:
+    """Against those of the scores in fp64; sums of fp32 numbers, of which none cancel."""
+    entropy, squares, peak, top1, total = table.double().cpu()
+    log_p = z.log_softmax(1)
+    exact = torch.special.entr(log_p.exp()).sum(1)
+    torch.testing.assert_close(entropy, exact, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(squares.log(), (2 * log_p).logsumexp(1), rtol=0, atol=1e-5)
+    assert peak.equal(z.amax(1))
+    assert top1.equal((z.argmax(1) == targets.cpu()).double())
+    # the scores are of rounded logits, the sum is taken before
+    size = 2**-8 * z.abs().mean(1) + 1e-6
+    assert ((total / z.shape[1] - z.mean(1)).abs() <= size).all()
+
+
+@pytest.mark.parametrize(
+    ("parts", "widths", "with_bias", "options"),
+    [
+        (1, (V,), False, {}),
+        (4, (64, 80), True, {"logit_scale": 0.5, "inverse_temperature": 1.5}),
+        pytest.param(1, (64, 80), True, {"inverse_temperature": 1.5}, marks=pytest.mark.matrix),
+        pytest.param(4, (V,), False, {}, marks=pytest.mark.matrix),
+        pytest.param(4, (64, 80), False, {"logit_scale": -0.5}, marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
+def test_statistics(device, monkeypatch, widths, with_bias, options, parts) -> None:
+    """Of powers that are stored and of columns that are not; half of the targets are the largest
+    column, whose score others have too."""
+    launch_by(monkeypatch, SMALL._replace(parts=parts))
+    hidden, weight, targets, bias, _ = make(device)
+    weight[[5, 40, 100]] = weight[[63, 60, 143]]
+    bias[[5, 40, 100]] = bias[[63, 60, 143]]
+    bias = bias if with_bias else None
+    z = scores(hidden, weight, bias, **options).cpu()
+    targets[::2] = z.argmax(1)[::2].to(device)
+    targets[1::4] = (V - 1 - z.flip(1).argmax(1))[1::4].to(device)  # the last of equal ones
+    table, powers, logsumexp, target_logit = statistics_of(
+        hidden, weight, targets, bias, widths, **options
+    )
+    assert_statistics(table, z, targets)
+    assert_powers(powers[0], z[:, : widths[0]].exp())
+    torch.testing.assert_close(logsumexp.sum(1).cpu().double(), z.logsumexp(1))
+    assert target_logit.cpu().double().equal(z.gather(1, targets.cpu()[:, None])[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("kept", "height"),
+    [
+        (0, -80.0),
+        (2, 80.0),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in ((0, 400.0), (2, -80.0))),
+    ],
+)
+def test_statistics_of_large_and_of_peaked_scores(device, kept, height) -> None:
+    """A common height of all scores, and rows of which one column has all of the mass."""
+    hidden, weight, targets, _, _ = make(device)
+    hidden[:, :2], weight[:, :2] = 0, 0
+    weight[:, 0], weight[37, 1] = 1, 4
+    hidden[:, 0], hidden[::3, 1] = height, 30
+    z = scores(hidden, weight, None).cpu()
+    assert (z.softmax(1).amax(1) > 1 - 1e-9).sum() >= 7
+    targets[::3] = 37
+    table, *_ = statistics_of(hidden, weight, targets, None, (64, 80), kept)
+    assert_statistics(table, z, targets)
+
+
+def test_statistics_of_masked_columns_and_of_targets_elsewhere(device) -> None:
+    hidden, weight, targets, bias, _ = make(device)
+    bias[64:128] = -INF  # a whole item
+    targets[:4] = torch.tensor([-100, V, 2**40, 70])
+    z = scores(hidden, weight, bias).cpu()
+    targets[4] = int(z[4].argmax())
+    table, *_ = statistics_of(hidden, weight, targets, bias)
+    entropy, _, peak, top1, total = table.cpu()
+    exact = torch.special.entr(z.softmax(1)).sum(1)
+    torch.testing.assert_close(entropy.double(), exact, rtol=2e-6, atol=2e-6)
+    assert peak.double().equal(z.amax(1))
+    assert top1.equal((z.argmax(1) == targets.cpu()).float())
+    assert top1[4] == 1
+    assert (total == -INF).all()
+
+
 def test_targets_outside_and_masked_columns(device) -> None:
     hidden, weight, targets, bias, _ = make(device)
     targets[:4] = torch.tensor([-100, V, 2**40, 70])
@@ -276,7 +381,7 @@ BUDGETS = pytest.mark.parametrize("budget", [ALL, PART, NONE], ids=["all", "part
 def narrow_tiles(monkeypatch):
     """A GPU's tiles have 2,048 columns; a CPU's of 256 are cut as a budget wants them."""
     launch_by(monkeypatch, WIDE)
-    monkeypatch.setattr(linear_logprob, "SPLIT", 256)
+    monkeypatch.setattr(head_tiles, "SPLIT", 256)
     monkeypatch.setattr(logprobs.tiles, "CPU_TILE_BYTES", {2: 256 * 29 * 2})
 
 
@@ -342,6 +447,59 @@ def test_a_part_is_kept_and_no_logits_are_made(device, narrow_tiles, monkeypatch
         ("linear_powers_", "repair", 256), ("linear_powers_", "repair", 256),
         ("linear_powers_", "made", 192),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("with_bias", "transform", "budget"),
+    [
+        (True, LogitTransform(0.25, None, 0.7), PART),
+        pytest.param(False, LogitTransform(), ALL, marks=pytest.mark.matrix),
+        pytest.param(False, LogitTransform(), PART, marks=pytest.mark.matrix),
+        pytest.param(False, LogitTransform(), NONE, marks=pytest.mark.matrix),
+    ],
+    ids=["bias-part", "all", "part", "none"],
+)
+def test_statistics_of_the_head(device, narrow_tiles, with_bias, transform, budget) -> None:
+    """Those of kept logits; log-probs and gradients are the same bits with them and without."""
+    hidden, weight, bias, targets, grad = head(device)
+    bias = bias if with_bias else None
+    options = {"logits_budget_mb": budget, "backend": "triton"}
+    found = {}
+
+    def call(*args, **more):
+        more.pop("backend", None)
+        logps, found["now"] = linear_logprobs_and_statistics(
+            *args, STATISTICS, transform=transform, **options, **more
+        )
+        return logps
+
+    inputs, needs = (hidden, weight, bias, targets, grad), (True, True, with_bias)
+    z = transform.apply_(F.linear(hidden, weight, bias).double())
+    targets[::3] = z.argmax(1)[::3]
+    with_statistics = run(call, inputs, needs, kept="powers")
+    ours = found["now"]
+    alone = run(kept_powers, inputs, needs, logits_budget_mb=budget, **transform.options())
+    for a, b in zip(with_statistics, alone, strict=True):
+        assert a.equal(b)
+    run(call, inputs, needs, kept="logits")
+    log_p = z.log_softmax(1)
+    exact = {
+        "entropy": torch.special.entr(log_p.exp()).sum(1),
+        "log_sum_sq_probs": (2 * log_p).logsumexp(1),
+        "mean_logits": z.mean(1),
+    }
+    for name, want in exact.items():
+        error, other = ((x[name] - want).abs().max() for x in (ours, found["now"]))
+        # the mean is of logits that are not rounded
+        size = 2**-8 * float(z.abs().mean()) if name == "mean_logits" else 0.0
+        assert error <= 2 * other + 2e-6 + size, name
+        assert not ours[name].requires_grad
+    assert ours["is_top1"].equal(found["now"]["is_top1"])
+    assert ours["is_top1"].sum() > 5
+    with torch.no_grad():  # an evaluation: the same kernel, and nothing is kept
+        call(hidden, weight, targets, bias=bias, kept="powers")
+    for name, value in found["now"].items():
+        torch.testing.assert_close(value, ours[name], rtol=1e-6, atol=1e-6)
 
 
 def test_autocast_and_strided_inputs(device, narrow_tiles) -> None:

@@ -14,6 +14,7 @@ from tralign_kernels import (
     adamw_step_,
     ema,
     ema_update_,
+    head_tiles,
     linear_logprob,
     linear_logprob_builds,
     linear_logprob_forward_,
@@ -78,7 +79,7 @@ def test_logprob(asked):
 def test_linear_logprob(asked, monkeypatch):
     launch = DotLaunch(16, 32, 16, 4, 2)
     monkeypatch.setattr(linear_logprob, "SMALL_LAUNCH", {"sm_80": (launch,)})
-    monkeypatch.setattr(linear_logprob, "SPLIT", 64)
+    monkeypatch.setattr(head_tiles, "SPLIT", 64)
     monkeypatch.setattr(linear_logprob, "_combine_kernel", {(1,): lambda *_, **__: None})
     N, W, H = 19, 150, 37
     bias = torch.zeros(W, dtype=HALF)
@@ -92,8 +93,9 @@ def test_linear_logprob(asked, monkeypatch):
 def test_linear_powers(asked, monkeypatch):
     launch = DotLaunch(16, 32, 16, 4, 2)
     monkeypatch.setattr(linear_powers, "POWERS_LAUNCH", {"sm_80": (launch,)})
-    monkeypatch.setattr(linear_logprob, "POWERS_LAUNCH", {"sm_80": (launch,)})
-    monkeypatch.setattr(linear_logprob, "SPLIT", 64)
+    for table in ("POWERS_LAUNCH", "STATISTICS_LAUNCH"):
+        monkeypatch.setattr(linear_logprob, table, {"sm_80": (launch,)})
+    monkeypatch.setattr(head_tiles, "SPLIT", 64)
     monkeypatch.setattr(linear_logprob, "_combine_kernel", {(1,): lambda *_, **__: None})
     N, W, H = 19, 144, 32
     bias, powers = torch.zeros(W, dtype=HALF), torch.zeros(N, W, dtype=HALF)
@@ -104,6 +106,14 @@ def test_linear_powers(asked, monkeypatch):
     )
     forward = linear_logprob_builds.traffic(N, W, H, 2, launch, bias=True, powers=True)
     assert sum(asked) == forward["moved"]
+    for powers_too in (False, True):
+        asked.clear()
+        linear_logprob_forward_(
+            *matrices, targets, 0, torch.zeros(N, 2), logps, bias=bias,
+            powers=powers if powers_too else None, statistics=torch.zeros(5, N),
+        )  # fmt: skip
+        stated = linear_logprob_builds.traffic(N, W, H, 2, launch, True, powers_too, True)
+        assert sum(asked) == stated["moved"]
     for repair in (False, True):
         asked.clear()
         linear_powers_(*matrices, targets, 0, logsumexp, logps, powers, bias=bias, repair=repair)

@@ -100,6 +100,7 @@ SPEC = {
     "disable_dropout": "bool",
     "gradient_release": "bool", "layer_kernels": ["auto", "liger", "none"],
     "logits_budget_mb": ("float?", 0, INF, "[)"), "vocab_filter": ("float?", 0, 1, "[)"),
+    "kept": ["logits", "powers"],
     "cuda_graphs": "bool?", "log_kl_initial": "bool", "overwrite_output_dir": "bool",
     "async_save": "bool",
     # of TrainingArguments

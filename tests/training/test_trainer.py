@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from tests.training.test_trl_parity import history, kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.ops.backend import warn_once
 from tralign_fast.training import digest as digest_module
 from tralign_fast.training.digest import digest
 
@@ -305,6 +307,7 @@ def test_an_output_folder_that_holds_a_run_is_kept(tiny_llama, small_tokenizer, 
         ({"beta": math.nan}, "beta: expected a finite number, got nan"),
         ({"label_smoothing": 0.5}, r"label_smoothing: expected a number in \[0, 0.5\)"),
         ({"vocab_filter": 1.0}, r"vocab_filter: expected a number in \[0, 1\)"),
+        ({"kept": "nothing"}, "kept: expected one of logits, powers"),
         ({"reference": "cloud"}, "reference: expected one of auto, resident"),
         ({"truncation_mode": "middle"}, "truncation_mode: expected one of keep_start, keep_end"),
         ({"truncation_mode": "keep_end", "loss_type": "kto"}, "truncation_mode: kto cuts compl"),
@@ -386,3 +389,15 @@ def test_a_token_budget_changes_no_loss(method, tiny_llama, small_tokenizer, tmp
         for key in a.keys() & b.keys():
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
     assert split.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_powers_that_cannot_be_kept_are_said_at_the_start(tmp_path, tiny_llama, small_tokenizer):
+    warn_once.cache_clear()
+    args = TRConfig(**options(tmp_path), kept="powers")
+    with pytest.warns(UserWarning, match=r'kept="powers" keeps logits here: the torch backend'):
+        trainer = TRTrainer(
+            tiny_llama, args=args, train_dataset=pair_rows(4), processing_class=small_tokenizer
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="linear_logprobs: kept")
+        trainer.train()  # says nothing more

@@ -15,7 +15,7 @@ _SAME = {
     "logits_budget_mb": "logits_budget_mb",
 }  # fmt: skip
 # options of `train` that change what is held, and that a plan takes over as they are
-_MORE = ("vocab_filter", "use_weighting", "precompute_ref_log_probs", "adapter_tolerance")
+_MORE = ("vocab_filter", "kept", "use_weighting", "precompute_ref_log_probs", "adapter_tolerance")
 _LORA_RANK = 16  # of train, where none is named
 
 

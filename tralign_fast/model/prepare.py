@@ -64,6 +64,7 @@ def prepare_model(
     packing: bool = True,
     logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
+    kept: str = "logits",
     backend: str = "auto",
     fused_lora: bool = True,
     cuda_graphs: bool | None = False,
@@ -84,14 +85,15 @@ def prepare_model(
     "auto" takes Liger's on a GPU, where it is installed, each that is as good as the model's own
     code on its own modules (which is tried without `probe` too); "liger" says so where it cannot;
     "none" takes none; a collection of "norm", "mlp" and "rotary" is "liger" for those alone.
+    `logits_budget_mb`, `vocab_filter`, `kept` and `backend` are those of `linear_logprobs`.
 
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`, its 4-bit weights were
-            repacked for inference, its PEFT type cannot be scored, or `layer_kernels` is unknown.
-            The model is as it was.
+            repacked for inference, its PEFT type cannot be scored, or `layer_kernels` or `kept` is
+            unknown. The model is as it was.
     """
     _check_peft_type(model)
-    options: dict[str, Any] = {"vocab_filter": vocab_filter, "backend": backend}
+    options: dict[str, Any] = {"vocab_filter": vocab_filter, "kept": kept, "backend": backend}
     with contextlib.ExitStack() as undo:
         undo.callback(_keep_4bit_differentiable(model))
         undo.callback(enable_logprobs(model, logits_budget_mb=logits_budget_mb, **options))

@@ -31,6 +31,7 @@ from tralign_fast.model.patching import (
 from tralign_fast.model.router import router_options
 from tralign_fast.ops.ema import is_quantised
 from tralign_fast.ops.logprobs import linear_logprobs_and_statistics
+from tralign_fast.ops.powers import check_kept
 from tralign_fast.ops.transform import LogitTransform
 
 
@@ -48,23 +49,26 @@ def enable_logprobs(
     *,
     logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
+    kept: str = "logits",
     backend: str = "auto",
 ) -> Callable[[], None]:
     """Lets `model(**batch_inputs)` return a `ScoreOutput`; returns the function that undoes it.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one.
-        logits_budget_mb, vocab_filter, backend: as in `linear_logprobs`.
+        logits_budget_mb, vocab_filter, kept, backend: as in `linear_logprobs`.
 
     Raises:
-        ValueError: the model has no linear output embedding.
+        ValueError: the model has no linear output embedding, or `kept` is unknown.
     """
+    check_kept(kept)
     causal_lm = causal_lm_of(model)
     head = _head_to_score_with(causal_lm)
     options = {
         "transform": LogitTransform.of_config(causal_lm.config),
         "logits_budget_mb": logits_budget_mb,
         "vocab_filter": vocab_filter,
+        "kept": kept,
         "backend": backend,
     }
 

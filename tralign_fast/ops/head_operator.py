@@ -48,7 +48,9 @@ def linear_logprobs_op(
     check_targets(targets, weight.shape[0])
     wanted, scores = statistics.split(), LogitTransform.of(transform)
     if keeps_powers and len(hidden):
-        return _powers_forward(hidden, weight, targets, bias, compute_dtype, tile, keep, scores)
+        return _powers_forward(
+            hidden, weight, targets, bias, compute_dtype, tile, keep, scores, wanted
+        )
     target_logit, logsumexp, kept, table = columns_forward(
         hidden, weight, targets, bias, scores, backend, compute_dtype, tile, keep, wanted
     )
@@ -110,29 +112,38 @@ def _powers_forward(
     tile: int,
     keep: int,
     scores: LogitTransform,
+    wanted: Collection[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the operator returns, with powers of the scores in place of logits."""
     x, rows = hidden.to(compute_dtype), len(hidden)
     logsumexp = new_logsumexp(rows, hidden.device)
     target_logit = torch.full((rows,), float("nan"), device=hidden.device)
     kept = x.new_empty(rows * keep)
+    running = RunningStatistics(wanted, x, scores, "triton") if wanted else None
+    table = None if running is None else running.table
     with autocast_off(hidden.device):
         logps = powers.forward_(
-            x, weight, targets, bias, logsumexp, target_logit, kept, tile, scores
+            x, weight, targets, bias, logsumexp, target_logit, kept, tile, scores, table
         )
-    return logps, logsumexp, kept, logsumexp.new_empty(0, rows)
+    found = logsumexp.new_empty(0, rows)
+    if table is not None:
+        found = named_statistics(wanted, table, len(weight))
+    return logps, logsumexp, kept, found
 
 
-def is_fused(backend: str, dtype: torch.dtype, statistics: Collection[str] = "") -> bool:
+def is_fused(
+    backend: str, dtype: torch.dtype, statistics: Collection[str] = "", keeps_powers: bool = False
+) -> bool:
     """Whether product and reduction are one kernel where nobody reads the logits again.
 
-    Not with statistics, which that kernel does not compute: by an H200's rates (4.2 TB/s, 700
-    TFLOP/s, H = 4,096), writing and reading the logits once is a tenth of their product.
+    Not with statistics, unless powers are kept, whose kernel has them: it is not timed, and by an
+    H200's rates (4.2 TB/s, 700 TFLOP/s, H = 4,096) writing and reading the logits once is a tenth
+    of their product.
 
     Not in fp32: logits that the backward computes again by another product would differ from those
     of the logsumexp in their last digits, which are the digits of a probability near one.
     """
-    return backend == "triton" and dtype != torch.float32 and not statistics
+    return keeps_powers or (backend == "triton" and dtype != torch.float32 and not statistics)
 
 
 def _fused_forward_(
@@ -165,7 +176,7 @@ def _(hidden, weight, targets, bias, transform, backend, compute_dtype, tile, ke
     rows = hidden.shape[0]
     kept = hidden.new_empty(rows * keep, dtype=compute_dtype)
     # the scratch tile is allocated (and dies) here too, so that a memory trace sees the peak
-    fused = is_fused(backend, compute_dtype, statistics)
+    fused = is_fused(backend, compute_dtype, statistics, keeps_powers)
     kept.new_empty(0 if fused else rows * min(tile, weight.shape[0] - keep))
     logsumexp = hidden.new_empty((rows, 2), dtype=torch.float32)
     found = logsumexp.new_empty(len(statistics.split()), rows)

@@ -114,6 +114,7 @@ def linear_logprobs_and_statistics(
     backend: str = "auto",
     logits_budget_mb: float | None = None,
     vocab_filter: float | None = None,
+    kept: str = "logits",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`linear_logprobs`, and what is wanted of `STATISTICS` of the same distributions, (N,) each.
 
@@ -124,9 +125,10 @@ def linear_logprobs_and_statistics(
         mean_logits        the mean of z over the vocabulary
         is_top1            bool, z.argmax() == target: the first of several largest scores
 
-    fp32, without gradient, from the tiles of logits that the log-probs are made of: no further
-    product. In half precision `mean_logits` is of logits before they are rounded, on the PyTorch
-    backend without a softcap, where it is a product with the mean row of the weight.
+    fp32, without gradient, from the tiles of logits that the log-probs are made of, or with
+    `kept="powers"` where the kernel has them in registers: no further product. In half precision
+    `mean_logits` is of logits before they are rounded, with powers, and on the PyTorch backend
+    without a softcap, where it is a product with the mean row of the weight.
 
     Raises:
         ValueError: a name that is none of `STATISTICS`; else as `linear_logprobs`.
@@ -135,7 +137,7 @@ def linear_logprobs_and_statistics(
         raise ValueError(f"statistics are {', '.join(STATISTICS)}, got {', '.join(unknown)}")
     logps, table = _run(
         hidden, weight, targets, bias, transform, backend, logits_budget_mb, vocab_filter,
-        " ".join(wanted),
+        " ".join(wanted), kept,
     )  # fmt: skip
     found = dict(zip(wanted, table.unbind(0), strict=True))
     if "is_top1" in found:
@@ -188,17 +190,15 @@ def checked_options(
     vocab = len(weight.to_local() if is_cut(weight) else weight)  # pyright: ignore[reportAttributeAccessIssue]
     wants = wants_grad(hidden, weight, bias)
     wanted = rows * vocab * compute_dtype.itemsize if wants else 0
-    tile, keep = tiles.plan(
-        rows, vocab, compute_dtype, device, budget_bytes(logits_budget_mb, wanted, hidden),
-        wants_grad=wants, wants_all_or_none=bool(vocab_filter),
-        is_fused=is_fused(backend, compute_dtype, statistics),
-    )  # fmt: skip
-    others = {
-        "vocab_filter": vocab_filter, "statistics": statistics, "a head cut up": is_cut(weight),
-    }  # fmt: skip
+    others = {"vocab_filter": vocab_filter, "a head cut up": is_cut(weight)}
     keeps_powers = powers.keeps_powers(
         kept, wants, backend, compute_dtype, weight, transform, others
     )
+    tile, keep = tiles.plan(
+        rows, vocab, compute_dtype, device, budget_bytes(logits_budget_mb, wanted, hidden),
+        wants_grad=wants, wants_all_or_none=bool(vocab_filter),
+        is_fused=is_fused(backend, compute_dtype, statistics, keeps_powers),
+    )  # fmt: skip
     return HeadOptions(
         transform.numbers(), backend, compute_dtype, tile, keep, float(vocab_filter or 0.0),
         statistics, keeps_powers,

@@ -35,16 +35,15 @@ def keeps_powers(
 ) -> bool:
     """Whether powers are kept as asked; where they cannot be, one notice.
 
+    Without a gradient nothing is kept, and it tells whether the same kernels run.
+
     Raises:
         ValueError: a word that is none of `KEPT`.
     """
-    if kept not in KEPT:
-        raise ValueError(f"linear_logprobs: kept must be one of {', '.join(KEPT)}, got {kept!r}")
-    if kept == "logits" or not wants_grad:
+    check_kept(kept)
+    if kept == "logits":
         return False
-    needed = [name for name, given in others.items() if given]
-    if transform.softcap is not None:
-        needed.append("softcap")
+    needed = what_needs_logits(transform, others)
     if backend != "triton":
         reason = f"the {backend} backend keeps logits"
     elif dtype != torch.bfloat16:
@@ -54,11 +53,24 @@ def keeps_powers(
             f"vocabulary and hidden size are {tuple(weight.shape)}, not multiples of {_ALIGNED}"
         )
     elif needed:
-        reason = f"{', '.join(needed)} needs logits"
+        reason = f"{needed} needs logits"
     else:
         return True
-    warn_once(f'linear_logprobs: kept="powers" keeps logits here: {reason}')
+    if wants_grad:
+        warn_once(f'linear_logprobs: kept="powers" keeps logits here: {reason}')
     return False
+
+
+def check_kept(kept: str) -> None:
+    """Raises ValueError for a word that is none of `KEPT`."""
+    if kept not in KEPT:
+        raise ValueError(f"linear_logprobs: kept must be one of {', '.join(KEPT)}, got {kept!r}")
+
+
+def what_needs_logits(transform: LogitTransform, others: dict[str, Any]) -> str:
+    """Names of the options given that do, "" for none."""
+    softcap = {"softcap": transform.softcap is not None}
+    return ", ".join(name for name, given in (others | softcap).items() if given)
 
 
 def forward_(
@@ -71,8 +83,9 @@ def forward_(
     kept: Tensor,  # (N·K,), written: the powers of the first K columns
     tile: int,
     transform: LogitTransform,
+    statistics: Tensor | None = None,  # (5, N) float32, of no column so far
 ) -> Tensor:
-    """(N,) the log-probs; and the logsumexp of all columns, powers of the first."""
+    """(N,) the log-probs; and logsumexp and statistics of all columns, powers of the first."""
     forward = kernel("linear_logprob_forward_")
     options = transform.kernel_options()
     x = aligned(x)
@@ -83,12 +96,17 @@ def forward_(
         part, part_bias = _part(weight, bias, start, stop, x.dtype)
         forward(
             x, part, targets, start, logsumexp, target_logit, bias=part_bias, powers=powers,
-            **options,
+            statistics=statistics, **options,
         )  # fmt: skip
     # a weight of another dtype (autocast) is converted tile by tile, never as a whole
     for start, stop in tiles.cut(keep, vocab, vocab if weight.dtype == x.dtype else tile):
         part, part_bias = _part(weight, bias, start, stop, x.dtype)
-        forward(x, part, targets, start, logsumexp, target_logit, bias=part_bias, **options)
+        forward(
+            x, part, targets, start, logsumexp, target_logit, bias=part_bias,
+            statistics=statistics, **options,
+        )  # fmt: skip
+    if keep == 0:  # nothing to repair
+        return log_probs(target_logit, logsumexp)
     again = Powers(x, weight, bias, kept, tile, targets, logsumexp, transform)
     again.logps = log_probs(target_logit, logsumexp)
     for start, stop in tiles.cut(0, keep, tile):

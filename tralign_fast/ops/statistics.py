@@ -159,12 +159,12 @@ def named_statistics(
 ) -> Tensor:
     """(number wanted, N) float32."""
     found = {
-        "entropy": table[ENTROPY],
-        "log_sum_sq_probs": table[SQUARES].log(),
-        "mean_logits": table[TOTAL] / columns,
-        "is_top1": table[TOP1],
+        "entropy": lambda: table[ENTROPY],
+        "log_sum_sq_probs": lambda: table[SQUARES].log(),
+        "mean_logits": lambda: table[TOTAL] / columns,
+        "is_top1": lambda: table[TOP1],
     }
-    return torch.stack([found[name] for name in wanted])
+    return torch.stack([found[name]() for name in wanted])
 
 
 def merged_tables(

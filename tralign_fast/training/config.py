@@ -17,6 +17,7 @@ from tralign_fast.model.layer_kernels import LAYER_KERNELS, kinds_of_liger
 from tralign_fast.ops.backend import device_kind, warn_once
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.ops.objective import DIVERGENCES, Objective, Range, objective_of
+from tralign_fast.ops.powers import KEPT
 from tralign_fast.reference import REFERENCES, TrustRegion
 from tralign_fast.training.gradient_release import check_releasable
 from tralign_fast.training.option_conflicts import check_best_model, check_conflicts
@@ -251,6 +252,11 @@ class TRConfig(TrainingArguments):
     )
     vocab_filter: Annotated[float | None, UNDER_ONE] = _option(
         None, "ε: the head's backward skips tokens less likely than ε everywhere; 3e-5 if in doubt."
+    )
+    kept: Annotated[str, OneOf(*KEPT)] = _option(
+        "logits",
+        "What the head keeps for its backward: logits, or powers of them, which its products take "
+        "as they are. powers is of bf16 on a GPU, without a softcap and vocab_filter; not timed.",
     )
     cuda_graphs: bool | None = _option(
         None,

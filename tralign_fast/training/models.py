@@ -7,6 +7,7 @@ import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,7 +25,11 @@ from tralign_fast.distributed.tensor_parallel import (
     copy_sharded,
     is_sharded_by_transformers,
 )
-from tralign_fast.ops.backend import warn_once
+from tralign_fast.model.patching import causal_lm_of, lm_head_of
+from tralign_fast.ops.backend import pick_backend, warn_once
+from tralign_fast.ops.logprobs import is_cut
+from tralign_fast.ops.powers import keeps_powers
+from tralign_fast.ops.transform import LogitTransform
 from tralign_fast.reference import build_reference, reference_class
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import gathered
@@ -88,6 +93,7 @@ class RunModels:
         options = {name: getattr(self._args, name) for name in names}
         options["cuda_graphs"] = _cuda_graphs(self._accelerator, self._args)
         options["layer_kernels"] = self._args.kinds_of_layer_kernels
+        options["kept"] = _kept(self._args, model)
         prepared = prepare_on_all(self._accelerator, model, **options)
         self.prepared.callback(prepared.undo)
         if self._compile_options is not None:
@@ -98,6 +104,20 @@ class RunModels:
         """A second model that runs beside the policy, and as the policy does."""
         self._prepare(model)
         return distribute_frozen(self._accelerator, model, kept)
+
+
+def _kept(args: TRConfig, model: PreTrainedModel) -> str:
+    """`prepare_model`'s option: as asked, or logits, with the notice at the start of the run."""
+    weight = getattr(lm_head_of(causal_lm_of(model)), "weight", None)
+    if args.kept == "logits" or weight is None:  # a head that is refused when it is prepared
+        return args.kept
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+    keeps = keeps_powers(
+        args.kept, True, pick_backend("auto", args.device), dtype, weight,
+        LogitTransform.of_config(model.config),
+        {"vocab_filter": args.vocab_filter, "a head cut up": is_cut(weight)},
+    )  # fmt: skip
+    return "powers" if keeps else "logits"
 
 
 def _cuda_graphs(accelerator: Accelerator, args: TRConfig) -> bool | None:
