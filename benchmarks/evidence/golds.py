@@ -106,7 +106,7 @@ def _hidden(pairs: Pairs, tokenizer: Any) -> dict[str, Tensor]:
     from tralign_fast.demo.smollm2 import load_smollm2
 
     model, whole = load_smollm2()
-    decoder = model.model.eval()
+    decoder: Any = model.model.eval()
     decoder.layers, decoder.norm = decoder.layers[: max(LAYERS)], torch.nn.Identity()
     signed = [(p, a, s) for p, *two in pairs for a, s in zip(two, (1, -1), strict=True)]
     texts = [tokenizer.batch_decode([row[i] for row in signed]) for i in (0, 1)]
