@@ -3,10 +3,11 @@
     python -m benchmarks.evidence toy [--quick]
     python -m benchmarks.evidence sentiment [--quick]
     python -m benchmarks.evidence overoptimize [--data FILE] [--arms NAMES] [--minutes M] [--quick]
+    python -m benchmarks.evidence golds [--data FILE]
 
-Each writes a CSV and a figure to benchmarks/results/evidence/. `sentiment` keeps every finished arm
-in runs/evidence/, `overoptimize` also the points and checkpoints of unfinished ones, and both go on
-from there when they are started again.
+Each writes a CSV, all but the last one a figure too, to benchmarks/results/evidence/. `sentiment`
+keeps every finished arm in runs/evidence/, `overoptimize` also the points and checkpoints of
+unfinished ones, and both go on from there when they are started again.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def overoptimize(options: argparse.Namespace) -> None:
     settings = QUICK if options.quick else GPU if device == "cuda" else CPU
     settings = with_steps(settings, options.steps or settings.steps)
     seeds = options.seeds or (1 if options.quick else 3)
-    names = options.arms or (["all"] if device == "cuda" and not options.quick else ["core"])
+    usual = ["all"] if device == "cuda" and not options.quick else ["core"]
+    names = options.arms or usual
     arms = [arm for arm in arms_of(names, settings, seeds) if options.match in arm.name]
     if not arms:
         raise ValueError(f"--match: no arm's name holds {options.match!r}")
@@ -99,6 +101,8 @@ def overoptimize(options: argparse.Namespace) -> None:
     root = options.cache / "overoptimize"
     system = environment(("torch", "transformers"))
     name = "overoptimize_" + ("quick" if options.quick else device)
+    if names != usual:  # experiments of their own have files of their own
+        name = "_".join([name, *names])
     results = {}
 
     def write() -> None:
@@ -132,6 +136,16 @@ def overoptimize(options: argparse.Namespace) -> None:
         print(f"\n{left} of {len(arms)} arms are left: the same command goes on with them")
 
 
+def golds(options: argparse.Namespace) -> None:
+    """What the golds of `overoptimize` know of people's pairs, and what others would."""
+    from benchmarks.evidence.golds import run, table
+
+    rows = run(options.data, options.cache / "overoptimize")
+    system = environment(("torch", "transformers"))
+    write_csv(options.out / "golds.csv", [{**row, **system} for row in rows])
+    print(table(rows))
+
+
 def _title(results, settings, system: dict[str, str]) -> str:
     devices = ", ".join(sorted({result["totals"]["device"] for result in results.values()}))
     commits = ", ".join(sorted({result["totals"]["commit"] for result in results.values()}))
@@ -149,11 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "benchmarks.evidence", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("experiment", choices=("toy", "sentiment", "overoptimize"))
+    parser.add_argument("experiment", choices=("toy", "sentiment", "overoptimize", "golds"))
     parser.add_argument("--quick", action="store_true", help="fewer and shorter arms")
     parser.add_argument("--seeds", type=int, help="toy: 5; sentiment: 2; overoptimize: 3")
     parser.add_argument("--steps", type=int, help="overoptimize: of every arm")
-    parser.add_argument("--data", default="Anthropic/hh-rlhf", help="overoptimize: file or hub id")
+    parser.add_argument(
+        "--data", default="Anthropic/hh-rlhf", help="people's pairs: file or hub id"
+    )
     parser.add_argument("--arms", nargs="+", help="overoptimize: experiments, or all")
     parser.add_argument("--match", default="", help="overoptimize: part of an arm's name")
     parser.add_argument("--minutes", type=float, help="overoptimize: stop then, and keep all")
@@ -163,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     experiments = {"toy": toy, "sentiment": sentiment, "overoptimize": overoptimize}
+    experiments["golds"] = golds
     try:
         experiments[options.experiment](options)
     except ValueError as error:

@@ -289,8 +289,12 @@ class TokenGold(LinearGold):
 
     def fit(self, pairs: Sequence[tuple[Ids, Ids, Ids]], penalty: float = 0.03) -> None:
         x = self.differences(pairs)
-        common = x.abs().sum(0).topk(min(self.kept, len(self.weight))).indices
+        common = self.common(x)
         self.weight[common] = logistic(x[:, common], penalty)
+
+    def common(self, differences: Tensor) -> Tensor:
+        """The ids of the tokens that have a weight."""
+        return differences.abs().sum(0).topk(min(self.kept, len(self.weight))).indices
 
 
 def accuracy(gold: Any, pairs: Sequence[tuple[Ids, Ids, Ids]]) -> float:

@@ -64,9 +64,9 @@ GPU = Settings()
 # Two busy cores: the first and the last two layers, the first 4,096 tokens, few pairs many times.
 CPU = Settings(
     layers=3, vocabulary=4096, prompt_tokens=32, new_tokens=16, bf16=False, sft_steps=100,
-    sft_rate=1e-3, gold="words", check="tokens", gold_steps=0, policy_rows=120, test_rows=48, gold_test_rows=300,
-    steps=120, pairs=2, learning_rate=2e-4, warmup_steps=4, every=(4, 16, 64), measure_every=20,
-    save_every=40, prompts=48, held_out=48, sample_batch=48,
+    sft_rate=1e-3, gold="words", check="tokens", gold_steps=0, policy_rows=120, test_rows=48,
+    gold_test_rows=300, steps=120, pairs=2, learning_rate=2e-4, warmup_steps=4, every=(4, 16, 64),
+    measure_every=20, save_every=40, prompts=48, held_out=48, sample_batch=48,
 )  # fmt: skip
 # Minutes on either.
 QUICK = replace(CPU, sft_steps=10, steps=40, measure_every=10, prompts=16, held_out=16)

@@ -119,24 +119,8 @@ def _make(
     model, tokenizer = backbone(settings.layers, settings.vocabulary)
     model.to(device)
 
-    def ids(row: Row) -> tuple[Ids, Ids, Ids]:
-        chosen, rejected = (
-            hh_models.answer_ids(tokenizer, row[key], settings.new_tokens)
-            for key in ("chosen", "rejected")
-        )
-        prompt = hh_models.prompt_ids(tokenizer, row["prompt"], settings.prompt_tokens)
-        return prompt, chosen, rejected
-
-    lengths = [
-        len(hh_models.prompt_ids(tokenizer, r["prompt"], settings.prompt_tokens + 1)) for r in rows
-    ]
-    parts = split(
-        rows, settings.policy_rows, settings.test_rows, settings.gold_test_rows,
-        [length <= settings.prompt_tokens for length in lengths],
-    )  # fmt: skip
     gold, gold_test, policy, test = (
-        [pair for pair in map(ids, part) if pair[1] != pair[2]]  # alike once cut: no preference
-        for part in (parts.gold, parts.gold_test, parts.policy, parts.test)
+        [pair for _, pair in part] for part in parts_of(rows, tokenizer, settings)
     )
     judges = _train_judges(model, tokenizer, settings, folder, gold)
     # The policy's own answers, and the gold's: a CPU's SFT is short of rows.
@@ -168,6 +152,33 @@ def _make(
             for (prompt, chosen, rejected), three in zip(part, answers, strict=True)
         ]
     write_json(folder / "material.json", {"pairs": pairs, "test": held_out, "facts": facts})
+
+
+def parts_of(
+    rows: list[Row], tokenizer: Any, settings: Settings
+) -> list[list[tuple[Row, tuple[Ids, Ids, Ids]]]]:
+    """The rows of gold, gold_test, policy, test, each with ids of prompt, chosen and rejected;
+    answers that are alike once they are cut are no pair."""
+
+    def ids(row: Row) -> tuple[Ids, Ids, Ids]:
+        chosen, rejected = (
+            hh_models.answer_ids(tokenizer, row[key], settings.new_tokens)
+            for key in ("chosen", "rejected")
+        )
+        prompt = hh_models.prompt_ids(tokenizer, row["prompt"], settings.prompt_tokens)
+        return prompt, chosen, rejected
+
+    lengths = [
+        len(hh_models.prompt_ids(tokenizer, r["prompt"], settings.prompt_tokens + 1)) for r in rows
+    ]
+    parts = split(
+        rows, settings.policy_rows, settings.test_rows, settings.gold_test_rows,
+        [length <= settings.prompt_tokens for length in lengths],
+    )  # fmt: skip
+    return [
+        [(row, pair) for row in part if (pair := ids(row))[1] != pair[2]]
+        for part in (parts.gold, parts.gold_test, parts.policy, parts.test)
+    ]
 
 
 def _train_judges(

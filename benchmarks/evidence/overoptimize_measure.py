@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.evidence.hh_models import autocast, sample
 from benchmarks.evidence.measure import distinct_2, mean_interval

@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.evidence import cache, hh_models, overoptimize, preferences
+from benchmarks.evidence import cache, golds, hh_models, overoptimize, preferences
 from benchmarks.evidence import overoptimize_arms as arms
 from benchmarks.evidence import overoptimize_figure as figure
 from benchmarks.evidence import overoptimize_tables as tables
@@ -142,6 +142,28 @@ def test_words_learn_pairs(small_tokenizer):
     gold.fit(pairs)
     assert hh_models.accuracy(gold, pairs) == 1.0
     assert gold([(ids("x"), [])]) == [0.0]
+
+
+def test_tokens_learn_pairs_and_weigh_the_common_ones():
+    pairs = [([1], [5 + i % 3, 20], [5 + (i + 1) % 3, 21, 22 + i]) for i in range(12)]
+    gold = hh_models.TokenGold(40, kept=5)
+    gold.fit(pairs)
+    assert hh_models.accuracy(gold, pairs) == 1.0
+    assert gold.weight[20] > 0 > gold.weight[21]
+    assert (gold.weight != 0).sum() <= 5
+    assert gold([([1], []), ([1], [39])]) == [0.0, 0.0]  # nothing, and a token without a weight
+
+
+def test_golds_are_compared_over_folds_that_share_no_conversation():
+    rows = [preferences._pair(*row(f"q{i // 2}", "a", "b").values()) for i in range(20)]
+    groups = golds.conversations([(each, None) for each in rows])
+    assert groups == [i // 2 for i in range(20)]
+    # what tells the pairs of one conversation apart is of no use in another
+    x = torch.eye(10, dtype=torch.float64).repeat_interleave(2, 0)
+    assert golds.right(x @ hh_models.logistic(x, 0.01)).mean() == 1.0
+    assert golds.cross_validated(x, groups, 0.01).tolist() == [0.5] * 20
+    signal = torch.cat([x, torch.ones(20, 1, dtype=torch.float64)], 1)
+    assert golds.cross_validated(signal, groups, 0.01).tolist() == [1.0] * 20
 
 
 def test_second_gold_names_what_is_missing(small_tokenizer, monkeypatch):
@@ -286,9 +308,25 @@ def test_a_killed_arm_goes_on_to_the_same_numbers(material, tmp_path, monkeypatc
             assert {k: v for k, v in point.items() if k not in clocks} == {
                 k: v for k, v in same.items() if k not in clocks
             }
-    assert [p.name for p in (tmp_path / "cut").iterdir()] == [
-        next((tmp_path / "whole").iterdir()).name
-    ]  # the finished arm's file alone
+    names = sorted(p.name for p in (tmp_path / "cut").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert [name.split("-")[0] for name in names] == ["arm", "start"]  # files, and no folder
+
+
+def test_the_start_is_measured_by_the_first_arm_of_a_seed(material, tmp_path, monkeypatch):
+    short = replace(material, settings=replace(TINY, steps=2, measure_every=2, save_every=2))
+    gauge, looks = overoptimize.Gauge.__call__, []
+
+    def counted(self, model, start=None):
+        looks.append(model is self.initial)
+        return gauge(self, model, start)
+
+    monkeypatch.setattr(overoptimize.Gauge, "__call__", counted)
+    few = [arms.Arm("dpo", beta, 0.0, 0, 1) for beta in (0.1, 0.5)]
+    first, second = (overoptimize.run_arm(arm, short, tmp_path)["points"] for arm in few)
+    assert looks == [True, False, False]
+    assert first[0] == second[0]
+    assert first[1]["kl"] != second[1]["kl"]
 
 
 def test_an_arm_that_diverges_is_kept_and_shown(material, tmp_path):
@@ -403,6 +441,10 @@ def test_the_command_says_what_is_left(material, tmp_path, monkeypatch, capsys):
     assert "4 of 4 arms are left: the same command goes on" in capsys.readouterr().out
     with (tmp_path / "overoptimize_quick.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 1
+    arguments[2] = "losses"  # leaves the files of other experiments alone
+    assert main(["overoptimize", *arguments]) == 0
+    assert "8 of 8 arms are left" in capsys.readouterr().out
+    assert (tmp_path / "overoptimize_quick_losses.csv").is_file()
 
 
 def test_of_several_workers_one_that_fails_leaves_the_others(

@@ -1,0 +1,114 @@
+"""Tables of docs/evidence.md from the CSVs of `overoptimize`, as Markdown.
+
+    python -m benchmarks.evidence.page benchmarks/results/evidence/overoptimize_cpu.csv
+
+A test compares the page with them.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Row = dict[str, str]
+Curves = dict[str, list[list[Row]]]  # of each arm the points of every seed
+
+HEADER = (
+    "| arm | turns | height, each seed | end √KL, each | end gold, each | second gold, each | win "
+    "rate | repeats | lag, nats |"
+)
+
+
+def read(path: Path) -> Curves:
+    """The points of every arm, under what it is (its seed left out), in the file's order."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(_name(row), {}).setdefault(row["seed"], []).append(row)
+    return {name: list(seeds.values()) for name, seeds in found.items()}
+
+
+def _name(row: Row) -> str:
+    moves = "" if row["schedule"] == "frozen" else f", α = {row['alpha']}, τ = {row['every']}"
+    people = ", people's pairs" if row["pairs"] == "people" else ""
+    return f"{row['loss'].upper()} {row['schedule']}{moves}, β = {row['beta']}{people}"
+
+
+def at_the_end(seeds: Sequence[list[Row]], key: str) -> list[float]:
+    return [float(points[-1][key]) for points in seeds]
+
+
+def distances(seeds: Sequence[list[Row]]) -> list[float]:
+    """√KL of each seed's last point."""
+    return [max(value, 0.0) ** 0.5 for value in at_the_end(seeds, "kl")]
+
+
+def changes(seeds: Sequence[list[Row]], key: str) -> list[float]:
+    """Of each seed, from the start to the last point."""
+    return [float(points[-1][key]) - float(points[0][key]) for points in seeds]
+
+
+def highest(seeds: Sequence[list[Row]]) -> list[Row]:
+    """The point of each seed with the most gold."""
+    return [max(points, key=lambda point: float(point["gold"])) for points in seeds]
+
+
+def lag(seeds: Sequence[list[Row]]) -> list[float]:
+    """Mean over each seed's run."""
+    found = []
+    for points in seeds:
+        values = [float(p["lag"]) for p in points if p["step"] != "0" and p["lag"]]
+        found.append(mean(values))
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def each(values: Sequence[float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+def line(name: str, seeds: Sequence[list[Row]]) -> str:
+    second = each(at_the_end(seeds, "check"), 2) if seeds[0][-1]["check"] else ""
+    tops = highest(seeds)
+    of_lag = mean(lag(seeds))
+    cells = [
+        name,
+        f"{mean([float(p['step']) for p in tops]):.0f}",
+        each([float(p["gold"]) for p in tops], 2),
+        each(distances(seeds), 1),
+        each(at_the_end(seeds, "gold"), 2),
+        second,
+        f"{mean(at_the_end(seeds, 'win_rate')):.2f}",
+        f"{mean(at_the_end(seeds, 'repetition')):.2f}",
+        f"{of_lag:.0f}" if abs(of_lag) >= 10 else f"{of_lag:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def table(curves: Curves) -> str:
+    return "\n".join(
+        [HEADER, "|" + "---|" * 9, *(line(name, seeds) for name, seeds in curves.items())]
+    )
+
+
+def masses(curves: Curves) -> str:
+    """Change of log-probs at the last step, training answers: chosen, rejected, other."""
+    keys = ("train_chosen", "train_rejected", "train_other")
+    number: Callable[[float], str] = "{:.0f}".format
+    lines = [
+        f"{name}: " + ", ".join(number(mean(changes(seeds, key))) for key in keys)
+        for name, seeds in curves.items()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        found = read(Path(argument))
+        print(f"{table(found)}\n\n{masses(found)}")
