@@ -5,9 +5,10 @@
 
 A fresh interpreter takes 6 s of CPU time to import what a trainer imports, torchrun as much again.
 The first call starts the process that is forked, which ends with this one. It has one thread and
-has computed nothing, so a fork of it is what a fresh interpreter is after the same imports.
-`tests/commands/test_launch.py` goes through torchrun itself. Not for what is decided at an import:
-TRITON_INTERPRET, HF_HOME, PYTHONHASHSEED, and what a test says of imports.
+has computed nothing, so a fork of it is what a fresh interpreter is after the same imports. There
+is one for each value of TRITON_INTERPRET, which is decided at an import. Not for HF_HOME or
+PYTHONHASHSEED, nor for what a test says of imports. `tests/commands/test_launch.py` goes through
+torchrun itself.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ IMPORTS = (
     "tralign_fast.training.trainer", "datasets", "peft", "pytest",
 )  # fmt: skip
 WITH_THEM = ("bitsandbytes", "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer")  # if installed
-FIXED = ("TRITON_INTERPRET", "HF_HOME", "PYTHONHASHSEED")
+FIXED = ("HF_HOME", "PYTHONHASHSEED")
 TORCHRUN_KILLS_AFTER = 30.0  # seconds between SIGTERM and SIGKILL
 
-_server: list[tuple[socket.socket, Any]] = []  # and what it writes, for when it dies
+# TRITON_INTERPRET -> the process that is forked, and what it writes, for when it dies
+_servers: dict[str, tuple[socket.socket, Any]] = {}
 
 
 # --- the side of the test
@@ -90,8 +92,9 @@ def _ask(
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     for name in FIXED:
         assert env.get(name) == os.environ.get(name), f"{name} is decided at an import"
-    if not _server:
-        _server.append(_start_server())
+    interpret = env.get("TRITON_INTERPRET", "")
+    if interpret not in _servers:
+        _servers[interpret] = _start_server(interpret)
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryDirectory() as folder, ours:
         request = {
@@ -99,30 +102,30 @@ def _ask(
             "timeout": timeout, "folder": folder,
         }  # fmt: skip
         with theirs:
-            socket.send_fds(_server[0][0], [b"."], [theirs.fileno()])
+            socket.send_fds(_servers[interpret][0], [b"."], [theirs.fileno()])
         ours.sendall(json.dumps(request).encode() + b"\n")
         code = ours.makefile().readline()  # "" if what was forked is gone
-        assert code, _died()
+        assert code, _died(interpret)
         out, err = ((Path(folder) / name).read_text(errors="replace") for name in ("out", "err"))
     if code.strip() == "late":
         raise subprocess.TimeoutExpired(arguments, timeout, out, err)
     return subprocess.CompletedProcess(arguments, int(code), out, err)
 
 
-def _died() -> str:
-    said = _server.pop()[1]
+def _died(interpret: str) -> str:
+    said = _servers.pop(interpret)[1]
     said.seek(0)
     return f"the process that is forked has died: {said.read().decode(errors='replace')[-3000:]}"
 
 
-def _start_server() -> tuple[socket.socket, Any]:
+def _start_server(interpret: str) -> tuple[socket.socket, Any]:
     ours, theirs = socket.socketpair()
     said = tempfile.TemporaryFile()  # noqa: SIM115
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    own = {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     with theirs:
         server = subprocess.Popen(
             [sys.executable, "-m", "tests.processes", str(theirs.fileno())], cwd=ROOT,
-            env=environment, pass_fds=[theirs.fileno()],
+            env={**os.environ, **own}, pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL, stdout=said, stderr=said,
         )  # fmt: skip
 
@@ -250,9 +253,8 @@ def run(arguments: list[str]) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        sys.excepthook(
-            type(error), error, error.__traceback__
-        )  # torch.distributed's says whose it is
+        # torch.distributed's says which process it is
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 

@@ -14,7 +14,6 @@ from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, kto_rows, pair_rows
 from tralign_fast.ops.backend import warn_once
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 WINDOWED = {
     "snapshot": {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3},
