@@ -38,6 +38,8 @@ IMPORTS = (
 )  # fmt: skip
 WITH_THEM = ("bitsandbytes", "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer")  # if installed
 FIXED = ("HF_HOME", "PYTHONHASHSEED")
+# seconds until what hangs is ended: less than gloo's half an hour, and no measure of a busy machine
+PATIENCE = 1200.0
 TORCHRUN_KILLS_AFTER = 30.0  # seconds between SIGTERM and SIGKILL
 
 # TRITON_INTERPRET -> the process that is forked, and what it writes, for when it dies
@@ -48,21 +50,21 @@ _servers: dict[str, tuple[socket.socket, Any]] = {}
 
 
 def fork(
-    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 300
+    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = PATIENCE
 ) -> subprocess.CompletedProcess[str]:
     """`python -m MODULE ...` or `python -c CODE ...`, with os.environ where `env` is None."""
-    return _ask(arguments, None, os.environ if env is None else env, cwd, timeout)
+    return _ask(arguments, None, os.environ if env is None else env, timeout)
 
 
 def launch(
-    module: str, processes: int, *arguments: str, timeout: float = 400, **environment: str
+    module: str, processes: int, *arguments: str, timeout: float = PATIENCE, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc_per_node PROCESSES -m MODULE ...`, one thread a process.
 
     The return code is 0, or 1 if a process ended otherwise; the others are ended then.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **environment}
-    return _ask(("-m", module, *arguments), processes, env, ROOT, timeout)
+    return _ask(("-m", module, *arguments), processes, env, timeout)
 
 
 def check_ended(run: subprocess.CompletedProcess[str]) -> None:
@@ -72,7 +74,7 @@ def check_ended(run: subprocess.CompletedProcess[str]) -> None:
 
 
 def torchrun(
-    module: str, processes: int, *arguments: str, restarts: int = 0, timeout: float = 240,
+    module: str, processes: int, *arguments: str, restarts: int = 0, timeout: float = PATIENCE,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """torchrun itself: for its own deeds, and for what is decided at an import."""
@@ -87,8 +89,7 @@ def torchrun(
 
 
 def _ask(
-    arguments: tuple[str, ...], processes: int | None, env: Mapping[str, str], cwd: Path,
-    timeout: float,
+    arguments: tuple[str, ...], processes: int | None, env: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     for name in FIXED:
         assert env.get(name) == os.environ.get(name), f"{name} is decided at an import"
@@ -98,7 +99,7 @@ def _ask(
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryDirectory() as folder, ours:
         request = {
-            "arguments": arguments, "processes": processes, "env": dict(env), "cwd": str(cwd),
+            "arguments": arguments, "processes": processes, "env": dict(env),
             "timeout": timeout, "folder": folder,
         }  # fmt: skip
         with theirs:
@@ -196,8 +197,6 @@ def _environment_of(rank: int, request: dict[str, Any], pipe: int) -> dict[str, 
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None
-    os.chdir(request["cwd"])
-    sys.path[0] = request["cwd"]
     if request["processes"]:
         count = str(request["processes"])
         os.environ.update({

@@ -21,7 +21,7 @@ from tests.processes import check_ended, launch
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    run = launch("tests.integrations.distributed_run", PROCESSES, str(folder), timeout=280)
+    run = launch("tests.integrations.distributed_run", PROCESSES, str(folder))
     check_ended(run)
     return torch.load(folder / "found.pt", weights_only=True)
 
