@@ -5,9 +5,10 @@
 
 A fresh interpreter takes 6 s of CPU time to import what a trainer imports, torchrun as much again.
 The first call starts the process that is forked, which ends with this one. It has one thread and
-has computed nothing, so a fork of it is what a fresh interpreter is after the same imports.
-`tests/commands/test_launch.py` goes through torchrun itself. Not for what is decided at an import:
-TRITON_INTERPRET, HF_HOME, PYTHONHASHSEED, and what a test says of imports.
+has computed nothing, so a fork of it is what a fresh interpreter is after the same imports. There
+is one for each value of TRITON_INTERPRET, which is decided at an import. Not for HF_HOME or
+PYTHONHASHSEED, nor for what a test says of imports. `tests/commands/test_launch.py` goes through
+torchrun itself.
 """
 
 from __future__ import annotations
@@ -36,31 +37,34 @@ IMPORTS = (
     "tralign_fast.training.trainer", "datasets", "peft", "pytest",
 )  # fmt: skip
 WITH_THEM = ("bitsandbytes", "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer")  # if installed
-FIXED = ("TRITON_INTERPRET", "HF_HOME", "PYTHONHASHSEED")
+FIXED = ("HF_HOME", "PYTHONHASHSEED")
+# seconds until what hangs is ended: less than gloo's half an hour, and no measure of a busy machine
+PATIENCE = 1200.0
 TORCHRUN_KILLS_AFTER = 30.0  # seconds between SIGTERM and SIGKILL
 
-_server: list[tuple[socket.socket, Any]] = []  # and what it writes, for when it dies
+# TRITON_INTERPRET -> the process that is forked, and what it writes, for when it dies
+_servers: dict[str, tuple[socket.socket, Any]] = {}
 
 
 # --- the side of the test
 
 
 def fork(
-    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 300
+    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = PATIENCE
 ) -> subprocess.CompletedProcess[str]:
     """`python -m MODULE ...` or `python -c CODE ...`, with os.environ where `env` is None."""
-    return _ask(arguments, None, os.environ if env is None else env, cwd, timeout)
+    return _ask(arguments, None, os.environ if env is None else env, timeout)
 
 
 def launch(
-    module: str, processes: int, *arguments: str, timeout: float = 400, **environment: str
+    module: str, processes: int, *arguments: str, timeout: float = PATIENCE, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc_per_node PROCESSES -m MODULE ...`, one thread a process.
 
     The return code is 0, or 1 if a process ended otherwise; the others are ended then.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **environment}
-    return _ask(("-m", module, *arguments), processes, env, ROOT, timeout)
+    return _ask(("-m", module, *arguments), processes, env, timeout)
 
 
 def check_ended(run: subprocess.CompletedProcess[str]) -> None:
@@ -70,7 +74,7 @@ def check_ended(run: subprocess.CompletedProcess[str]) -> None:
 
 
 def torchrun(
-    module: str, processes: int, *arguments: str, restarts: int = 0, timeout: float = 240,
+    module: str, processes: int, *arguments: str, restarts: int = 0, timeout: float = PATIENCE,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """torchrun itself: for its own deeds, and for what is decided at an import."""
@@ -85,44 +89,44 @@ def torchrun(
 
 
 def _ask(
-    arguments: tuple[str, ...], processes: int | None, env: Mapping[str, str], cwd: Path,
-    timeout: float,
+    arguments: tuple[str, ...], processes: int | None, env: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     for name in FIXED:
         assert env.get(name) == os.environ.get(name), f"{name} is decided at an import"
-    if not _server:
-        _server.append(_start_server())
+    interpret = env.get("TRITON_INTERPRET", "")
+    if interpret not in _servers:
+        _servers[interpret] = _start_server(interpret)
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryDirectory() as folder, ours:
         request = {
-            "arguments": arguments, "processes": processes, "env": dict(env), "cwd": str(cwd),
+            "arguments": arguments, "processes": processes, "env": dict(env),
             "timeout": timeout, "folder": folder,
         }  # fmt: skip
         with theirs:
-            socket.send_fds(_server[0][0], [b"."], [theirs.fileno()])
+            socket.send_fds(_servers[interpret][0], [b"."], [theirs.fileno()])
         ours.sendall(json.dumps(request).encode() + b"\n")
         code = ours.makefile().readline()  # "" if what was forked is gone
-        assert code, _died()
+        assert code, _died(interpret)
         out, err = ((Path(folder) / name).read_text(errors="replace") for name in ("out", "err"))
     if code.strip() == "late":
         raise subprocess.TimeoutExpired(arguments, timeout, out, err)
     return subprocess.CompletedProcess(arguments, int(code), out, err)
 
 
-def _died() -> str:
-    said = _server.pop()[1]
+def _died(interpret: str) -> str:
+    said = _servers.pop(interpret)[1]
     said.seek(0)
     return f"the process that is forked has died: {said.read().decode(errors='replace')[-3000:]}"
 
 
-def _start_server() -> tuple[socket.socket, Any]:
+def _start_server(interpret: str) -> tuple[socket.socket, Any]:
     ours, theirs = socket.socketpair()
     said = tempfile.TemporaryFile()  # noqa: SIM115
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    own = {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     with theirs:
         server = subprocess.Popen(
             [sys.executable, "-m", "tests.processes", str(theirs.fileno())], cwd=ROOT,
-            env=environment, pass_fds=[theirs.fileno()],
+            env={**os.environ, **own}, pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL, stdout=said, stderr=said,
         )  # fmt: skip
 
@@ -193,8 +197,6 @@ def _environment_of(rank: int, request: dict[str, Any], pipe: int) -> dict[str, 
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None
-    os.chdir(request["cwd"])
-    sys.path[0] = request["cwd"]
     if request["processes"]:
         count = str(request["processes"])
         os.environ.update({
@@ -250,9 +252,8 @@ def run(arguments: list[str]) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        sys.excepthook(
-            type(error), error, error.__traceback__
-        )  # torch.distributed's says whose it is
+        # torch.distributed's says which process it is
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 

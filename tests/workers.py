@@ -7,8 +7,6 @@ happens.
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 
 # Taken first, in this order: the files of more than 30 s of CPU time each.
@@ -40,8 +38,6 @@ LONG = (
     "tests/test_examples.py",
     "tests/kernels/test_interpreter.py",
 )
-# Files that fork one process go to one worker, so that there is one to start.
-FORKING = "from tests.processes import"
 # A file whose tests share nothing: workers take them one by one.
 APART = "tests/kernels/test_interpreter.py"
 # Signals that end a process by its own fault: SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV.
@@ -69,14 +65,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    @cache
-    def forks(file: str) -> bool:
-        return FORKING in (config.rootpath / file).read_text()
-
     class FileByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = file_of(nodeid)
-            return nodeid if file == APART else FORKING if forks(file) else file
+            return nodeid if file == APART else file
 
     config.option.loadscopereorder = False  # which is by the number of tests
     return FileByFile(config, log)

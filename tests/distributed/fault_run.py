@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import TrainerCallback
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tests.training.distributed_run import HARD, rows_of
 from tests.training.test_trainer import make
-from tralign_fast.distributed import alike
+from tralign_fast.distributed import alike, pace
 
 SNAPSHOT = {"reference": "snapshot", **HARD}
 RANK = int(os.environ.get("RANK", "0"))
@@ -32,6 +31,19 @@ class Dies(TrainerCallback):
         again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         if RANK == 1 and state.global_step == 4 and not again:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Clock:
+    """Time that a busy machine does not stretch: 1 ms passes at each look."""
+
+    now = 0.0
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        self.wait(0.001)
+        return self.now
 
 
 def train(folder: Path, batch: int, fault: str = "", resume: str | bool | None = None) -> list:
@@ -48,9 +60,12 @@ def train(folder: Path, batch: int, fault: str = "", resume: str | bool | None =
         per_device_train_batch_size=batch, save_strategy="steps",
         save_steps=3, **({**HARD, "reference": "resident"} if fault == "slow" else SNAPSHOT),
     )  # fmt: skip
+    clock = Clock()
+    if fault == "slow":
+        pace.time = clock  # pyright: ignore[reportAttributeAccessIssue]
     if RANK == 1 and fault == "slow":
         collate = trainer.data_collator
-        trainer.data_collator = lambda examples: (time.sleep(0.3), collate(examples))[1]
+        trainer.data_collator = lambda examples: (clock.wait(0.3), collate(examples))[1]
     if fault == "dies":
         trainer.add_callback(Dies())
     trainer.train(resume_from_checkpoint=resume)

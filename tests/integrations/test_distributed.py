@@ -31,7 +31,7 @@ def together(folder):
 
 def found_by(processes, folder, *source):
     asked = (str(folder), *map(str, source))
-    check_ended(launch("tests.integrations.distributed_run", processes, *asked, timeout=280))
+    check_ended(launch("tests.integrations.distributed_run", processes, *asked))
     return torch.load(folder / "found.pt", weights_only=True)
 
 

@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.kernels.conftest import INTERPRETED, ROUNDS_TWICE
+from tests.processes import fork
 
 FOLDER = Path(__file__).parent
 # Files without a test that can be interpreted.
@@ -38,15 +38,11 @@ def interpret(report: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     outer = ("PYTEST_ADDOPTS", "PYTEST_XDIST")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
     options = ["-q", "--durations=0", "--durations-min=1", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments, *options, f"--junitxml={report}"],
-        cwd=FOLDER.parents[1],
-        env={**environment, "TRITON_INTERPRET": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(run.stdout)  # pytest shows it when the test fails
+    run = fork(
+        "-m", "pytest", *arguments, *options, f"--junitxml={report}",
+        env={**environment, "TRITON_INTERPRET": "1"}, timeout=1800,
+    )  # fmt: skip
+    print(run.stdout, run.stderr)  # pytest shows it when the test fails
     return run
 
 

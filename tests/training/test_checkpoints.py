@@ -604,7 +604,7 @@ def test_killed_runs_resume_to_the_losses_of_one_that_was_not(tmp_path):
     cases = ("snapshot, DPO", "resident, DPO, bf16 Adafactor, release")
     for case in cases:
         command += ["--case", case]
-    done = fork(*command, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=600)
+    done = fork(*command, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "2 trials, " in done.stdout
     assert ", 0 faults" in done.stdout

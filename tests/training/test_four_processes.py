@@ -31,7 +31,7 @@ PARTS = [WHOLE[i::4] for i in range(4)]
     ],
 )
 def test_four_processes_train_as_one_does(names, tmp_path):
-    run = launch("tests.training.matrix_run", PROCESSES, str(tmp_path), *names, timeout=1200)
+    run = launch("tests.training.matrix_run", PROCESSES, str(tmp_path), *names)
     check_ended(run)
     found = json.loads((tmp_path / "losses.json").read_text())
     cases = {case for _, case in pairs(names)}

@@ -78,7 +78,7 @@ def together(request, folder):
     """layout -> case -> what its processes find."""
     asked = [f"{layout}={','.join(cases)}" for layout, cases in request.param.items()]
     (processes,) = {LAYOUTS[layout][0] for layout in request.param}
-    run = launch("tests.training.tensor_parallel_run", processes, str(folder), *asked, timeout=600)
+    run = launch("tests.training.tensor_parallel_run", processes, str(folder), *asked)
     check_ended(run)
     return {x: json.loads((folder / f"{x}.json").read_text()) for x in request.param}
 
