@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -236,6 +237,8 @@ class _Run:
 
     def first(self, hidden: Tensor) -> Any:
         """The layer's output, without gradient."""
+        if type(hidden) is FakeTensor:  # a trace has no numbers, and no bytes of a state
+            return self._function(hidden)
         before = _Random.now(self._device)
         output = self._function(hidden)
         if before != _Random.now(self._device):
@@ -277,7 +280,7 @@ class _Random(NamedTuple):
     @classmethod
     def now(cls, device: torch.device) -> _Random:
         host = torch.default_generator.get_state().numpy().tobytes()
-        if device.type != "cuda" or not torch.cuda.is_initialized():  # traced: there is none
+        if device.type != "cuda":
             return cls(host, None)
         generator = torch.cuda.default_generators[device.index]
         return cls(host, (generator.initial_seed(), generator.get_offset()))
