@@ -225,28 +225,40 @@ def _attend_varlen(
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
     window = (-1 if options.window is None else options.window - 1, 0)
     if arguments.again:  # else the keys are the row's tokens as they stand
-        k, v = _GatherKeys.apply(k, arguments), _GatherKeys.apply(v, arguments)
+        k, v = _GatherKeys.apply(k, v, arguments)  # pyright: ignore[reportGeneralTypeIssues]
     return function(q, k, v, arguments, window, options)[None]
 
 
 class _GatherKeys(torch.autograd.Function):
-    """`tokens[key_index]`, whose backward would sort the index to sum the same way in every run.
+    """`tokens[key_index]` of keys and values, whose backward would sort the index to sum the same
+    way in every run.
 
     Here a token's gradients are summed in the order of its completions.
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, arguments: VarlenArguments) -> Tensor:
-        ctx.arguments, ctx.tokens = arguments, tokens.shape[0]
-        return tokens.index_select(0, arguments.key_index)
+    def forward(
+        ctx: Any, keys: Tensor, values: Tensor, arguments: VarlenArguments
+    ) -> tuple[Tensor, Tensor]:
+        ctx.arguments, ctx.tokens = arguments, keys.shape[0]
+        ctx.set_materialize_grads(False)
+        index = arguments.key_index
+        return keys.index_select(0, index), values.index_select(0, index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.index_select(0, ctx.arguments.first)
-        for tokens, keys in ctx.arguments.again:  # no token twice
-            total.index_add_(0, tokens, grad.index_select(0, keys))
-        return total[: ctx.tokens], None  # a static row's has spare rows
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        of_keys, of_values = (
+            None if grad is None else _ungathered(grad, ctx.arguments, ctx.tokens) for grad in grads
+        )
+        return of_keys, of_values, None
+
+
+def _ungathered(grad: Tensor, arguments: VarlenArguments, tokens: int) -> Tensor:
+    total = grad.index_select(0, arguments.first)
+    for places, keys in arguments.again:  # no token twice
+        total.index_add_(0, places, grad.index_select(0, keys))
+    return total[:tokens]  # a static row's has spare rows
 
 
 def _flash_attn(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:
