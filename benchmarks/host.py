@@ -50,7 +50,7 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-from benchmarks.common import environment, format_table, write_csv
+from benchmarks.common import environment, format_table, read_csv, write_csv
 from benchmarks.phases import PHASES, Phases
 
 STEPS = 16  # of a round, and τ
@@ -327,6 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile(CASES[options.profile], 40)
         return 0
     rows, lines = [], []
+    order = {name: place for place, name in enumerate(CASES)}
     for name in options.cases:
         case = CASES[name]
         arms = [arm.summary() for arm in measure(case, options.rounds)]
@@ -340,7 +341,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header = ["host ms a step", *PHASES, "all", "of TRL's"]
     print(format_table(header, lines))
     about = environment(("torch", "transformers", "trl", "peft"))
-    write_csv(options.out / "host.csv", [{**row, **about} for row in rows])
+    rows = [{**row, **about} for row in rows]
+    # cases that were not asked for keep their rows, with the commit that they are of
+    kept = [row for row in read_csv(options.out / "host.csv") if row["case"] not in options.cases]
+    write_csv(options.out / "host.csv", sorted([*kept, *rows], key=lambda r: order[r["case"]]))
     return 0
 
 
