@@ -18,10 +18,18 @@ caches. A figure is the median over rounds of a round's mean step.
 **Products** are PyTorch's: on an AMD CPU this library runs fp32 through oneDNN by a function of its
 own, which a GPU never sees, and which at hidden size 32 is all that would be measured.
 
+**The sweep** scores four batches as one row, which is the default where there is a GPU; without one
+it scores them one by one.
+
 **Attention.** A CPU has no variable-length kernel: a sequence is an attention call of its own. The
 rows "one call" have a single call in its place, as a GPU has: its host work, other values.
 
-**The gate.** The mean losses of the warm-up agree (not with "one call").
+**Layer kernels.** Where Liger is installed, a GPU runs norms, gated MLPs and rotary embeddings by
+its kernels. In the rows of that name Liger's own Python runs, and one small operator (a norm's
+backward: two) in place of each launch; what Triton's launcher takes is left out. TRL runs there as
+it comes, and with the same kernels.
+
+**The gate.** The mean losses of the warm-up agree (not where values are others).
 """
 
 from __future__ import annotations
@@ -29,22 +37,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import functools
 import pstats
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
 
-from benchmarks.common import environment, format_table, write_csv
+from benchmarks.common import environment, format_table, read_csv, write_csv
 from benchmarks.phases import PHASES, Phases
 
 STEPS = 16  # of a round, and τ
+PAIR = 48  # tokens of a packed pair
+SWEPT = 4  # batches that the reference scores as one row, by default on an accelerator
 LOSS_TOLERANCE = 1e-4
 
 
@@ -55,6 +66,7 @@ class Case:
     lora_rank: int | None = None
     alpha: float = 1.0
     one_call: bool = False
+    layer_kernels: bool = False
     layers: int = 32
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -64,7 +76,11 @@ CASES = {
     "full, one call": Case(one_call=True),
     "lora": Case(1, 0.6),
     "lora, one call": Case(1, 0.6, one_call=True),
+    "full, layer kernels": Case(one_call=True, layer_kernels=True),
+    "lora, layer kernels": Case(1, 0.6, one_call=True, layer_kernels=True),
 }
+# TRL with the same layer kernels, which it has by an option
+ARMS = {False: ("trl", "ours"), True: ("trl", "trl, layer kernels", "ours")}
 
 
 def workload(case: Case) -> Any:
@@ -82,7 +98,12 @@ def workload(case: Case) -> Any:
                 ]  # 0: padding
 
             return [
-                {"row": row, "prompt_ids": ids(24), "chosen_ids": ids(12), "rejected_ids": ids(12)}
+                {
+                    "row": row,
+                    "prompt_ids": ids(PAIR // 2),
+                    "chosen_ids": ids(PAIR // 4),
+                    "rejected_ids": ids(PAIR // 4),
+                }
                 for row in range(STEPS * self.pairs)
             ]
 
@@ -92,10 +113,11 @@ def workload(case: Case) -> Any:
     )  # fmt: skip
     options = {
         "bf16": False, "max_steps": STEPS, "ref_model_sync_steps": STEPS, "learning_rate": 1e-3,
-        "ref_model_mixup_alpha": case.alpha, "lr_scheduler_type": "constant", **case.options,
+        "ref_model_mixup_alpha": case.alpha, "lr_scheduler_type": "constant",
+        "precompute_ref_batch_size": 2 * SWEPT, **case.options,
     }  # fmt: skip
     return Rows(
-        config, tokens=96, dtype="float32", lora_rank=case.lora_rank, lora_dtype="float32",
+        config, tokens=2 * PAIR, dtype="float32", lora_rank=case.lora_rank, lora_dtype="float32",
         options=options,
     )  # fmt: skip
 
@@ -109,12 +131,11 @@ class Arm:
         from tralign_fast.memory.workload import make_trainer, make_trl_trainer
 
         torch.manual_seed(0)
-        self.name = name
         self.trainer = (make_trainer if name == "ours" else make_trl_trainer)(work, folder)
         if name == "ours" and self.trainer.data_collator.layout != "shared":
             raise ValueError("ours runs padded batches here, which is not what a GPU runs")
-        if name == "trl" and self.trainer.ref_model is not None:
-            self.trainer.ref_model.load_state_dict(self.trainer.model.state_dict())
+        if name != "ours":
+            _prepare_trl(self.trainer, layer_kernels="kernels" in name)
         self.seconds: list[dict[str, float]] = []  # of a step, for each round
         self.first_loss = float("nan")  # mean of the warm-up
         self._now: dict[str, float] = dict.fromkeys(PHASES, 0.0)
@@ -150,6 +171,18 @@ class Arm:
         return {**by_phase, "all": 1e3 * median(sum(r.values()) for r in rounds)}
 
 
+def _prepare_trl(trainer: Any, layer_kernels: bool) -> None:
+    from tralign_fast.model.layer_kernels import use_layer_kernels
+
+    models = [trainer.model]
+    if trainer.ref_model is not None:
+        trainer.ref_model.load_state_dict(trainer.model.state_dict())
+        models.append(trainer.ref_model)
+    for model in models if layer_kernels else ():
+        ids = model.get_input_embeddings().weight.new_ones((1, 4)).long()
+        use_layer_kernels(model, "auto", functools.partial(model, input_ids=ids))
+
+
 def _clock(arm: Arm) -> Any:
     from transformers import TrainerCallback
 
@@ -173,8 +206,11 @@ def as_asked(case: Case) -> Iterator[None]:
     from tralign_fast.ops.cpu import onednn
 
     def function(q: Any, k: Any, v: Any, arguments: Any, window: Any, options: Any) -> Any:
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        return attend(q, k, v, scale=options.scaling, enable_gqa=True)[0].transpose(0, 1)
+        # a pair's queries see a pair's keys, so that a sweep's long row is no long sequence
+        rows = q.shape[0] // PAIR
+        q, k, v = (t.view(rows, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+        out = attend(q, k, v, scale=options.scaling, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
 
     def always(value: Any) -> Any:  # a call of a Mock takes as long as what is measured
         return lambda *args, **kwargs: value
@@ -186,11 +222,61 @@ def as_asked(case: Case) -> Iterator[None]:
             stack.enter_context(patch)
             # which would find its values, and fall back to padded batches
             stack.enter_context(mock.patch.object(prepare, "_why_not_packed", always(None)))
+        if case.layer_kernels:
+            stack.enter_context(_kernels_without_a_gpu())
         yield
 
 
-def measure(case: Case, rounds: int, names: Sequence[str] = ("trl", "ours")) -> list[Arm]:
-    """Arms with the times of their rounds.
+@contextlib.contextmanager
+def _kernels_without_a_gpu() -> Iterator[None]:
+    """Liger's launchers run, with one operator of other values in place of each launch."""
+    from tralign_fast.model import kernel_probe, layer_kernels, liger_ops
+
+    patches = [
+        (layer_kernels, "_can_run", lambda parameter, asked: True),
+        (kernel_probe, "best_norm", lambda norms, kernels: kernels[0]),
+        (kernel_probe, "best_product", lambda mlps, products, *_: products[0]),
+        (kernel_probe, "check_rotary", lambda *_: None),
+    ]
+    patches += [
+        (module, name, _Kernel(_LAUNCHES[name]))
+        for module, name in liger_ops.kernels()
+        if name in _LAUNCHES
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+class _Kernel:
+    """A function that is launched on any grid."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return self._function
+
+
+def _norm_backward(dy: Any, _: Any, dx: Any, *rest: Any, **options: Any) -> None:
+    dx.copy_(dy)
+    of_weight = rest[8]
+    if of_weight is not None:
+        of_weight.zero_()
+
+
+_LAUNCHES: dict[str, Any] = {
+    "_rms_norm_forward_kernel": lambda y, _, x, *rest, **options: y.copy_(x),
+    "_rms_norm_backward_kernel": _norm_backward,
+    "_swiglu_forward_kernel": lambda a, b, c, *rest, **options: c.copy_(a),
+    "_swiglu_backward_kernel": lambda dc, a, *rest, **options: a.copy_(dc),
+    "_triton_rope": lambda q, *rest, **options: q.mul_(1.0),
+}
+
+
+def measure(case: Case, rounds: int, names: Sequence[str] = ()) -> list[Arm]:
+    """Arms, of these names or those of the case, with the times of their rounds.
 
     Raises:
         ValueError: their losses differ.
@@ -202,6 +288,7 @@ def measure(case: Case, rounds: int, names: Sequence[str] = ("trl", "ours")) -> 
         stack.enter_context(as_asked(case))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         with quietly():
+            names = names or ARMS[case.layer_kernels]
             arms = [Arm(name, work, f"{folder}/{name}") for name in names]
         for _ in range(rounds + 1):
             for arm in arms:
@@ -240,20 +327,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile(CASES[options.profile], 40)
         return 0
     rows, lines = [], []
+    order = {name: place for place, name in enumerate(CASES)}
     for name in options.cases:
-        theirs, ours = (arm.summary() for arm in measure(CASES[name], options.rounds))
-        for arm, figures in (("trl", theirs), ("ours", ours)):
+        case = CASES[name]
+        arms = [arm.summary() for arm in measure(case, options.rounds)]
+        for arm, figures in zip(ARMS[case.layer_kernels], arms, strict=True):
+            ratio = figures["all"] / arms[0]["all"]
             rows.append({
                 "case": name, "arm": arm, "rounds": options.rounds,
-                **{f"{k}_ms": v for k, v in figures.items()},
-                "ratio_to_trl": figures["all"] / theirs["all"],
+                **{f"{k}_ms": v for k, v in figures.items()}, "ratio_to_trl": ratio,
             })  # fmt: skip
-            figures["ratio"] = figures["all"] / theirs["all"]
-            lines.append([f"{name}: {arm}", *(f"{v:.2f}" for v in figures.values())])
+            lines.append([f"{name}: {arm}", *(f"{v:.2f}" for v in (*figures.values(), ratio))])
     header = ["host ms a step", *PHASES, "all", "of TRL's"]
     print(format_table(header, lines))
     about = environment(("torch", "transformers", "trl", "peft"))
-    write_csv(options.out / "host.csv", [{**row, **about} for row in rows])
+    rows = [{**row, **about} for row in rows]
+    # cases that were not asked for keep their rows, with the commit that they are of
+    kept = [row for row in read_csv(options.out / "host.csv") if row["case"] not in options.cases]
+    write_csv(options.out / "host.csv", sorted([*kept, *rows], key=lambda r: order[r["case"]]))
     return 0
 
 

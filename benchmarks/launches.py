@@ -55,7 +55,7 @@ HARD = {"ref_model_mixup_alpha": 1.0}
 RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0, "optim": "adafactor"}
 CASES = {
     "1B full": Case("llama-3.2-1b", 1_340, 1_600, {"options": HARD}),
-    "8B LoRA 64": Case("llama-3.1-8b", 4_240, 5_000, {"lora_rank": 64}),
+    "8B LoRA 64": Case("llama-3.1-8b", 4_180, 5_000, {"lora_rank": 64}),
     "8B release": Case("llama-3.1-8b", 3_280, 9_000, {"options": RELEASE}),
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import nn
 
-from tralign_fast.training.once import OncePerRun
+from tralign_fast.training.once import OncePerRun, quick_parameters
 
 
 class Counting(nn.Linear):
@@ -87,3 +90,46 @@ def test_parameters_are_counted_once_a_run():
     once.restart()
     once.num_parameters(model)
     assert model.calls == 2
+
+
+def test_quick_parameters_are_torchs_in_its_order_each_once():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    model.extend([model[1], nn.Embedding(2, 2)])  # a module twice
+    model[3].weight = model[0].weight  # and a parameter
+    model.register_parameter("own", nn.Parameter(torch.zeros(1)))
+    undo = quick_parameters(model)
+
+    def check(model):
+        for recurse in (True, False):
+            theirs = list(nn.Module.parameters(model, recurse))
+            assert list(map(id, model.parameters(recurse=recurse))) == list(map(id, theirs))
+
+    check(model)
+    model[0].bias = None
+    model[1][0] = nn.Linear(3, 3)  # what comes and goes is seen
+    check(model)
+    other = copy.deepcopy(model)
+    check(other)
+    undo()
+    assert "parameters" not in vars(model)
+    undo()
+
+
+def test_a_step_walks_the_parameters_without_names(monkeypatch):
+    """Twice, for the norm of the gradients and for `zero_grad`."""
+    model = nn.Linear(2, 2)
+    quick_parameters(model)
+    monkeypatch.setattr(nn.Module, "named_parameters", None)
+    model.weight.grad = torch.ones(2, 2)
+    model.zero_grad()
+    assert model.weight.grad is None
+
+
+def test_a_model_with_a_walk_of_its_own_keeps_it():
+    class Named(nn.Linear):
+        def named_parameters(self, *args, **kwargs):
+            return iter([("weight", self.weight)])
+
+    model = Named(2, 2)
+    quick_parameters(model)
+    assert len(list(model.parameters())) == 1

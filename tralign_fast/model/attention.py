@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tralign_fast.data.layout import PrefixLayout, VarlenArguments
-from tralign_fast.model.cut_attention import GatherKeys, attend_pieces
+from tralign_fast.model.cut_attention import attend_pieces
+from tralign_fast.model.key_gather import GatherKeys
 from tralign_fast.model.masks import check_mask, make_mask
 from tralign_fast.model.patching import Patches
 from tralign_fast.ops.backend import device_kind, is_pretending, warn_once
@@ -250,7 +251,7 @@ def _attend_varlen(
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
     window = (-1 if options.window is None else options.window - 1, 0)
     if arguments.again:  # else the keys are the row's tokens as they stand
-        k, v = GatherKeys.apply(k, arguments), GatherKeys.apply(v, arguments)
+        k, v = GatherKeys.apply(arguments, k, v)  # pyright: ignore[reportGeneralTypeIssues]
     return function(q, k, v, arguments, window, options)[None]
 
 

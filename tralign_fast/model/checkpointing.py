@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -107,9 +108,9 @@ def checkpoint_layer(own: Callable[..., Any], function: Any, *args: Any) -> Any:
         own: PyTorch's function with its options, for what is not done here.
     """
     layer = _layer_of(function)
-    parameters = None
-    if layer is not None and len(args) == 1 and _takes(function, args[0]):
-        parameters = _trained(layer)
+    if layer is None or len(args) != 1 or not _takes(function, args[0]):
+        return own(function, *args)
+    parameters = _trained(layer)
     if parameters is None:
         return own(function, *args)
     if not (parameters or args[0].requires_grad):
@@ -132,7 +133,7 @@ def _layer_of(function: Any) -> Any:
     # before, it did so around the call
     layer = getattr(function.func, "__self__", None)
     is_call = getattr(function.func, "__func__", None) is nn.Module.__call__
-    return layer if is_call and layer._compiled_call_impl is None else None
+    return layer if is_call and vars(layer).get("_compiled_call_impl") is None else None
 
 
 def _takes(function: functools.partial[Any], hidden: Any) -> bool:
@@ -140,7 +141,7 @@ def _takes(function: functools.partial[Any], hidden: Any) -> bool:
         type(hidden) in PLAIN
         and device_kind(hidden.device) in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # pyright: ignore[reportAttributeAccessIssue]
         and all(map(_is_constant, function.keywords.values()))
     )
 
@@ -236,6 +237,8 @@ class _Run:
 
     def first(self, hidden: Tensor) -> Any:
         """The layer's output, without gradient."""
+        if type(hidden) is FakeTensor:  # a trace has no numbers, and no bytes of a state
+            return self._function(hidden)
         before = _Random.now(self._device)
         output = self._function(hidden)
         if before != _Random.now(self._device):
@@ -277,7 +280,7 @@ class _Random(NamedTuple):
     @classmethod
     def now(cls, device: torch.device) -> _Random:
         host = torch.default_generator.get_state().numpy().tobytes()
-        if device.type != "cuda" or not torch.cuda.is_initialized():  # traced: there is none
+        if device.type != "cuda":
             return cls(host, None)
         generator = torch.cuda.default_generators[device.index]
         return cls(host, (generator.initial_seed(), generator.get_offset()))

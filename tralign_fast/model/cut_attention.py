@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tralign_fast.data.layout import KeyGather, VarlenArguments
 from tralign_fast.data.pieces import CutGroups, ScoredPieces
+from tralign_fast.model.key_gather import GatherKeys
 
 _meshes: dict[tuple[str, str], tuple[Any, Any]] = {}  # of process groups, by name and device
 
@@ -53,26 +53,6 @@ def mesh_of(name: str, kind: str) -> Any:
     return found[1]
 
 
-class GatherKeys(torch.autograd.Function):
-    """`tokens[key_index]`, whose backward would sort the index to sum the same way in every run.
-
-    Here a token's gradients are summed in the order of its completions.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, arguments: VarlenArguments | KeyGather) -> Tensor:
-        ctx.arguments, ctx.tokens = arguments, tokens.shape[0]
-        return tokens.index_select(0, arguments.key_index)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.index_select(0, ctx.arguments.first)
-        for tokens, keys in ctx.arguments.again:  # no token twice
-            total.index_add_(0, tokens, grad.index_select(0, keys))
-        return total[: ctx.tokens], None  # a static row's has spare rows
-
-
 def attend_pieces(
     query: Tensor,  # (1, A, T, D), the pieces in front
     key: Tensor,  # (1, K, T, D)
@@ -95,7 +75,8 @@ def attend_pieces(
     gathered = gather_rows(own, cut.width, cut.group)
     rest = [t[:, :, n:] for t in (query, key, value)]
     behind = whole(*rest) if rest[0].shape[2] else None
-    sequences = GatherKeys.apply(gathered, cut.gather(query.device)).split(cut.sequences)
+    (keys,) = GatherKeys.apply(cut.gather(query.device), gathered)  # pyright: ignore[reportGeneralTypeIssues]
+    sequences = keys.split(cut.sequences)
     outputs = []
     queries = query[:, :, :n].split([segment.queries for segment in cut.segments], 2)
     for own_query, segment in zip(queries, cut.segments, strict=True):

@@ -52,8 +52,13 @@ def lora_linear(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     dtypes = (autocast or x.dtype, autocast or factors.dtype)
     down, up, scale = factors.down, factors.up, factors.scale
-    trained = (x, weight, bias, down, up)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or up.requires_grad
+        or (down is not None and down.requires_grad)
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
         assert down is not None
         assert factors.coefficients is None
         return _LoraLinear.apply(x, weight, bias, down, up, scale, dtypes, value)
@@ -74,11 +79,14 @@ class _LoraLinear(torch.autograd.Function):
         value: bool,
     ) -> Tensor:
         ctx.factor_dtypes = down.dtype, up.dtype
-        down, up = down.to(dtypes[1]), up.to(dtypes[1])  # once: launches cost more than these
+        down, up = (
+            _cast(down, dtypes[1]),
+            _cast(up, dtypes[1]),
+        )  # once: launches cost more
         if value:
             out, h = _forward(x, weight, bias, LoraFactors(down, up, scale, dtypes[1]), dtypes)
         else:
-            h = x.reshape(-1, x.shape[-1]).to(dtypes[1]) @ down.t()
+            h = _cast(x.reshape(-1, x.shape[-1]), dtypes[1]) @ down.t()
             out = x.new_empty((), dtype=dtypes[0]).expand(*x.shape[:-1], weight.shape[0])
         _, of_weight, _, of_down, of_up, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
@@ -98,29 +106,29 @@ class _LoraLinear(torch.autograd.Function):
         of_x, of_weight, of_bias, of_down, of_up, *_ = ctx.needs_input_grad
         scale, (base, factors) = ctx.scale, ctx.dtypes
         grad = grad.reshape(-1, grad.shape[-1])  # (M, O)
-        for_factors = grad.to(factors)
+        for_factors = _cast(grad, factors)
         rows = None if x is None else x.reshape(-1, x.shape[-1])  # (M, I)
         down_dtype, up_dtype = ctx.factor_dtypes
         grad_h = grad_x = grad_weight = grad_bias = grad_down = grad_up = None
         if of_x or of_down:
             grad_h = _scaled_product(for_factors, up, scale)  # (M, R)
         if of_up:
-            grad_up = _scaled_product(for_factors.t(), h, scale).to(up_dtype)
+            grad_up = _cast(_scaled_product(for_factors.t(), h, scale), up_dtype)
         del for_factors, h
         if of_x:
             assert grad_h is not None
-            grad_x = _input_gradient(grad, weight.to(base))
+            grad_x = _input_gradient(grad, _cast(weight, base))
             _add_product_(grad_x, grad_h, down, 1.0)
-            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+            grad_x = _cast(grad_x, ctx.x_dtype).view(ctx.x_shape)
         if of_down:
             assert grad_h is not None
             assert rows is not None
-            grad_down = (grad_h.t() @ rows.to(factors)).to(down_dtype)
+            grad_down = _cast(grad_h.t() @ _cast(rows, factors), down_dtype)
         if of_weight:
             assert rows is not None
-            grad_weight = (grad.t() @ rows.to(base)).to(weight.dtype)
+            grad_weight = _cast(grad.t() @ _cast(rows, base), weight.dtype)
         if of_bias:
-            grad_bias = grad.sum(0).to(ctx.bias_dtype)
+            grad_bias = _cast(grad.sum(0), ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, grad_down, grad_up, None, None, None
 
 
@@ -134,17 +142,23 @@ def _forward(
     """The output (..., O), and A x (M, R)."""
     base, factors = dtypes
     rows = x.reshape(-1, x.shape[-1])  # (M, I)
-    for_base = rows.to(base)
-    out = _product(for_base, weight.to(base), None if bias is None else bias.to(base))
-    h = for_base if base == factors else rows.to(factors)
+    for_base = _cast(rows, base)
+    out = _product(for_base, _cast(weight, base), None if bias is None else _cast(bias, base))
+    h = for_base if base == factors else _cast(rows, factors)
     del for_base
     if lora.down is not None:
-        h = h @ lora.down.to(factors).t()
+        h = h @ _cast(lora.down, factors).t()
     if lora.coefficients is not None:
         h = (h * lora.coefficients).to(factors)
-    _add_product_(out, h, lora.up.to(factors).t(), lora.scale)
+    _add_product_(out, h, _cast(lora.up, factors).t(), lora.scale)
     # not as a view, which the caller's model could not change in place
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1])), h
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which asks the dispatcher also where there is nothing to do: fourteen
+    times a layer."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -34,6 +34,7 @@ from tralign_fast.reference import build_reference, reference_class
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import gathered
 from tralign_fast.training.config import TRConfig
+from tralign_fast.training.once import quick_parameters
 from tralign_fast.training.option_conflicts import UNGRAPHED
 
 
@@ -77,6 +78,7 @@ class RunModels:
             start = _copy(policy)
         self.initial = _copy(policy).eval() if args.log_kl_initial else None
         packs = self._prepare(policy)
+        self.prepared.callback(quick_parameters(policy))
         if isinstance(collator, PreferenceCollator):
             shared = "shared" if args.prefix_sharing else "packed"
             collator.layout = shared if packs else "padded"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+
+from tralign_fast.model.patching import Patches
 
 
 class OncePerRun:
@@ -60,3 +63,35 @@ class OncePerRun:
             yield
         finally:
             model.__dict__.pop("train", None)
+
+
+def quick_parameters(model: nn.Module) -> Callable[[], None]:
+    """Makes `model.parameters()`, over which transformers' loop goes twice a step (norm of the
+    gradients, `zero_grad`), a walk that makes no names; returns its undo.
+
+    Of an 8B model with adapters torch's takes 10 ms of the host's time, this one a millisecond.
+    Nothing is kept: parameters come and go, and are frozen, as ever.
+    """
+    patches, kind = Patches(), type(model)
+    walks = ("parameters", "named_parameters", "named_modules", "_named_members")
+    if all(getattr(kind, name) is getattr(nn.Module, name) for name in walks):
+        # bound: a deep copy of the model finds it bound to itself
+        patches.attribute(model, "parameters", types.MethodType(_parameters, model))
+    return patches.undo
+
+
+def _parameters(self: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
+    """The parameters of a module and of those in it, each once, in torch's order."""
+    seen: set[Any] = set()
+    modules: list[Any] = [self]
+    while modules:
+        module = modules.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield parameter
+        if recurse:
+            modules += reversed(module._modules.values())
