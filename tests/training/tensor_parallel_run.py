@@ -52,6 +52,7 @@ CASES = {
     "dpo-one": ("dpo", {"reference": "resident", "per_device_train_batch_size": 1, **SOFT}),
     "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
 }  # fmt: skip
+ASYNC = ("dpo-snapshot", "kto-offloaded")  # of these, checkpoints written meanwhile
 RESUMED = ("dpo-resident", "dpo-snapshot", "kto-offloaded")
 LAYOUTS = {  # processes, what transformers cuts the model into, options of the run
     "tp2": (2, {"tp_size": 2}, lambda: {}),
@@ -157,7 +158,7 @@ def run(folder: Path, layout: str, cases: list[str]) -> None:
     found = {}
     for case in cases:
         saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
-        options = {"batch": batch, **saving, **more()}
+        options = {"batch": batch, "async_save": case in ASYNC, **saving, **more()}
         if case == "dpo-by-name":
             options["model_init_kwargs"] = {"distributed_config": sizes}
         found[case] = train(case, folder / layout, model_of(case, folder, **sizes), **options)
