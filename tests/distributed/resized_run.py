@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -60,7 +61,10 @@ KINDS = {
     "fsdp2": FSDP,
     "fsdp2-shards": {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], **SHARDS}},
 }
-TENSOR = {"tp2": {"tp_size": 2}, "tp2-fsdp2": {"tp_size": 2, "fsdp_size": 2}}
+TENSOR: dict[str, dict[str, Any]] = {
+    "tp2": {"tp_size": 2},
+    "tp2-fsdp2": {"tp_size": 2, "fsdp_size": 2},
+}
 EVALUATED = ("dpo-snapshot", "kto-snapshot")
 
 
@@ -74,7 +78,7 @@ def trained(
     """
     tokenizer = make_small_tokenizer()
     method, options = CASES[case]
-    policy = make_tiny_llama(tokenizer)
+    policy: Any = make_tiny_llama(tokenizer)
     if kind in TENSOR:
         cut = DistributedConfig(**TENSOR[kind])
         name = "model-tied" if case == "dpo-tied" else "model"

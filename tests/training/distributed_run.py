@@ -60,6 +60,7 @@ CASES = {
 REFUSED = {  # cases that a kind cannot run, and what it says
     "zero3": {"dpo-offloaded": "cannot hold weights", "dpo-compiled": "cannot compile layers"}
 }
+ASYNC = ("dpo-resident", "dpo-offloaded", "kto-snapshot")  # checkpoints written meanwhile
 RESUMED = (
     "dpo-resident", "dpo-snapshot", "dpo-offloaded", "dpo-adapter", "kto-snapshot",
     "dpo-precomputed",
@@ -128,6 +129,7 @@ def main(folder: Path, kind: str, cases: list[str]) -> None:
                 train(case, folder / case, batch=ROWS, **extra)
             continue
         saving = {"save_strategy": "steps", "save_steps": 3} if case in RESUMED else {}
+        saving["async_save"] = case in ASYNC and kind != "zero3"
         found[case] = train(case, folder / case, batch=ROWS, **saving, **extra)
         if case in RESUMED:
             checkpoint = str(folder / case / "checkpoint-3")  # in mid-window

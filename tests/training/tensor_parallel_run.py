@@ -78,6 +78,7 @@ CASES |= {
 RESUMED = (
     "dpo-resident", "dpo-snapshot", "kto-offloaded", "dpo-snapshot-long", "kto-resident-long"
 )  # fmt: skip
+ASYNC = ("dpo-snapshot", "kto-offloaded")  # of these, checkpoints written meanwhile
 LAYOUTS = {  # processes, what transformers cuts the model into, options of the run
     "tp2": (2, {"tp_size": 2}, lambda: {}),
     "tp2-fsdp2": (4, {"tp_size": 2, "fsdp_size": 2}, lambda: {}),
@@ -206,7 +207,7 @@ def run(folder: Path, layout: str, cases: list[str]) -> None:
     found = {}
     for case in cases:
         saving = {"save_strategy": "steps", "save_steps": 4} if case in RESUMED else {}
-        options = {"batch": batch, **saving, **more()}
+        options = {"batch": batch, "async_save": case in ASYNC, **saving, **more()}
         if case == "dpo-by-name":
             options["model_init_kwargs"] = {"distributed_config": sizes}
         found[case] = train(case, folder / layout, model_of(case, folder, **sizes), **options)

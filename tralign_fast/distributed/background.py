@@ -37,7 +37,7 @@ class Background:
         self._written: Future[None] | None = None
         several = dist.is_initialized() and dist.get_world_size() > 1
         # training's collectives have another group, whose order these do not share
-        self.group = dist.new_group(backend="gloo") if several else None
+        self.group: Any = dist.new_group(backend="gloo") if several else None
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -83,13 +83,14 @@ class Background:
 
     def _agree(self, error: Exception | None) -> None:
         """Raises in every process if there was an error in any of them."""
-        said: list[str | None] = [None if error is None else str(error) or type(error).__name__]
+        own = "" if error is None else str(error) or type(error).__name__
+        said = [own]
         if self.group is not None:
-            own, said = said, [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(said, own[0], group=self.group)
+            said = [""] * dist.get_world_size(self.group)
+            dist.all_gather_object(said, own, group=self.group)
         if error is not None:
             raise error
-        if first := next((text for text in said if text is not None), None):
+        if first := next((text for text in said if text), None):
             raise OSError(first)
 
     def wait(self) -> bool:

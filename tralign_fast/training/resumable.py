@@ -317,9 +317,9 @@ class ResumableTrainer(Trainer):
             write(lambda state, group: save(output_dir, state_dict=state), held)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        folder, optimizer = Path(output_dir), self.optimizer
+        folder = Path(output_dir)
+        optimizer: Any = self.optimizer
         assert self.model is not None
-        assert optimizer is not None
         if is_sharded_by_transformers(self.model):
             shards_on_disk.save_optimizer(self.model, optimizer, folder)
         elif not self._writes_later():

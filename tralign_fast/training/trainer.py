@@ -436,8 +436,9 @@ class TRTrainer(ResumableTrainer):
             self._objective = self.args.objective
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._finite.check()
-        check_weights(self.model)
+        if not self._writes:  # a checkpoint, which has checked them
+            self._finite.check()
+            check_weights(self.model)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial) -> None:
