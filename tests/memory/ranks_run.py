@@ -26,10 +26,10 @@ from tralign_fast.memory.trace import count_training, traced
 
 HARD = {"ref_model_mixup_alpha": 1.0}
 RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0}
-PLAIN = {**HARD, "bf16": False}
 
 
-def model(**extra: Any) -> LlamaConfig:
+def tiny(**extra: Any) -> LlamaConfig:
+    """Rows that neither 2 nor 4 divides, and weights that outweigh activations."""
     return LlamaConfig(**{
         "vocab_size": 3001, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, **extra,
@@ -37,24 +37,28 @@ def model(**extra: Any) -> LlamaConfig:
 
 
 def work(**fields: Any) -> Workload:
-    return Workload(**{"model": model(), "tokens": 64, "pairs": 2, "options": PLAIN, **fields})
+    return Workload(**{"model": tiny(), "tokens": 64, "pairs": 2, "options": HARD, **fields})
 
 
 CASES = {
     "adamw": work(),
-    "mixed": work(dtype="float32", options=HARD),
+    "mixed": work(dtype="float32"),  # fp32 weights, gathered and computed with in bf16
     "release-adafactor": work(options={**RELEASE, "optim": "adafactor"}),
     "release-adamw": work(options={**RELEASE, "optim": "adamw_torch_fused"}),
     "resident": work(options={"reference": "resident"}),
     "offloaded": work(options={"reference": "offloaded"}),
     "kto": work(options={**HARD, "loss_type": "kto"}),
     "lora": work(lora_rank=4, options={**HARD, "gradient_checkpointing": False}),
-    "tied": work(model=model(tie_word_embeddings=True)),
-}
+    "lora-mixed": work(
+        lora_rank=4, lora_dtype="float32", options={"reference": "adapter", "bf16": True}
+    ),
+    "tied": work(model=tiny(tie_word_embeddings=True)),
+    "longer": work(tokens=1024, options={**HARD, "logits_budget_mb": 1}),
+}  # fmt: skip
 
 
 @contextlib.contextmanager
-def _as_nccl(live: Any) -> Iterator[None]:
+def as_nccl(live: Any) -> Iterator[None]:
     """Inside, nothing is seen of two habits of gloo's: a thread of it holds a collective's tensors
     for a moment after it has ended, and it reduces a copy of what it scatters."""
 
@@ -71,9 +75,8 @@ def _as_nccl(live: Any) -> Iterator[None]:
              "reduce_scatter_tensor", "all_reduce")  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name in names:
-            if hasattr(dist, name):  # torch 2.13 has other names, and warns of the old ones
-                replacement = let_go(getattr(dist, name))
-                stack.enter_context(mock.patch.object(dist, name, replacement))
+            if hasattr(dist, name):  # torch 2.13 has new names, and warns of the older ones
+                stack.enter_context(mock.patch.object(dist, name, let_go(getattr(dist, name))))
         yield
 
 
@@ -81,11 +84,10 @@ def main(folder: Path, cases: list[str]) -> None:
     found = {}
     for case in cases:
         own = dataclasses.replace(CASES[case], gpus=int(os.environ["WORLD_SIZE"]))
-        with traced(own, as_on_gpu=False, fake=False) as (live, trainer), _as_nccl(live):
+        with traced(own, as_on_gpu=False, fake=False) as (live, trainer), as_nccl(live):
             count_training(live, trainer)
             found[case] = dataclasses.asdict(live.report())
-    rank = os.environ["RANK"]
-    (folder / f"memory-{rank}.json").write_text(json.dumps(found))
+    (folder / f"memory-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

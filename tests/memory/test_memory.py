@@ -349,14 +349,15 @@ def test_presets_have_the_sizes_of_their_names():
 def test_shards_of_several_gpus():
     work = Workload(tiny(), tokens=256, options=HARD)
     alone = trace(work)
-    assert per_gpu(alone, work, 1) == alone
-    report = per_gpu(alone, work, 4)
+    assert per_gpu(alone, work) == alone
+    report = per_gpu(alone, dataclasses.replace(work, gpus=4))
     assert report.parameters == -(-alone.parameters // 4)
     assert report.optimizer == -(-alone.optimizer // 4)
     model = LlamaForCausalLM(tiny())
     layer = 2 * sum(p.numel() for p in model.model.layers[0].parameters())
     head = 2 * 2 * 1000 * 64 + 2 * 64
-    assert report.activations - alone.activations == 3 * layer + 2 * head
+    assert report.activations == alone.activations
+    assert report.gathered == 3 * layer + 2 * head
     assert report.peak == sum(getattr(report, name) for name in _NAMES)
     options = PlanOptions("tiny", gpus=4)
     recipe = recipe_of(options, work)

@@ -11,12 +11,9 @@ import logging
 import os
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-PRESETS = Path(__file__).parents[1] / "recipes" / "parallel"
+from tralign_fast.distributed.presets import preset
 
 
 def in_rank() -> bool:
@@ -38,7 +35,7 @@ def options_of(parallel: str | None) -> dict[str, Any]:
         return {}
     if parallel == "zero3" and find_spec("deepspeed") is None:
         raise ValueError("parallel=zero3: DeepSpeed is not installed: pip install deepspeed")
-    return yaml.safe_load((PRESETS / f"{parallel}.yaml").read_text(encoding="utf-8"))
+    return preset(parallel)
 
 
 def launch(processes: int, parallel: str, arguments: list[str]) -> int:

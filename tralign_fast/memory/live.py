@@ -33,7 +33,7 @@ class MemoryReport:
     reference: int
     activations: int  # and everything else
     logits_tile: int
-    gathered: int  # of several ranks: whole weights of a layer, whole gradients, buffers for both
+    gathered: int  # whole weights and gradients of what FSDP2 shards, and its buffers for them
     peak: int
 
 
@@ -156,8 +156,8 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes back with its shards
+        if DTensor in types:
+            return NotImplemented  # what is done to its shard comes back here
         body = _BODIES.get(func)
         if body is not None:
             # the operator's own code, so that what it allocates inside is seen

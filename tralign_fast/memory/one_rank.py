@@ -1,14 +1,16 @@
 """One of several ranks, traced in one process: the others are made up.
 
 `torch.distributed` has a process group for that ("fake"): its collectives return at once and write
-nothing, which fake tensors, having no data, do not miss. accelerate and FSDP2 run as they are.
+nothing, which fake tensors, having no data, do not miss. The trainer, accelerate and FSDP2 run as
+they do in a rank on a GPU, and what FSDP2 gathers, keeps for the next layer and frees is counted
+when it does so. Rank 0 has the most: where rows do not divide, the last ranks have fewer of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -25,47 +27,45 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tralign_fast.memory.live import HOST, LiveTensors
 
-_RANK = {"RANK": "0", "LOCAL_RANK": "0"}
-
-
-def cannot_be_traced() -> str | None:
-    """Why no rank of several can be traced in this process, or None."""
-    if not dist.is_available():
-        return "this PyTorch was built without torch.distributed"
-    if dist.is_initialized():
-        return "this process is one of several already"
-    return None
+_FIRST = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 @contextlib.contextmanager
-def first_of(ranks: int) -> Iterator[None]:
-    """Inside, this process is the first of so many, on fake tensors."""
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers "fake"
+def rank_of(ranks: int, *, fake: bool) -> Iterator[None]:
+    """Inside, accelerate shards on CPUs, and this process is one of `ranks`: the first of them if
+    tensors are fake; else a launcher has started all.
+
+    Raises:
+        RuntimeError: tensors are fake, and this process is a rank of others.
+    """
+    with contextlib.ExitStack() as stack:
+        if ranks > 1:
+            stack.enter_context(sharding_on_cpus())
+            if fake:
+                stack.enter_context(_first_of(ranks))
+        yield
+
+
+@contextlib.contextmanager
+def _first_of(ranks: int) -> Iterator[None]:
+    if dist.is_initialized():
+        raise RuntimeError("this process is one of several already")
+    # registers the backend
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401
 
     sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    with mock.patch.dict(os.environ, {**_RANK, **sizes, **address}), _own_states():
+    with mock.patch.dict(os.environ, {**_FIRST, **sizes}), _states_of_its_own():
         dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
         try:
             with (
                 mock.patch.object(dist, "broadcast_object_list", _as_it_is),
                 mock.patch.object(dist, "all_gather_object", _as_this_one),
                 mock.patch.object(PartialState, "set_device", _set_device),
-                mock.patch.object(FakeTensor, "data_ptr", _storage_of, create=True),
+                mock.patch.object(FakeTensor, "data_ptr", _address, create=True),
             ):
                 yield
         finally:
             dist.destroy_process_group()
-
-
-def _set_device(state: Any) -> None:
-    """Fake tensors are on "cpu", which to them is not accelerate's "cpu:0"."""
-    state.device = torch.device("cpu")
-
-
-def _storage_of(tensor: Tensor) -> int:
-    """An address that no other weight has: by it accelerate finds the shard of a weight."""
-    return tensor.untyped_storage()._cdata + tensor.storage_offset()
 
 
 def _as_it_is(objects: list[Any], *args: Any, **kwargs: Any) -> None:
@@ -76,8 +76,18 @@ def _as_this_one(objects: list[Any], own: Any, *args: Any, **kwargs: Any) -> Non
     objects[:] = [own] * len(objects)
 
 
+def _set_device(state: Any) -> None:
+    """Fake tensors are on "cpu", which to them is not accelerate's "cpu:0"."""
+    state.device = torch.device("cpu")
+
+
+def _address(tensor: Tensor) -> int:
+    """One that no other weight has: by it accelerate finds the shard of an optimizer's weight."""
+    return tensor.untyped_storage()._cdata + tensor.storage_offset()
+
+
 @contextlib.contextmanager
-def _own_states() -> Iterator[None]:
+def _states_of_its_own() -> Iterator[None]:
     """Inside, accelerate knows nothing of what this process was before, nor afterwards of this."""
     kept = [(kind, kind._shared_state.copy()) for kind in (PartialState, AcceleratorState)]
     AcceleratorState._reset_state(True)
@@ -114,63 +124,59 @@ def sharding_on_cpus() -> Iterator[None]:
 
 
 def _mesh_of_cpus(kind: str, *args: Any, **kwargs: Any) -> Any:
-    """A mesh finds this process in a tensor of all ranks, which must have data."""
+    """FSDP2's own choice is a GPU where there is one. A mesh looks for this process in a tensor of
+    all ranks, which must have data."""
     with _disable_current_modes():
         return init_device_mesh("cpu", *args, **kwargs)
 
 
 @contextlib.contextmanager
-def gathered_counted(live: LiveTensors) -> Iterator[None]:
-    """Inside, what FSDP2 makes of shards and of gradients on their way counts as gathered."""
+def shards_counted(live: LiveTensors) -> Iterator[None]:
+    """Inside, what FSDP2 gathers, and what it reduces gradients in, is counted as "gathered"; a
+    whole weight that it cuts up is on the host."""
     from tralign_fast.training.sharded_release import ShardedRelease
 
-    def tagged(function: Any) -> Any:
+    def allocating(tag: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            with live.tagging("gathered"):
+            with live.tagging(tag):
                 return function(*args, **kwargs)
 
         return call
 
-    reduce = fsdp.foreach_reduce
+    def taking(index: int, tag: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            live.tag(args[index], tag)
+            return function(*args, **kwargs)
 
-    def reduced(parameters: Any, whole: Any, *args: Any, **kwargs: Any) -> Any:
-        live.tag(list(whole), "gathered")
-        with live.tagging("gathered"):
-            return reduce(parameters, whole, *args, **kwargs)
+        return call
 
-    def shard(parameter: Any, tensor: Any) -> Any:
-        live.tag(tensor, "gradients")
-        return as_shard(parameter, tensor)
+    def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with live.paused():
+                return function(*args, **kwargs)
 
-    def cut(parameter: Any, whole: Any, *args: Any, **kwargs: Any) -> None:
-        live.tag(whole, HOST)
-        cut_up(parameter, whole, *args, **kwargs)
+        return call
 
-    def released(*args: Any) -> None:
-        with live.tagging("optimizer"):
-            release(*args)
-
-    def resized(storage: Any, size: int) -> Any:
-        found = resize(storage, size)
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        found = own_resize(storage, size)
         live.resized(storage)
         return found
 
-    def unseen(*args: Any, **kwargs: Any) -> Any:
-        with live.paused():
-            return shapes(*args, **kwargs)
-
-    resize = torch.UntypedStorage.resize_
-    as_shard, release = fsdp.FSDPParam.to_sharded_dtensor, ShardedRelease._step_group
-    cut_up = fsdp.FSDPParam._init_sharded_param
-    shapes = ShardingPropagator._propagate_tensor_meta_non_cached
-    with (
-        mock.patch.object(fsdp, "foreach_all_gather", tagged(fsdp.foreach_all_gather)),
-        mock.patch.object(fsdp, "foreach_all_gather_copy_out", tagged(fsdp.foreach_all_gather_copy_out)),
-        mock.patch.object(fsdp, "foreach_reduce", reduced),
-        mock.patch.object(fsdp.FSDPParam, "to_sharded_dtensor", shard),
-        mock.patch.object(fsdp.FSDPParam, "_init_sharded_param", cut),
-        mock.patch.object(ShardedRelease, "_step_group", released),
-        mock.patch.object(torch.UntypedStorage, "resize_", resized, create=True),
-        mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen),
-    ):
+    own_resize = torch.UntypedStorage.resize_
+    parameter, reduce = fsdp.FSDPParam, fsdp.foreach_reduce
+    meta = "_propagate_tensor_meta_non_cached"  # DTensor tries operators out on whole shapes
+    replacements = [
+        (fsdp, "foreach_all_gather", allocating("gathered", fsdp.foreach_all_gather)),
+        (fsdp, "foreach_all_gather_copy_out",
+         allocating("gathered", fsdp.foreach_all_gather_copy_out)),
+        (fsdp, "foreach_reduce", taking(1, "gathered", allocating("gathered", reduce))),
+        (parameter, "to_sharded_dtensor", taking(1, "gradients", parameter.to_sharded_dtensor)),
+        (parameter, "_init_sharded_param", taking(1, HOST, parameter._init_sharded_param)),
+        (ShardedRelease, "_step_group", allocating("optimizer", ShardedRelease._step_group)),
+        (ShardingPropagator, meta, unseen(getattr(ShardingPropagator, meta))),
+        (torch.UntypedStorage, "resize_", resize),
+    ]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in replacements:
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield

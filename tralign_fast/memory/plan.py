@@ -13,9 +13,8 @@ from typing import Annotated, Any
 
 from tralign_fast.memory import MemoryReport, Workload, trace_trl
 from tralign_fast.memory.forked import in_processes
-from tralign_fast.memory.layers import trace_deep
 from tralign_fast.memory.presets import MODELS, PRESETS, preset_of
-from tralign_fast.memory.sharding import per_gpu
+from tralign_fast.memory.sharding import trace_rank
 from tralign_fast.memory.step_flops import sizes_of
 from tralign_fast.memory.time_model import (
     CARDS,
@@ -99,6 +98,7 @@ class Alternative:
     change: str
     work: Workload
     report: MemoryReport
+    no_trace: str | None = None  # why the report of several GPUs is arithmetic
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,14 @@ def make_plan(options: PlanOptions) -> Plan:
     memory, work = parse_memory(options.gpu_memory), workload(options)
     rates = _rates(options)
     # those that are traced whatever the others say can be traced at the same time
-    others = list(changes(work, options.gpus))
-    sure = [c for c in others if options.alternatives and c[1].tokens == work.tokens]
-    whole = [("as asked", work, options.gpus), *((*c, options.gpus) for c in sure)]
-    reports = in_processes(_measured, whole)
-    tried = [
-        Alternative("" if i == 0 else what, changed, report)
-        for i, ((what, changed, _), report) in enumerate(zip(whole, reports, strict=True))
-    ]
+    others = list(changes(work))
+    sure = others[: _sure(others, work)] if options.alternatives else []
+    tried = list(in_processes(_tried, [("", work), *sure]))
     remedy = None
     if not fits(tried[0].report, memory):
         remedy = next((a for a in tried[1:] if fits(a.report, memory)), None)
         if remedy is None:
-            remedy = _first_that_fits(others[len(sure) :], tried, memory, options.gpus)
+            remedy = _first_that_fits(others[len(sure) :], tried, memory)
     theirs, why = _trace_trl(work) if options.trl else (None, None)
     plan = Plan(memory, tried, remedy, theirs, why)
     if rates is None:
@@ -187,21 +182,29 @@ def _rates(options: PlanOptions) -> Rates | None:
 
 
 def _first_that_fits(
-    others: list[tuple[str, Workload]], tried: list[Alternative], memory: int, gpus: int
+    others: list[tuple[str, Workload]], tried: list[Alternative], memory: int
 ) -> Alternative | None:
     """Traces one after the other, those that can fit, into `tried`."""
     weights = _weights(tried[0].work)
     for change, changed in others:
-        if _floor(changed, weights) / gpus + HEADROOM <= memory:
-            tried.append(Alternative(change, changed, _measured((change, changed, gpus))))
+        if _floor(changed, weights) / changed.gpus + HEADROOM <= memory:
+            tried.append(_tried((change, changed)))
             if fits(tried[-1].report, memory):
                 return tried[-1]
     return None
 
 
-def _measured(asked: tuple[str, Workload, int]) -> MemoryReport:
-    what, work, gpus = asked
-    return per_gpu(_traced(what, trace_deep, work), work, gpus)
+def _sure(others: list[tuple[str, Workload]], work: Workload) -> int:
+    """How many of the changes, from the first on, are traced whatever the others say: all but those
+    that go on making the batch of the last one smaller."""
+    adapted = [w.lora_rank is not None and w.tokens < work.tokens for _, w in others]
+    return adapted.index(True) if True in adapted else len(others)
+
+
+def _tried(asked: tuple[str, Workload]) -> Alternative:
+    change, work = asked
+    report, why = _traced(change or "as asked", trace_rank, work)
+    return Alternative(change, work, report, why)
 
 
 def workload(options: PlanOptions) -> Workload:
@@ -230,6 +233,7 @@ def workload(options: PlanOptions) -> Workload:
         lora_dtype=lora_dtype,
         base_bits=options.base_bits,
         options=training,
+        gpus=options.gpus,
     )
 
 
@@ -286,10 +290,11 @@ def _with(work: Workload, options: dict[str, Any], **fields: Any) -> Workload:
     return dataclasses.replace(work, options={**work.options, **options}, **fields)
 
 
-def changes(work: Workload, gpus: int = 1) -> Iterator[tuple[str, Workload]]:
+def changes(work: Workload) -> Iterator[tuple[str, Workload]]:
     """(what to change, the changed work), the least intrusive first: first what changes no loss,
-    then the optimizer, then what is trained, then the batch. Gradients are released in one process
-    alone."""
+    then the optimizer, then what is trained, then the batch. With several GPUs a smaller batch of
+    all weights comes before adapters, and the 8-bit optimizer, which has no step on shards, is left
+    out."""
     options = work.options
     if not options["gradient_checkpointing"]:
         work = _with(work, {"gradient_checkpointing": True})
@@ -299,14 +304,18 @@ def changes(work: Workload, gpus: int = 1) -> Iterator[tuple[str, Workload]]:
         work = _with(work, {"reference": "auto"})
         yield "--reference auto", work
     full = work.lora_rank is None
-    if full and gpus == 1:
+    if full:
         if not options.get("gradient_release") and "adamw" in options["optim"]:
             yield "--gradient_release true", _with(work, _RELEASE)
-        if find_spec("bitsandbytes"):
+        if find_spec("bitsandbytes") and work.gpus == 1:
             optim = {"optim": "adamw_bnb_8bit"}
             yield "--gradient_release true --optim adamw_bnb_8bit", _with(work, _RELEASE | optim)
         optim = {"optim": "adafactor"}
-        yield "--gradient_release true --optim adafactor", _with(work, _RELEASE | optim)
+        change = "--gradient_release true --optim adafactor"
+        yield change, _with(work, _RELEASE | optim)
+        fewer = work.tokens // 2
+        if work.gpus > 1 and fewer >= 256 * work.pairs:
+            yield f"{change} --tokens {fewer}", _with(work, _RELEASE | optim, tokens=fewer)
     if not find_spec("peft"):
         return
     rank = 16 if work.lora_rank is None else work.lora_rank

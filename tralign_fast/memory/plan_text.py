@@ -95,6 +95,7 @@ def as_json(options: PlanOptions, plan: Plan) -> dict[str, Any]:
         "recipe": recipe,
         "command": recipe and command_of(recipe, options.nodes),
         "note": NOTE,
+        "arithmetic": {a.change or "as asked": a.no_trace for a in plan.tried if a.no_trace},
     }  # fmt: skip
 
 
@@ -126,8 +127,26 @@ def as_text(options: PlanOptions, plan: Plan) -> str:
             "",
             text,
         ]
-    more = " With several GPUs by arithmetic." if options.gpus > 1 else ""
-    return "\n".join([*parts, NOTE + more])
+    return "\n".join([*parts, NOTE, *_of_several(options, plan)])
+
+
+def _of_several(options: PlanOptions, plan: Plan) -> list[str]:
+    """How the figures of one of several GPUs were found."""
+    if options.gpus == 1:
+        return []
+    arithmetic: dict[str, list[str]] = {}
+    for tried in plan.tried:
+        if tried.no_trace is not None:
+            arithmetic.setdefault(tried.no_trace, []).append(tried.change or "as asked")
+    lines = [f"by arithmetic, not traced ({why}): {', '.join(w)}" for why, w in arithmetic.items()]
+    if len(arithmetic) < len(plan.tried):
+        lines.append(
+            f"Each of {options.gpus} GPUs: the first one's step under FSDP2 is traced, without the "
+            "buffers that NCCL holds."
+        )
+    if any(tried.work.base_bits == 4 for tried in plan.tried):
+        lines.append("A 4-bit base is whole on every GPU, unless bnb_4bit_quant_storage is set.")
+    return lines
 
 
 def _table(plan: Plan) -> str:
@@ -138,6 +157,8 @@ def _table(plan: Plan) -> str:
         columns["changed"] = plan.remedy.report
     lines = [f"{'GiB':<14}" + "".join(f"{name:>14}" for name in columns)]
     for row in _ROWS:
+        if row == "gathered" and not any(r.gathered for r in columns.values()):
+            continue  # one GPU
         values = "".join(f"{getattr(r, row) / GIB:>14.2f}" for r in columns.values())
         lines.append(f"{row.replace('_', ' '):<14}{values}")
     lines.insert(-1, "-" * len(lines[0]))

@@ -1,38 +1,61 @@
-"""What one of several GPUs holds under FSDP2: arithmetic on what one alone would hold."""
+"""What one of several GPUs holds under FSDP2: traced, or by arithmetic from one alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
 
+from tralign_fast.memory.layers import trace_deep
 from tralign_fast.memory.live import MemoryReport
 from tralign_fast.memory.trace import decoder_layers
 from tralign_fast.memory.workload import Workload
 
+# What versions of PyTorch, transformers and accelerate that are put together otherwise than those
+# that were tested may end in. A ValueError is none of it: the work cannot be trained.
+_OTHERWISE = (
+    RuntimeError, AttributeError, TypeError, KeyError, AssertionError, ImportError,
+)  # fmt: skip
 
-def per_gpu(report: MemoryReport, work: Workload, gpus: int) -> MemoryReport:
-    """Weights, gradients, optimizer states and reference are cut into shards; activations and the
-    tile of logits are of a GPU's own batch.
 
-    Whole are, at a time, the weights of two decoder layers (one is computed with, the next is on
-    its way) and what stands outside the layers (embedding and head), and once more where they get
-    gradients. They count as activations.
+def trace_rank(work: Workload) -> tuple[MemoryReport, str | None]:
+    """What each GPU holds, traced; where that cannot be had, by arithmetic, and then why.
+
+    Raises:
+        ValueError: as `trace`.
     """
-    if gpus == 1:
+    if work.gpus == 1:
+        return trace_deep(work), None
+    try:
+        return trace_deep(work), None
+    except _OTHERWISE as error:
+        lines = str(error).strip().splitlines()
+        why = lines[0] if lines else type(error).__name__
+    return per_gpu(trace_deep(dataclasses.replace(work, gpus=1)), work), why
+
+
+def per_gpu(report: MemoryReport, work: Workload) -> MemoryReport:
+    """What each of `work.gpus` holds, by arithmetic, if one alone would hold `report`.
+
+    Weights, gradients, optimizer states and reference are cut into shards; activations and the
+    tile of logits are of a GPU's own batch. Gathered are, at a time, the weights of two decoder
+    layers (one is computed with, the next is on its way) and what stands outside the layers
+    (embedding and head), and once more where they get gradients.
+    """
+    if work.gpus == 1:
         return report
     layer, outside = _sizes(work)
     gathered = 2 * layer + outside
     if work.lora_rank is None:
         gathered += layer + outside
     shards = {
-        name: -(-getattr(report, name) // gpus)
+        name: -(-getattr(report, name) // work.gpus)
         for name in ("parameters", "gradients", "optimizer", "reference")
     }
-    values = {
-        **shards, "activations": report.activations + gathered, "logits_tile": report.logits_tile
-    }  # fmt: skip
+    own = {"activations": report.activations, "logits_tile": report.logits_tile}
+    values = {**shards, **own, "gathered": gathered}
     return MemoryReport(**values, peak=sum(values.values()))
 
 

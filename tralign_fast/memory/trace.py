@@ -8,7 +8,7 @@ import gc
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.optim.optimizer as torch_optimizer
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from tralign_fast.memory import as_on_gpu as gpu
 from tralign_fast.memory.live import HOST, LiveTensors, MemoryReport
-from tralign_fast.memory.one_rank import first_of, gathered_counted, sharding_on_cpus
+from tralign_fast.memory.one_rank import rank_of, shards_counted
 from tralign_fast.memory.probed_once import probed_once
 from tralign_fast.memory.workload import Workload, make_trainer, make_trl_trainer
 from tralign_fast.reference.base import ReferencePolicy
@@ -28,16 +28,21 @@ from tralign_fast.reference.base import ReferencePolicy
 def trace(work: Workload, *, as_on_gpu: bool = True, fake: bool = True) -> MemoryReport:
     """Two steps of `TRTrainer.train()` on fake tensors, with an update of the reference between.
 
+    Of several GPUs it is the step of the first, whose shards, gathered layers and own batch are
+    counted; the others are made up, and need no process.
+
     The second step has all that a long run has: the optimizer's states, and a reference that was
     updated and has scored its window.
 
     Args:
         work: what is trained, and how.
         as_on_gpu: follow the code paths of a GPU; False: those of this machine's CPU.
-        fake: False runs the same on real tensors, to check the tracer.
+        fake: False runs the same on real tensors, to check the tracer; of several GPUs in as many
+            processes, which torchrun starts.
 
     Raises:
         ValueError: as `TRConfig` and `TRTrainer` do.
+        RuntimeError: of several GPUs, on fake tensors: this process is one of several.
     """
     with traced(work, as_on_gpu, fake) as (live, trainer):
         count_training(live, trainer)
@@ -56,6 +61,7 @@ def trace_segments(work: Workload) -> list[tuple[Any, MemoryReport]]:
 
 @contextlib.contextmanager
 def traced(work: Workload, as_on_gpu: bool, fake: bool) -> Iterator[tuple[LiveTensors, Any]]:
+    """Inside, a trainer of that work and what counts its tensors."""
     with (
         tempfile.TemporaryDirectory() as folder,
         quietly(),
@@ -63,23 +69,13 @@ def traced(work: Workload, as_on_gpu: bool, fake: bool) -> Iterator[tuple[LiveTe
         gpu.fake_tensors() if fake else contextlib.nullcontext(),
         probed_once() if fake else contextlib.nullcontext(),
         _young_garbage(),
-        _several(work.gpus, fake),
+        rank_of(work.gpus, fake=fake),
         LiveTensors(fake=fake) as live,
-        gathered_counted(live) if work.gpus > 1 else contextlib.nullcontext(),
+        shards_counted(live) if work.gpus > 1 else contextlib.nullcontext(),
     ):
         trainer = make_trainer(work, folder)
         trainer.add_callback(_TagReference(trainer.reference, live))
         yield live, trainer
-
-
-@contextlib.contextmanager
-def _several(gpus: int, fake: bool) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if gpus > 1:
-            stack.enter_context(sharding_on_cpus())
-            if fake:
-                stack.enter_context(first_of(gpus))
-        yield
 
 
 @contextlib.contextmanager
@@ -132,29 +128,35 @@ def trace_trl(work: Workload) -> MemoryReport:
 
 
 def count_training(live: LiveTensors, trainer: Trainer, reference: Sequence[Tensor] = ()) -> None:
+    """Trains, and says what is counted is for. What is sharded is counted once it is."""
     model: Any = trainer.model
     sharded = bool(trainer.args.fsdp)
     live.tag([*model.parameters(), *model.buffers()], "parameters")
     live.tag(reference, "reference")
     for parameter in model.parameters():
         live.weight_shapes.add(tuple(parameter.shape))
-        if parameter.requires_grad and not sharded:  # before gradient release puts its own hook behind this one
+        # before gradient release puts its own hook behind this one; of shards FSDP2 makes gradients
+        if parameter.requires_grad and not sharded:
             parameter.register_post_accumulate_grad_hook(lambda p: live.tag(p.grad, "gradients"))
     gc.collect()
     live.start()
     if sharded:
         trainer.add_callback(_TagShards(live))
 
-    def tags(tag: str) -> Callable[..., None]:
-        def begin(*_: Any) -> None:
-            live.tag_now = tag
-            live.mark((tag, None))
+    before: list[str] = []
 
-        return begin
+    def begin(*_: Any) -> None:
+        before.append(live.tag_now)
+        live.tag_now = "optimizer"
+        live.mark(("optimizer", None))
+
+    def end(*_: Any) -> None:
+        live.tag_now = before.pop()
+        live.mark(("activations", None))
 
     handles = [
-        torch_optimizer.register_optimizer_step_pre_hook(tags("optimizer")),
-        torch_optimizer.register_optimizer_step_post_hook(tags("activations")),
+        torch_optimizer.register_optimizer_step_pre_hook(begin),
+        torch_optimizer.register_optimizer_step_post_hook(end),
     ]
     try:
         trainer.train()

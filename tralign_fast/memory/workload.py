@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from tralign_fast.commands.launch import options_of
+from tralign_fast.distributed.presets import preset
 from tralign_fast.ops.losses import LOSSES
 
 
@@ -52,6 +52,8 @@ class Workload:
                 raise ValueError(
                     f"{name}: expected bfloat16 or float32, got {getattr(self, name)!r}"
                 )
+        if self.gpus < 1:
+            raise ValueError(f"gpus must be at least 1, got {self.gpus}")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
         if self.base_bits not in (4, 16):
@@ -64,7 +66,7 @@ class Workload:
         return LOSSES[self.options.get("loss_type", "dpo")].paired
 
     def rows(self) -> list[dict[str, Any]]:
-        """Tokenised rows of two batches."""
+        """Tokenised rows of two batches of every GPU."""
         pair = self.tokens // self.pairs
         completion = pair // 4
         prompt = [0] * (pair - 2 * completion)
@@ -123,7 +125,7 @@ class Workload:
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
-            **(options_of("fsdp2") if self.gpus > 1 else {}),
+            **(preset("fsdp2") if self.gpus > 1 else {}),
             **self.options,
         }
 
@@ -147,12 +149,24 @@ def make_trainer(work: Workload, folder: str, *, on_gpu: bool = False) -> Any:
     from tralign_fast.training.config import TRConfig
     from tralign_fast.training.trainer import TRTrainer
 
-    return TRTrainer(
+    trainer = TRTrainer(
         work.build(on_gpu),
         args=TRConfig(**work.arguments(folder, on_gpu)),
         train_dataset=Dataset.from_list(work.rows()),
         processing_class=one_word_tokenizer(),
     )
+    if work.base_bits == 4 and work.gpus > 1:
+        _leave_whole(trainer)
+    return trainer
+
+
+def _leave_whole(trainer: Any) -> None:
+    """accelerate's FSDP2 shards no quantised weight that is stored in bytes. It knows them by
+    bitsandbytes' class, which the stand-ins of `_quantise` have not."""
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [m for m in trainer.model.modules() if type(m) is Linear4bit]
+    trainer.accelerator.state.fsdp_plugin.ignored_modules = layers
 
 
 def make_trl_trainer(work: Workload, folder: str, *, on_gpu: bool = False) -> Any:

@@ -27,13 +27,12 @@ def out_of_memory_explained(trainer: Any) -> Iterator[None]:
 
 
 def _advice(trainer: Any) -> str:
-    args = trainer.args
     work = _work_of(trainer)
     asked = f"tralign-fast: {work.pairs} rows of {work.tokens:,} tokens in all"
     if torch.cuda.is_available():
         peak, card = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
         asked += f", at most {peak / 2**30:.1f} of {card / 2**30:.1f} GiB so far"
-    less = "; ".join(what for what, _ in islice(changes(work, args.world_size), _NAMED))
+    less = "; ".join(what for what, _ in islice(changes(work), _NAMED))
     less = less or "--per_device_train_batch_size 1, a smaller max_length"
     return f"{asked}. What takes less, mildest first, as options of tralign-fast plan: {less}"
 
@@ -51,5 +50,6 @@ def _work_of(trainer: Any) -> Workload:
         tokens=max(trainer.largest_batch, 4 * pairs),
         lora_rank=ranks[0] if ranks else None,
         base_bits=4 if ranks and getattr(base, "is_loaded_in_4bit", False) else 16,
+        gpus=args.world_size,
         options={**options, "reference": trainer.reference.name, "optim": str(args.optim.value)},
     )
