@@ -432,7 +432,7 @@ def test_the_command_says_what_is_left(material, tmp_path, monkeypatch, capsys):
     point |= {f"{p}_{k}": 0.0 for p in ("train", "held_out")
               for k in ("chosen", "rejected", "other", "accuracy")}  # fmt: skip
     unfinished = {
-        "points": [{**point, "golds": [0.0]}], "diverged": None, "finished": False,
+        "points": [{**point, "golds": [0.0], "checks": None}], "diverged": None, "finished": False,
         "totals": {"commit": "x", "device": "cpu"},
     }  # fmt: skip
     (tmp_path / "overoptimize").mkdir()
