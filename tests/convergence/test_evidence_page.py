@@ -14,7 +14,7 @@ from benchmarks.evidence import page
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/evidence"
 PAGE = (ROOT / "docs/evidence.md").read_text()
-FILES = sorted(RESULTS.glob("overoptimize_*.csv"))
+FILES = sorted(RESULTS.glob("overoptimize_cpu*.csv"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -26,7 +26,7 @@ def test_tables_are_those_of_the_results(file):
 
 
 def test_paired_differences_are_those_of_the_tables():
-    of_runs = "\n".join(file.read_text() for file in RESULTS.glob("overoptimize_*.txt"))
+    of_runs = "\n".join(file.read_text() for file in RESULTS.glob("overoptimize_cpu*.txt"))
     found = re.findall(r"[+-]\d+\.\d\d ± \d+\.\d\d", PAGE[PAGE.index("Paired over") :])
     assert len(found) >= 12
     for text in found:
