@@ -99,7 +99,7 @@ def at_equal_distance(results: Results) -> str:
     reached, straight between their points. The interval of a seed is 1.96·sd/√prompts of the
     differences.
     """
-    header = ["less", "seed: √KL", "difference, 95%", "above"]
+    header = ["less", "seed: √KL", "difference, 95%", "by the second gold", "above"]
     table = []
     groups = by_name(results)
     for (name, arms), (other, frozen) in itertools.product(groups.items(), groups.items()):
@@ -107,22 +107,35 @@ def at_equal_distance(results: Results) -> str:
         same = (one.loss, one.pairs) == (two.loss, two.pairs)
         if not same or one.schedule == "frozen" or two.schedule != "frozen":
             continue
-        differences, texts, roots = [], [], []
-        for arm, against in itertools.product(arms, frozen):
-            if arm.seed == against.seed:
-                root = shared_distance(results, arm)
-                pairs = [
-                    [a - b] for a, b in zip(golds_at(results[arm]["points"], root),
-                                            golds_at(results[against]["points"], root),
-                                            strict=True)
-                ]  # fmt: skip
-                mean, half = mean_interval(pairs)
-                differences.append(mean)
-                texts.append(f"{mean:+.2f} ± {half:.2f}")
-                roots.append(f"{arm.seed}: {root:.1f}")
-        above = f"{sum(d > 0 for d in differences)} of {len(differences)}"
-        table.append([f"{name} - {other}", ", ".join(roots), ", ".join(texts), above])
+        pairs = [(a, b) for a, b in itertools.product(arms, frozen) if a.seed == b.seed]
+        roots = [shared_distance(results, arm) for arm, _ in pairs]
+        found = [
+            [
+                _difference(results[a]["points"], results[b]["points"], root, key)
+                for (a, b), root in zip(pairs, roots, strict=True)
+            ]
+            for key in ("golds", "checks")
+        ]
+        texts = [
+            ", ".join("-" if d is None else f"{d[0]:+.2f} ± {d[1]:.2f}" for d in differences)
+            for differences in found
+        ]
+        above = f"{sum(d is not None and d[0] > 0 for d in found[0])} of {len(pairs)}"
+        distances = ", ".join(
+            f"{arm.seed}: {root:.1f}" for (arm, _), root in zip(pairs, roots, strict=True)
+        )
+        table.append([f"{name} - {other}", distances, *texts, above])
     return format_table(header, table) if table else ""
+
+
+def _difference(
+    points: Points, others: Points, root: float, key: str
+) -> tuple[float, float] | None:
+    """Mean and half of the interval over prompts; None where a gold is missing."""
+    if any(point[key] is None for curve in (points, others) for point in curve):
+        return None
+    both = zip(golds_at(points, root, key), golds_at(others, root, key), strict=True)
+    return mean_interval([[a - b] for a, b in both])
 
 
 def shared_distance(results: Results, arm: Arm) -> float:
@@ -134,12 +147,12 @@ def shared_distance(results: Results, arm: Arm) -> float:
     ) ** 0.5  # fmt: skip
 
 
-def golds_at(points: Points, root: float) -> list[float]:
-    """Each prompt's reward where the arm first passes the distance."""
+def golds_at(points: Points, root: float, key: str = "golds") -> list[float]:
+    """Each prompt's reward (checks: by the second gold) where the arm first passes the distance."""
     first, second, share = neighbours(list(map(dict, points)), root)
     return [
         (1 - share) * a + share * b
-        for a, b in zip(points[first]["golds"], points[second]["golds"], strict=True)
+        for a, b in zip(points[first][key], points[second][key], strict=True)
     ]
 
 
