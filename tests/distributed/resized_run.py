@@ -17,7 +17,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
-from tests.training.distributed_run import FSDP, let_accelerate_shard_on_cpus
+from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import kto_rows, pair_rows
 from tralign_fast.reference import score_cache
@@ -86,7 +86,7 @@ def trained(case: str, into: Path, checkpoint: str | None, processes: int, **ext
 
 def main(kind: str, source: str, step: str, into: Path, cases: list[str]) -> None:
     if kind != "ddp":
-        let_accelerate_shard_on_cpus()
+        _let_accelerate_shard_on_cpus()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     for case in cases:
         checkpoint = None if step == "0" else f"{source}/{case}/checkpoint-{step}"

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tests.integrations.test_any_trainer import ROWS, PairTrainer
-from tests.training.distributed_run import FSDP, let_accelerate_shard_on_cpus
+from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trl_parity import options, pair_rows, trl_classes
 from tralign_fast.integrations.callback import TrustRegionCallback
 from tralign_fast.integrations.trl import use_fast_logprobs
@@ -110,7 +110,7 @@ def refused(folder: Path) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    let_accelerate_shard_on_cpus()
+    _let_accelerate_shard_on_cpus()
     found: dict[Any, Any] = {}
     for kind, extra in KINDS.items():
         for case in CASES:

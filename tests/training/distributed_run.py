@@ -106,13 +106,13 @@ def train(case, folder, *, batch, resume_from=None, **extra):
     }
 
 
-def let_accelerate_shard_on_cpus() -> None:
+def _let_accelerate_shard_on_cpus() -> None:
     """From here to the end of the process."""
     _OPEN.enter_context(sharding_on_cpus())
 
 
 def main(folder: Path, kind: str, cases: list[str]) -> None:
-    let_accelerate_shard_on_cpus()
+    _let_accelerate_shard_on_cpus()
     extra = KINDS[kind]
     found = {}
     for case in cases:

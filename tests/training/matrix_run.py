@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tests.training import release_checks
-from tests.training.distributed_run import FSDP, let_accelerate_shard_on_cpus
+from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import kto_rows, pair_rows
 from tralign_fast.data.tokenization import lend_in_groups
@@ -128,7 +128,7 @@ def check_refused(folder: Path) -> None:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    let_accelerate_shard_on_cpus()
+    _let_accelerate_shard_on_cpus()
     found = {}
     for kind, options in KINDS.items():
         extra = {**options, "batch": ROWS, "save_strategy": "steps", "save_steps": SAVED}

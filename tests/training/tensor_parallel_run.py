@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
-from tests.training.distributed_run import FSDP, let_accelerate_shard_on_cpus
+from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trl_parity import kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
 from tralign_fast.reference import score_cache
@@ -146,7 +146,7 @@ def _open_accelerate_to_cpus() -> None:
 def run(folder: Path, layout: str, cases: list[str]) -> None:
     AcceleratorState._reset_state()  # an earlier layout's
     if layout.startswith("cp2"):
-        let_accelerate_shard_on_cpus()
+        _let_accelerate_shard_on_cpus()
     else:
         _open_accelerate_to_cpus()
     _, sizes, more = LAYOUTS[layout]
