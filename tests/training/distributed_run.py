@@ -7,21 +7,23 @@ Writes FOLDER/losses.json: case -> losses of every step.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import kto_rows, pair_rows
+from tralign_fast.memory.one_rank import sharding_on_cpus
 from tralign_fast.reference import score_cache
 
+_OPEN = contextlib.ExitStack()
 STEPS = 6
 PROCESSES = 2
 ROWS = 2  # of a batch on a process
@@ -106,17 +108,8 @@ def train(case, folder, *, batch, resume_from=None, **extra):
 
 
 def _let_accelerate_shard_on_cpus() -> None:
-    """accelerate closes its FSDP branch to CPUs. All that comes after is what runs on GPUs."""
-    init = AcceleratorState.__init__
-
-    def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = init_with_fsdp
+    """From here to the end of the process."""
+    _OPEN.enter_context(sharding_on_cpus())
 
 
 def main(folder: Path, kind: str, cases: list[str]) -> None:

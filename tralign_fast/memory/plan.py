@@ -361,7 +361,7 @@ def fits(report: MemoryReport, memory: int) -> bool:
     return report.peak + HEADROOM <= memory
 
 
-def _traced(what: str, function: Callable[[Workload], MemoryReport], work: Workload) -> Any:
+def _traced(what: str, function: Callable[[Workload], Any], work: Workload) -> Any:
     print(f"tracing {what} ...", file=sys.stderr, flush=True)
     return function(work)
 
