@@ -38,11 +38,7 @@ def rank_of(ranks: int, *, fake: bool) -> Iterator[None]:
     Raises:
         RuntimeError: tensors are fake, and this process is a rank of others.
     """
-    with contextlib.ExitStack() as stack:
-        if ranks > 1:
-            stack.enter_context(sharding_on_cpus())
-            if fake:
-                stack.enter_context(_first_of(ranks))
+    with sharding_on_cpus(), _first_of(ranks) if fake else contextlib.nullcontext():
         yield
 
 

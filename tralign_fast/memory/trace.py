@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 from tralign_fast.memory import as_on_gpu as gpu
 from tralign_fast.memory.live import HOST, LiveTensors, MemoryReport
-from tralign_fast.memory.one_rank import rank_of, shards_counted
 from tralign_fast.memory.probed_once import probed_once
 from tralign_fast.memory.workload import Workload, make_trainer, make_trl_trainer
 from tralign_fast.reference.base import ReferencePolicy
@@ -69,13 +68,32 @@ def traced(work: Workload, as_on_gpu: bool, fake: bool) -> Iterator[tuple[LiveTe
         gpu.fake_tensors() if fake else contextlib.nullcontext(),
         probed_once() if fake else contextlib.nullcontext(),
         _young_garbage(),
-        rank_of(work.gpus, fake=fake),
+        _one_of(work.gpus, fake),
         LiveTensors(fake=fake) as live,
-        shards_counted(live) if work.gpus > 1 else contextlib.nullcontext(),
+        _counting_shards(work.gpus, live),
     ):
         trainer = make_trainer(work, folder)
         trainer.add_callback(_TagReference(trainer.reference, live))
         yield live, trainer
+
+
+# `one_rank` takes FSDP2 apart by names that are PyTorch's own: only where there are several ranks
+
+
+def _one_of(ranks: int, fake: bool) -> contextlib.AbstractContextManager[None]:
+    if ranks == 1:
+        return contextlib.nullcontext()
+    from tralign_fast.memory.one_rank import rank_of
+
+    return rank_of(ranks, fake=fake)
+
+
+def _counting_shards(ranks: int, live: LiveTensors) -> contextlib.AbstractContextManager[None]:
+    if ranks == 1:
+        return contextlib.nullcontext()
+    from tralign_fast.memory.one_rank import shards_counted
+
+    return shards_counted(live)
 
 
 @contextlib.contextmanager
