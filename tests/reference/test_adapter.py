@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import sys
 
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from tests.conftest import DEVICE, make_tiny_llama
+from tests.diagonal import diagonal
 from tests.reference.test_windows import STEPS, two_epochs
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, options, pair_rows
@@ -121,7 +121,7 @@ def shake(policy, seed, size=0.05):
 
 @pytest.mark.parametrize(
     ("schedule", "method", "accumulation"),
-    [*itertools.product(("hard", "soft"), ("dpo", "ipo", "kto"), (1, 2)), ("hybrid", "kto", 2)],
+    [*diagonal(2, ("hard", "soft"), ("dpo", "ipo", "kto"), (1, 2)), ("hybrid", "kto", 2)],
 )
 def test_losses_equal_those_of_a_resident_reference_of_merged_weights(
     schedule, method, accumulation, tiny_llama, small_tokenizer, tmp_path, with_merged
@@ -179,8 +179,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("alpha", [0.6, 0.1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "alpha"), diagonal(2, KINDS, [0.6, 0.1]))
 def test_kinds_of_adapters(kind, alpha, tiny_llama, tmp_path):
     policy = KINDS[kind](tiny_llama)
     prepare_model(policy)
