@@ -24,19 +24,18 @@ def jobs(arms=step.COMPARISONS["step"][""]):
     return [step.Job(arm, "chat", steps=2, pairs=1, dtype="fp32", model="tiny") for arm in arms]
 
 
-@pytest.fixture
-def warm(monkeypatch):
-    """Arms are forks of one process that has imported what they import, which takes each 6 s.
-
-    The arms of `runs` are fresh interpreters, as those of the benchmark.
-    """
+@pytest.fixture(scope="module")
+def warm():
+    """Arms are forks of one process that has imported what they import, which takes each 6 s."""
     imports = ["benchmarks.step_arm", "tralign_fast.training.trainer", "trl.trainer.dpo_trainer"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(imports)
-    monkeypatch.setattr(step, "START", "forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "START", "forkserver")
+        yield
 
 
 @pytest.fixture(scope="module")
-def runs():
+def runs(warm):
     return step.measure(jobs())
 
 
@@ -99,8 +98,12 @@ def test_disagreement_ends_the_benchmark(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_arm_that_the_system_kills_is_told_from_one_that_failed(warm):
+def test_an_arm_that_the_system_kills_is_told_from_one_that_failed(monkeypatch):
+    """A fresh interpreter, as the benchmark's arms are."""
+    monkeypatch.setattr(step, "START", "spawn")
     process = step._ArmProcess(jobs()[0])
+    process.step()
+    assert process.run.losses == pytest.approx([math.log(2)], rel=1e-6)
     process._process.kill()
     with pytest.raises(RuntimeError, match=r"arm trl died: killed, .*memory"):
         process.step()

@@ -14,6 +14,7 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.conftest import make_tiny_llama
+from tests.diagonal import diagonal
 from tests.reference.test_adapter import batch_of, shake
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, options, pair_rows
@@ -174,8 +175,9 @@ def follows(reference, truth, policy, kind="", steps=6, layout="shared"):
     return max(float((a - seen[0]).abs().max()) for a in seen)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.6, 0.1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "alpha"), [*((kind, 1.0) for kind in KINDS), *diagonal(2, KINDS, [0.6, 0.1])]
+)
 def test_each_place_is_exact_or_refuses(kind, alpha, small_tokenizer):
     config, exact = KINDS[kind]
     policy = adapted(model_of(kind, small_tokenizer), config, kind)

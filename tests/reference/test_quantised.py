@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.conftest import make_tiny_llama
+from tests.diagonal import diagonal
 from tests.reference.test_adapter import batch_of, lora, shake
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import STEPS, history, options, pair_rows
@@ -186,7 +187,11 @@ def test_dora_on_a_quantised_base(small_tokenizer, tmp_path):
     assert not torch.allclose(a, sequence_logps(policies[0], batch_of()).detach(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("place", ["resident", "snapshot", "offloaded", "adapter"])
+@pytest.mark.parametrize(
+    ("base", "place"),
+    diagonal(2, [*BASES, "coded"], ["resident", "snapshot", "offloaded", "adapter"]),
+    indirect=["base"],
+)
 def test_places_have_the_same_losses_and_resume(place, base, small_tokenizer, tmp_path):
     policy = lora(base)
     extra = {"max_steps": 6, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}

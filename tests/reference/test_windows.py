@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from tests.conftest import make_tiny_llama
+from tests.diagonal import diagonal
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, kto_rows, pair_rows
 from tralign_fast.ops.backend import warn_once
@@ -35,9 +36,9 @@ def two_epochs(method, accumulation):
     }
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("method", ["dpo", "ipo", "kto"])
-@pytest.mark.parametrize("place", WINDOWED)
+@pytest.mark.parametrize(
+    ("place", "method", "accumulation"), diagonal(2, WINDOWED, ["dpo", "ipo", "kto"], [1, 2])
+)
 def test_losses_equal_those_of_a_resident_reference(
     place, method, accumulation, tiny_llama, small_tokenizer, tmp_path
 ):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+from tests.diagonal import diagonal
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history
 from tralign_fast.ops.backend import warn_once
@@ -94,12 +95,13 @@ OPTIMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize(
-    ("place", "optim"), [*(("resident", o) for o in OPTIMS), *((p, "fused") for p in PLACES)]
-)
-def test_a_spoilt_step_changes_nothing(place, optim, value, tiny_llama, small_tokenizer, tmp_path):
+SPOILT = [*(("resident", o) for o in OPTIMS), *((p, "fused") for p in PLACES)]
+
+
+@pytest.mark.parametrize(("run", "value"), diagonal(2, SPOILT, [math.inf, math.nan]))
+def test_a_spoilt_step_changes_nothing(run, value, tiny_llama, small_tokenizer, tmp_path):
     """Step 3 of 6. Gradient release has updated nothing yet when the first gradient is spoilt."""
+    place, optim = run
     extra = {
         "max_steps": 6, "reference": place, **PLACES[place], **OPTIMS[optim],
         "save_strategy": "steps", "save_steps": 3,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from trl import DPOTrainer
 
+from tests.diagonal import diagonal
 from tests.training.test_trl_parity import STEPS, history, kto_rows, pair_rows, run_both
 from tralign_fast import LOSSES
 
@@ -58,8 +59,10 @@ def test_each_loss_equals_trl_at_every_step(case, tiny_llama, small_tokenizer, t
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=2e-5), key
 
 
-@pytest.mark.parametrize("place", ["snapshot", "offloaded"])
-@pytest.mark.parametrize("case", ["several", "ld_alpha beside sft", "use_weighting"])
+@pytest.mark.parametrize(
+    ("case", "place"),
+    diagonal(2, ["several", "ld_alpha beside sft", "use_weighting"], ["snapshot", "offloaded"]),
+)
 def test_windows_give_what_a_resident_reference_gives(
     case, place, tiny_llama, small_tokenizer, tmp_path
 ):
