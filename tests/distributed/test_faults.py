@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ def started(folder: Path, fault: str, restarts: int) -> subprocess.CompletedProc
 
 @pytest.mark.matrix
 def test_a_process_that_dies_ends_the_others_and_leaves_no_lock(tmp_path):
-    run = started(tmp_path, "dies", 0)  # which a process that waits for the dead one outlasts
+    run = started(tmp_path, "dies", 0)
+    ended = time.time()
     assert run.returncode != 0
     assert "exitcode  : -9" in run.stderr
+    died = max(p.stat().st_mtime for p in tmp_path.rglob("*") if p.is_file())  # checkpoint-3
+    assert ended - died < 60
     with locked(tmp_path):
         pass
     assert newest_checkpoint(str(tmp_path)).name == "checkpoint-3"
