@@ -1,8 +1,8 @@
 """Gradient checkpointing of decoder layers, each as one node of autograd.
 
 `torch.utils.checkpoint` without `use_reentrant` runs a layer with gradient, and a hook in Python
-takes every tensor that autograd would save, in both forwards. On small batches, where a GPU waits
-for the host, that is a fifth of a step. Here the first forward runs without gradient, and the node
+takes every tensor that autograd would save, in both forwards, while a GPU with a small batch waits
+for the host. Here the first forward runs without gradient, and the node
 holds the layer's input alone. Its backward runs the layer again, as far as a gradient needs it, and
 returns the gradients of input and parameters: hooks of DDP and of optimizers see them as ever.
 """

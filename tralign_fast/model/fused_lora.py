@@ -63,8 +63,8 @@ def _plain_factors(layer: Any, x: Tensor) -> LoraFactors | None:
     """The factors of the one adapter that PEFT would add to the base's product here; None: not so,
     or not as plain products.
 
-    Asked hundreds of times a step: what a module holds is read from its dictionaries, which is a
-    fifth of the time of `Module.__getattr__`.
+    Asked hundreds of times a step: what a module holds is read from its dictionaries, which
+    takes less than `Module.__getattr__`.
     """
     if layer.disable_adapters or layer.merged_adapters:
         return None
