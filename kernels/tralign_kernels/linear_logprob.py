@@ -72,7 +72,7 @@ WIDE_LAUNCH = {
 SMALL_LAUNCH = {
     "sm_80": (DotLaunch(64, 32, 16, 4, 2),),
     "sm_90": (DotLaunch(64, 64, 16, 8, 2),),
-    "sm_100": (DotLaunch(64, 64, 16, 8, 2),),
+    "sm_100": (DotLaunch(64, 32, 16, 4, 2),),
     "gfx942": (DotLaunch(64, 64, 16, 8, 1),),
 }
 
@@ -121,6 +121,8 @@ def _fold_scores(
     if STATISTICS:
         total += tl.sum(x, axis=1)
     z = scores_of(x, column, W, inner, outer, dtype, SOFTCAP)
+    if not STATISTICS:
+        target_logit += _picked(z, column, target)
     # maxima skip NaN, sums do not; a row of -inf so far: exp(-inf - 0) = 0, not NaN
     highest = tl.max(z, axis=1)
     new_peak = tl.maximum(peak, highest)
@@ -134,8 +136,6 @@ def _fold_scores(
             is_first_peak = (highest > peak) & (first == target)
             target = tl.where(is_here & (is_first_peak == 0), _BEATEN, target)
         energy = moved_energy(energy, mass, peak, pivot)
-    else:
-        target_logit += _picked(z, column, target)
     scale, power = tl.exp(peak - pivot), tl.exp(z - pivot[:, None])
     mass = mass * scale + tl.sum(power, axis=1)
     if STATISTICS:
