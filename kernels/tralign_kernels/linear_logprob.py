@@ -43,7 +43,7 @@ from .logprob import (
     fold_logsumexp,
     logprob_naive,
 )
-from .statistics import fold_statistics, moments_of, moved_moments
+from .statistics import distance_of, fold_statistics, moved_energy
 
 # Halves whose rows are multiples of 16 elements. The first of a row is the default, the others are
 # tried with TRALIGN_AUTOTUNE=1. sm_90 was timed; the others are what fits without a spill.
@@ -72,14 +72,14 @@ WIDE_LAUNCH = {
 SMALL_LAUNCH = {
     "sm_80": (DotLaunch(64, 32, 16, 4, 2),),
     "sm_90": (DotLaunch(64, 64, 16, 8, 2),),
-    "sm_100": (DotLaunch(64, 64, 16, 8, 2),),
+    "sm_100": (DotLaunch(64, 32, 16, 4, 2),),
     "gfx942": (DotLaunch(64, 64, 16, 8, 1),),
 }
 
 # Where the powers of the scores are stored too, of aligned halves. Not timed. Their tile passes
 # shared memory on its way, 64 kB of 128×256, which leaves stages of half the depth.
 POWERS_LAUNCH = {
-    "sm_80": (DotLaunch(128, 128, 64, 8, 3),),
+    "sm_80": (DotLaunch(128, 128, 32, 8, 4),),
     "sm_90": (
         DotLaunch(128, 256, 32, 8, 6, tma=True, persistent=True),
         DotLaunch(128, 128, 64, 8, 4, tma=True, persistent=True),
@@ -121,6 +121,8 @@ def _fold_scores(
     if STATISTICS:
         total += tl.sum(x, axis=1)
     z = scores_of(x, column, W, inner, outer, dtype, SOFTCAP)
+    if not STATISTICS:
+        target_logit += _picked(z, column, target)
     # maxima skip NaN, sums do not; a row of -inf so far: exp(-inf - 0) = 0, not NaN
     highest = tl.max(z, axis=1)
     new_peak = tl.maximum(peak, highest)
@@ -133,15 +135,12 @@ def _fold_scores(
             first = tl.min(tl.where(z == highest[:, None], column[None, :], 2**31 - 1), axis=1)
             is_first_peak = (highest > peak) & (first == target)
             target = tl.where(is_here & (is_first_peak == 0), _BEATEN, target)
-        energy, squares = moved_moments(energy, squares, mass, peak, pivot)
-    else:
-        target_logit += _picked(z, column, target)
-    power = tl.exp(z - pivot[:, None])
-    mass = mass * tl.exp(peak - pivot) + tl.sum(power, axis=1)
+        energy = moved_energy(energy, mass, peak, pivot)
+    scale, power = tl.exp(peak - pivot), tl.exp(z - pivot[:, None])
+    mass = mass * scale + tl.sum(power, axis=1)
     if STATISTICS:
-        energies, powers_squared = moments_of(z, pivot[:, None], power)
-        energy += tl.sum(energies, axis=1)
-        squares += tl.sum(powers_squared, axis=1)
+        energy += tl.sum(power * distance_of(z, pivot[:, None]), axis=1)
+        squares = squares * (scale * scale) + tl.sum(power * power, axis=1)
     if POWERS:
         power *= tl.exp(pivot)[:, None]
         store_tile(powers, first_row, first_column, N, W, powers_stride, power, TMA)
@@ -280,17 +279,17 @@ def _combine_kernel(
         other_mass = tl.load(partial_ptr + part, mask=inside, other=0.0)
         new_peak = tl.maximum(peak, other_peak)
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        scale, other_scale = tl.exp(peak - pivot), tl.exp(other_peak - pivot)
         if STATISTICS:
-            energy, squares = moved_moments(energy, squares, mass, peak, pivot)
             more = tl.load(partial_ptr + 2 * part, mask=inside, other=0.0)
-            more_squares = tl.load(partial_ptr + 3 * part, mask=inside, other=0.0)
-            more, more_squares = moved_moments(more, more_squares, other_mass, other_peak, pivot)
-            energy += more
-            squares += more_squares
+            energy = moved_energy(energy, mass, peak, pivot)
+            energy += moved_energy(more, other_mass, other_peak, pivot)
+            more = tl.load(partial_ptr + 3 * part, mask=inside, other=0.0)
+            squares = squares * (scale * scale) + more * (other_scale * other_scale)
             total += tl.load(partial_ptr + 4 * part, mask=inside, other=0.0)
             other_top1 = tl.load(partial_ptr + 5 * part, mask=inside, other=0.0)
             top1 = tl.where(other_peak > peak, other_top1, top1)
-        mass = mass * tl.exp(peak - pivot) + other_mass * tl.exp(other_peak - pivot)
+        mass = mass * scale + other_mass * other_scale
         peak = new_peak
         partial_ptr += N
     before, new = fold_logsumexp(logsumexp_ptr, row, peak, mass, inside)

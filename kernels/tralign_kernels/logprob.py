@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .ema import round_nearest
 from .launch import Launch, backend, device_of
-from .statistics import fold_statistics, moments_of, moved_moments
+from .statistics import distance_of, fold_statistics, moved_energy
 
 # Both read (and the backward writes) 16 bytes a thread per load in bf16. Forward: one program walks
 # a row, so a block must be wide enough to hide the one reduction over warps per block: 32 columns a
@@ -162,16 +162,15 @@ def _logprob_forward_kernel(
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         # a row of -inf so far: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        power = tl.exp(z - pivot)
+        scale, power = tl.exp(peak - pivot), tl.exp(z - pivot)
         if STATISTICS:
-            energy, squares = moved_moments(energy, squares, mass, peak, pivot)
-            energies, powers_squared = moments_of(z, pivot, power)
-            energy += energies
-            squares += powers_squared
+            own = power * distance_of(z, pivot)
+            energy = moved_energy(energy, mass, peak, pivot) + own
+            squares = squares * (scale * scale) + power * power
             total += tl.where(inside, z, 0.0)
             is_before = (z == target_score) & (column < target)
             beaten |= ((z > target_score) | is_before).to(tl.int32)
-        mass = mass * tl.exp(peak - pivot) + power
+        mass = mass * scale + power
         peak = new_peak
 
     tile_mass = tl.sum(mass, axis=0)

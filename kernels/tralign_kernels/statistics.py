@@ -17,22 +17,16 @@ import triton.language as tl
 
 
 @triton.jit
-def moments_of(z, pivot, power):
-    """(exp(z - pivot) · (z - pivot), exp(z - pivot)²) of scores, with their `power` exp(z - pivot).
-
-    Sums of the first are the energy, of the second the squares of these scores about the pivot.
-    """
-    # a masked column has no power, and an infinite distance
-    distance = tl.where(z == -float("inf"), 0.0, z - pivot)
-    return power * distance, power * power
+def distance_of(z, pivot):
+    """Of scores from the pivot; 0 of a masked column, which has no power and an infinite one."""
+    return tl.where(z == -float("inf"), 0.0, z - pivot)
 
 
 @triton.jit
-def moved_moments(energy, squares, mass, peak, pivot):
-    """(energy, squares) about a pivot that is no lower, of those about `peak`, with their mass."""
-    scale = tl.exp(peak - pivot)
+def moved_energy(energy, mass, peak, pivot):
+    """Energy about a pivot that is no lower, of that about `peak`, with its mass."""
     shift = tl.where(peak == -float("inf"), 0.0, peak - pivot)
-    return (energy + mass * shift) * scale, squares * (scale * scale)
+    return (energy + mass * shift) * tl.exp(peak - pivot)
 
 
 @triton.jit
