@@ -73,8 +73,15 @@ CASES = {
     "snapshot, DPO, bf16 Adafactor, release": Case(
         "dpo", {"reference": "snapshot", **HARD, **RELEASE}
     ),
+    "resident, DPO, async_save": Case("dpo", {"reference": "resident", "async_save": True, **SOFT}),
+    "offloaded, KTO, async_save": Case(
+        "kto", {"reference": "offloaded", "async_save": True, **SOFT}
+    ),
     "resident, DPO, two processes": Case("dpo", {"reference": "resident", **SOFT}, processes=2),
     "snapshot, KTO, two processes": Case("kto", {"reference": "snapshot", **HARD}, processes=2),
+    "resident, DPO, async_save, two processes": Case(
+        "dpo", {"reference": "resident", "async_save": True, **SOFT}, processes=2
+    ),
 }
 
 
