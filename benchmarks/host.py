@@ -128,7 +128,7 @@ class Arm:
     def __init__(self, name: str, work: Any, folder: str) -> None:
         import torch
 
-        from tralign_fast.memory.workload import make_trainer, make_trl_trainer
+        from tralign_fast.memory.trainers import make_trainer, make_trl_trainer
 
         torch.manual_seed(0)
         self.trainer = (make_trainer if name == "ours" else make_trl_trainer)(work, folder)

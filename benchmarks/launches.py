@@ -35,7 +35,7 @@ from torch.nn.utils import clip_grad
 from benchmarks.common import environment, format_table, write_csv
 from benchmarks.phases import PHASES, Phases
 from tralign_fast.memory import LiveTensors, Workload
-from tralign_fast.memory.plan import load_config
+from tralign_fast.memory.plan_options import load_config
 from tralign_fast.ops.powers import KEPT
 from tralign_fast.training.optimizer_kernels import KernelSteps
 from tralign_kernels import adafactor, adamw
@@ -128,7 +128,7 @@ def count(
     """Operators of one step by (phase, name), of a model of that many layers (None: its own)."""
     from tralign_fast.memory import as_on_gpu as gpu
     from tralign_fast.memory.trace import quietly
-    from tralign_fast.memory.workload import make_trainer
+    from tralign_fast.memory.trainers import make_trainer
     from tralign_fast.ops import backend
 
     config = load_config(case.model)

@@ -26,7 +26,8 @@ import torch
 from benchmarks.common import device_name, environment, format_table, write_csv
 from benchmarks.ops.results import merge
 from tralign_fast.memory import MemoryReport, Workload, measure, trace, trace_trl
-from tralign_fast.memory.plan import GIB, NOTE, load_config
+from tralign_fast.memory.plan_answer import GIB, NOTE
+from tralign_fast.memory.plan_options import load_config
 
 HARD = {"ref_model_mixup_alpha": 1.0}
 RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0, "optim": "adafactor"}

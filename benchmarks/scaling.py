@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tralign_fast.memory.plan import load_config
+from tralign_fast.memory.plan_options import load_config
 from tralign_fast.memory.step_flops import Sizes, sizes_of
 from tralign_fast.memory.time_model import CARDS, Layout, Rates, StepTime, rates_of, step_time
 from tralign_fast.memory.workload import Workload

@@ -149,7 +149,7 @@ def load_model(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tralign_fast.demo.smollm2 import load_smollm2, load_smollm2_tokenizer
-    from tralign_fast.memory.plan import load_config
+    from tralign_fast.memory.plan_options import load_config
 
     if name == "smollm2":
         return load_smollm2(dtype)

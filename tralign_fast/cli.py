@@ -162,7 +162,8 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    from tralign_fast.memory.plan import PlanOptions, run_plan
+    from tralign_fast.memory.plan import run_plan
+    from tralign_fast.memory.plan_options import PlanOptions
     from tralign_fast.memory.plan_recipe import plan_arguments
 
     arguments, more = plan_arguments(arguments)

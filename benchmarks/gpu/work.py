@@ -23,7 +23,7 @@ def shape_of(case: Case, tiny: bool) -> Shape:
 def make_work(case: Case, tiny: bool) -> Any:
     """The case as a `Workload` of distinct rows and seeded weights."""
     from tralign_fast.memory import Workload
-    from tralign_fast.memory.plan import load_config
+    from tralign_fast.memory.plan_options import load_config
 
     class Work(Workload):
         def rows(self) -> list[dict[str, Any]]:
@@ -150,9 +150,9 @@ def _quantised(work: Any, on_gpu: bool) -> Any:
 
 
 def make_trainer(case: Case, work: Any, folder: str, on_gpu: bool) -> Any:
-    from tralign_fast.memory import workload
+    from tralign_fast.memory import trainers
 
-    make = workload.make_trl_trainer if case.is_trl else workload.make_trainer
+    make = trainers.make_trl_trainer if case.is_trl else trainers.make_trainer
     trainer = make(work, folder, on_gpu=on_gpu)
     if case.arm == "trl_liger_loss":
         _use_liger_loss(trainer)

@@ -180,7 +180,9 @@ def test_every_recipe_is_one_that_train_takes(recipe):
 
 def planned(name: str) -> float:
     from tralign_fast.command_line import SHIPPED, parse
-    from tralign_fast.memory.plan import GIB, PlanOptions, make_plan
+    from tralign_fast.memory.plan import make_plan
+    from tralign_fast.memory.plan_answer import GIB
+    from tralign_fast.memory.plan_options import PlanOptions
     from tralign_fast.memory.plan_recipe import plan_arguments
 
     words, more = plan_arguments(["--config", str(SHIPPED / f"{name}.yaml"), "--no_alternatives"])

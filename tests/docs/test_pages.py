@@ -95,7 +95,7 @@ def test_a_recipe_is_understood(snippet, tmp_path):
 def parsed(verb: str, arguments: list[str]) -> None:
     from tralign_fast import TRConfig
     from tralign_fast.command_line import parse
-    from tralign_fast.memory.plan import PlanOptions
+    from tralign_fast.memory.plan_options import PlanOptions
     from tralign_fast.migrate.command import migration_options
     from tralign_fast.training.train_options import TrainOptions
 

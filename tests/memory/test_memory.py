@@ -19,15 +19,8 @@ from tralign_fast.cli import main
 from tralign_fast.memory import LiveTensors, MemoryReport, Workload, measure, trace, trace_trl
 from tralign_fast.memory.as_on_gpu import as_on_gpu
 from tralign_fast.memory.layers import trace_deep
-from tralign_fast.memory.plan import (
-    GIB,
-    Alternative,
-    Plan,
-    PlanOptions,
-    load_config,
-    parse_memory,
-    workload,
-)
+from tralign_fast.memory.plan_answer import GIB, Alternative, Plan
+from tralign_fast.memory.plan_options import PlanOptions, load_config, parse_memory, workload
 from tralign_fast.memory.plan_text import as_text, recipe_of
 from tralign_fast.memory.presets import MODELS, PRESETS
 from tralign_fast.memory.sharding import per_gpu

@@ -19,8 +19,9 @@ from tests.memory.ranks_run import CASES, HARD, RELEASE, tiny, work
 from tralign_fast.cli import main
 from tralign_fast.memory import LiveTensors, MemoryReport, Workload, trace
 from tralign_fast.memory import sharding as rank
+from tralign_fast.memory.changes import changes
 from tralign_fast.memory.layers import trace_deep
-from tralign_fast.memory.plan import GIB, changes
+from tralign_fast.memory.plan_answer import GIB
 from tralign_fast.memory.sharding import per_gpu, trace_rank
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +187,8 @@ def test_a_rank_that_is_one_of_several_already_is_not_traced():
     [("llama-3.1-8b", 2, {"tokens": 2048}, 12), ("llama-3.1-70b", 8, {}, 80)],
 )
 def test_all_weights_fit_the_cards_of_the_docs(model, gpus, options, gib):
-    from tralign_fast.memory.plan import HEADROOM, PlanOptions, workload
+    from tralign_fast.memory.plan_answer import HEADROOM
+    from tralign_fast.memory.plan_options import PlanOptions, workload
 
     asked = PlanOptions(model, gpus=gpus, gradient_release=True, optim="adafactor", **options)
     report, why = trace_rank(workload(asked))

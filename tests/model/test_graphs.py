@@ -21,7 +21,7 @@ from tests.conftest import DEVICE
 from tests.model.test_attention import build
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.memory import Workload
-from tralign_fast.memory.workload import make_trainer
+from tralign_fast.memory.trainers import make_trainer
 from tralign_fast.model import attention, cut_attention, graphs, scoring
 from tralign_fast.model.patching import causal_lm_of, decoder_of
 from tralign_fast.model.prepare import prepare_model

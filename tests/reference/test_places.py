@@ -92,7 +92,8 @@ def test_a_place_of_ones_own_trains_resumes_and_is_named(
 
 
 def test_plan_counts_a_place_of_ones_own_and_offers_a_cheaper_one(host_copy):
-    from tralign_fast.memory.plan import PlanOptions, changes, workload
+    from tralign_fast.memory.changes import changes
+    from tralign_fast.memory.plan_options import PlanOptions, workload
 
     work = workload(PlanOptions("llama-3.1-8b", reference="host_copy"))
     assert "--reference auto" in [change for change, _ in changes(work)]

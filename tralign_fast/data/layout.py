@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from tralign_fast.data.pieces import CutGroups
 
 Pair = list[list[int]]  # token ids of the completions of one example, or of their prompts
 
@@ -32,6 +29,42 @@ class KeyGather(NamedTuple):
     first: Tensor  # (T,) int64: where a token stands first among the keys
     # where tokens stand again, (tokens, keys) int64: of all second completions, all third, …
     again: tuple[tuple[Tensor, Tensor], ...]
+
+
+class Segment(NamedTuple):
+    """Queries one behind the other in the row, which see the first `keys` tokens of a sequence:
+    causal when aligned at the bottom right."""
+
+    sequence: int  # of `CutGroups.sequences`
+    queries: int
+    keys: int
+
+
+@dataclass
+class CutGroups:
+    """What attention has to know of groups of which this process has pieces (`data.pieces`); host
+    integers, and what they imply."""
+
+    group: str  # the process group's name
+    tokens: int  # of this process's pieces, the first of the row
+    width: int  # most tokens of a process: keys are gathered from P·width rows
+    segments: tuple[Segment, ...]  # of this process's queries, in order
+    sequences: tuple[int, ...]  # tokens of each [prompt | completion] of all cut groups
+    key_index: np.ndarray  # (sum of sequences,) of the gathered rows, prompts repeated
+    first: np.ndarray  # (P·width,) where a gathered row stands first among the keys
+    again: tuple[tuple[np.ndarray, np.ndarray], ...]  # as in `KeyGather`
+    scored: np.ndarray  # rows of the pieces that can be scored
+    _cache: dict[Any, KeyGather] = field(default_factory=dict, compare=False, repr=False)
+
+    def gather(self, device: torch.device) -> KeyGather:
+        """How the sequences' keys are made of the gathered rows, made once a batch."""
+        if device not in self._cache:
+            self._cache[device] = KeyGather(
+                _on(self.key_index, device),
+                _on(self.first, device),
+                tuple((_on(a, device), _on(b, device)) for a, b in self.again),
+            )
+        return self._cache[device]
 
 
 class VarlenArguments(NamedTuple):
@@ -241,3 +274,7 @@ def _joined(ranges: list[np.ndarray]) -> Tensor:
 def int64(values: list[int]) -> Tensor:
     """A tensor of whole numbers even where there are none: `torch.tensor([])` has floats."""
     return torch.tensor(values, dtype=torch.int64)
+
+
+def _on(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False)).to(device)

@@ -11,59 +11,23 @@ A process's row is `[its pieces of all cut groups | its whole groups]`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tralign_fast.data.layout import (
+    CutGroups,
     Group,
-    KeyGather,
     Pair,
     PrefixLayout,
+    Segment,
     Tokens,
     fill_up,
     int64,
     lay_packed,
 )
-
-
-class Segment(NamedTuple):
-    """Queries one behind the other in the row, which see the first `keys` tokens of a sequence:
-    causal when aligned at the bottom right."""
-
-    sequence: int  # of `CutGroups.sequences`
-    queries: int
-    keys: int
-
-
-@dataclass
-class CutGroups:
-    """What attention has to know of the cut groups; host integers, and what they imply."""
-
-    group: str  # the process group's name
-    tokens: int  # of this process's pieces, the first of the row
-    width: int  # most tokens of a process: keys are gathered from P·width rows
-    segments: tuple[Segment, ...]  # of this process's queries, in order
-    sequences: tuple[int, ...]  # tokens of each [prompt | completion] of all cut groups
-    key_index: np.ndarray  # (sum of sequences,) of the gathered rows, prompts repeated
-    first: np.ndarray  # (P·width,) where a gathered row stands first among the keys
-    again: tuple[tuple[np.ndarray, np.ndarray], ...]  # as in `KeyGather`
-    scored: np.ndarray  # rows of the pieces that can be scored
-    _cache: dict[Any, KeyGather] = field(default_factory=dict, compare=False, repr=False)
-
-    def gather(self, device: torch.device) -> KeyGather:
-        """How the sequences' keys are made of the gathered rows, made once a batch."""
-        if device not in self._cache:
-            self._cache[device] = KeyGather(
-                _on(self.key_index, device),
-                _on(self.first, device),
-                tuple((_on(a, device), _on(b, device)) for a, b in self.again),
-            )
-        return self._cache[device]
 
 
 @dataclass(frozen=True)
@@ -254,7 +218,3 @@ def _scored(
     ]
     joined = ScoredPieces(cut.group, int64(targets), grad, int64(sent), width, int64(index))
     return rows, joined
-
-
-def _on(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64, copy=False)).to(device)

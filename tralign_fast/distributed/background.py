@@ -10,7 +10,6 @@ shards in one order, agree that all went well, and only then is the checkpoint g
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,8 +18,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-# (content, the processes' group) -> None; the group is None where it is the run's own
-Part = Callable[[Any, Any], None]
+from tralign_fast.reference.writes import Part, handed_to
 
 
 class Background:
@@ -44,14 +42,12 @@ class Background:
         """Inside, what is handed to `write` is written later, by `start`."""
         assert self._written is None
         self._parts = []
-        token = _collecting.set(self)
         try:
-            yield
+            with handed_to(self):
+                yield
         except BaseException:
             self._parts = []
             raise
-        finally:
-            _collecting.reset(token)
 
     def add(self, part: Part, content: Any) -> None:
         if self._stager is None:
@@ -112,22 +108,3 @@ class Background:
             self._stager.close()
         if self.group is not None:
             dist.destroy_process_group(self.group)
-
-
-_collecting: contextvars.ContextVar[Background | None] = contextvars.ContextVar(
-    "collecting", default=None
-)
-
-
-def write(part: Part, content: Any) -> None:
-    """`part(content, None)`; where a `Background` is collecting, with a copy of the content, later,
-    and with its group."""
-    background = _collecting.get()
-    if background is None:
-        part(content, None)
-    else:
-        background.add(part, content)
-
-
-def writes_later() -> bool:
-    return _collecting.get() is not None

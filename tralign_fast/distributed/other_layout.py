@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.trainer import OPTIMIZER_NAME
 
+from tralign_fast.distributed.optimizer_state import innermost, kept_options, load_exactly
 from tralign_fast.distributed.shards_on_disk import (
     MODEL,
     OPTIMIZER,
@@ -29,10 +30,9 @@ from tralign_fast.distributed.shards_on_disk import (
     read_optimizer,
 )
 from tralign_fast.distributed.tensor_parallel import is_sharded_by_transformers
+from tralign_fast.model.converted import no_weights
 from tralign_fast.reference.shard_files import read_whole
 from tralign_fast.reference.sharding import from_main, named_parameters, process_index
-from tralign_fast.training.converted import no_weights
-from tralign_fast.training.optimizer_state import innermost, kept_options, load_exactly
 
 _WHOLE = "whole"
 _WHOLE_FSDP = "FULL_STATE_DICT"

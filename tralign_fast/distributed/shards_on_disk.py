@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from tralign_fast.distributed.background import write
+from tralign_fast.distributed.optimizer_state import innermost
 from tralign_fast.reference.shard_files import said_by_all, write_shards
 from tralign_fast.reference.sharding import process_index
-from tralign_fast.training.optimizer_state import innermost
+from tralign_fast.reference.writes import write
 
 MODEL = "pytorch_model_fsdp"
 OPTIMIZER = "optimizer"

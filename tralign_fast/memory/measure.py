@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from tralign_fast.memory.trace import quietly
-from tralign_fast.memory.workload import Workload, make_trainer, make_trl_trainer
+from tralign_fast.memory.trainers import make_trainer, make_trl_trainer
+from tralign_fast.memory.workload import Workload
 
 _EVERY = 2  # steps between two moves of the reference
 _STEPS = 3 * _EVERY  # those before the first move set up: optimizer states, memory that stays

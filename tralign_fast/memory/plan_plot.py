@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tralign_fast.memory.live import MemoryReport
-from tralign_fast.memory.plan import GIB, HEADROOM, Plan
+from tralign_fast.memory.plan_answer import GIB, HEADROOM, Plan
 
 _PIECES = [f.name for f in dataclasses.fields(MemoryReport) if f.name != "peak"]
 

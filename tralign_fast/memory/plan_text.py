@@ -9,16 +9,8 @@ from typing import Any
 import yaml
 
 from tralign_fast.memory.live import MemoryReport
-from tralign_fast.memory.plan import (
-    GIB,
-    HEADROOM,
-    NOTE,
-    Alternative,
-    Plan,
-    PlanOptions,
-    fits,
-    hub_id,
-)
+from tralign_fast.memory.plan_answer import GIB, HEADROOM, NOTE, Alternative, Plan, fits
+from tralign_fast.memory.plan_options import PlanOptions, hub_id
 from tralign_fast.memory.time_model import DEFAULT_CARD, Layout
 from tralign_fast.memory.time_model import as_text as time_text
 from tralign_fast.memory.workload import Workload

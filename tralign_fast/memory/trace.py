@@ -20,7 +20,8 @@ from transformers.utils import logging
 from tralign_fast.memory import as_on_gpu as gpu
 from tralign_fast.memory.live import HOST, LiveTensors, MemoryReport
 from tralign_fast.memory.probed_once import probed_once
-from tralign_fast.memory.workload import Workload, make_trainer, make_trl_trainer
+from tralign_fast.memory.trainers import make_trainer, make_trl_trainer
+from tralign_fast.memory.workload import Workload
 from tralign_fast.reference.base import ReferencePolicy
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tralign_fast.data.pieces import CutGroups, ScoredPieces
+from tralign_fast.data.layout import CutGroups
+from tralign_fast.data.pieces import ScoredPieces
 from tralign_fast.model.key_gather import GatherKeys
 
 _meshes: dict[tuple[str, str], tuple[Any, Any]] = {}  # of process groups, by name and device

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from tralign_fast.distributed.background import write
 from tralign_fast.ops.ema import local_shard
 from tralign_fast.reference.sharding import own_file, process_index, shard_like
+from tralign_fast.reference.writes import write
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], like: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import Adafactor
 
+from tralign_fast.distributed.optimizer_state import restore_dtypes
 from tralign_fast.ops.ema import local_shard, round_stochastically_
 from tralign_fast.training.optimizer_kernels import adafactor_state
-from tralign_fast.training.optimizer_state import restore_dtypes
 
 # Elements of a block: 64 MB in fp32, three of which live at a time.
 _BLOCK = 1 << 24

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from tralign_fast.distributed.optimizer_state import restore_dtypes
 from tralign_fast.training.block_adafactor import BlockAdafactor
 from tralign_fast.training.optimizer_kernels import KernelSteps, kernel_steps
-from tralign_fast.training.optimizer_state import restore_dtypes
 
 # Names of `TrainingArguments.optim` whose update of a parameter looks at that parameter alone.
 RELEASABLE = (

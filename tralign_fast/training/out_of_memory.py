@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from tralign_fast.memory.plan import changes
-from tralign_fast.memory.workload import Workload
 from tralign_fast.model.patching import causal_lm_of
 
 _NAMED = 3  # changes
@@ -27,6 +25,8 @@ def out_of_memory_explained(trainer: Any) -> Iterator[None]:
 
 
 def _advice(trainer: Any) -> str:
+    from tralign_fast.memory.changes import changes  # which makes trainers, too
+
     work = _work_of(trainer)
     asked = f"tralign-fast: {work.pairs} rows of {work.tokens:,} tokens in all"
     if torch.cuda.is_available():
@@ -37,7 +37,10 @@ def _advice(trainer: Any) -> str:
     return f"{asked}. What takes less, mildest first, as options of tralign-fast plan: {less}"
 
 
-def _work_of(trainer: Any) -> Workload:
+def _work_of(trainer: Any) -> Any:
+    """Its `Workload`."""
+    from tralign_fast.memory.workload import Workload
+
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     ranks = [getattr(c, "r", None) for c in getattr(model, "peft_config", {}).values()]
     base = causal_lm_of(model)

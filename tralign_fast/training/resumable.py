@@ -27,21 +27,22 @@ from transformers.trainer_utils import SaveStrategy
 from tralign_fast.data.tokenization import lend_in_groups
 from tralign_fast.distributed import other_layout, shards_on_disk
 from tralign_fast.distributed.alike import check_rows
-from tralign_fast.distributed.background import Background, write, writes_later
+from tralign_fast.distributed.background import Background
+from tralign_fast.distributed.optimizer_state import (
+    follow_schedule,
+    kept_options,
+    load_exactly,
+)
 from tralign_fast.distributed.resized import deal_batches, processes_with_rows, shares_of
 from tralign_fast.distributed.tensor_parallel import (
     is_sharded_by_transformers,
     sharing_processes,
 )
+from tralign_fast.model.converted import read_unmatched
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
-from tralign_fast.training.converted import read_unmatched
+from tralign_fast.reference.writes import write, writes_later
 from tralign_fast.training.manifest import write_manifest
-from tralign_fast.training.optimizer_state import (
-    follow_schedule,
-    kept_options,
-    load_exactly,
-)
 from tralign_fast.training.resume import check_options, model_facts, recorded_options
 from tralign_fast.training.runs import WRITING, OpenedRun, locked, open_run, publish, run_in
 from tralign_fast.training.signals import StopOnSignal
