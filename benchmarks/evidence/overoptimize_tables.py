@@ -16,13 +16,16 @@ from benchmarks.evidence.overoptimize_measure import neighbours, turning_point
 
 Results = Mapping[Arm, Mapping[str, Any]]
 Points = Sequence[Mapping[str, Any]]
+# Of the farthest distance that all have reached, where the arm that went least far is at its end.
+SHARES = (1.0, 0.8, 0.6)
 
 
 def tables(results: Results, settings: Settings, facts: Mapping[str, Any]) -> str:
     """All tables for which there are arms; of finished ones, where there are any."""
     whole = {arm: result for arm, result in results.items() if result["finished"]} or results
     parts = [
-        summary(results, facts), curves(whole), masses(whole), at_equal_distance(whole),
+        summary(results, facts), curves(whole), masses(whole),
+        *(at_equal_distance(whole, share) for share in SHARES),
         interval(whole), stages(whole, settings),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
@@ -92,12 +95,12 @@ def masses(results: Results) -> str:
     return format_table(header, table)
 
 
-def at_equal_distance(results: Results) -> str:
+def at_equal_distance(results: Results, share: float = 1.0) -> str:
     """Each moving arm less each frozen one of its loss and seed, paired over prompts.
 
     Both are read where they first pass the distance that all arms of the loss and seed have
-    reached, straight between their points. The interval of a seed is 1.96·sd/√prompts of the
-    differences.
+    reached, or a share of it, straight between their points. The interval of a seed is
+    1.96·sd/√prompts of the differences.
     """
     header = ["less", "seed: √KL", "difference, 95%", "by the second gold", "above"]
     table = []
@@ -108,7 +111,7 @@ def at_equal_distance(results: Results) -> str:
         if not same or one.schedule == "frozen" or two.schedule != "frozen":
             continue
         pairs = [(a, b) for a, b in itertools.product(arms, frozen) if a.seed == b.seed]
-        roots = [shared_distance(results, arm) for arm, _ in pairs]
+        roots = [share * shared_distance(results, arm) for arm, _ in pairs]
         found = [
             [
                 _difference(results[a]["points"], results[b]["points"], root, key)

@@ -8,8 +8,10 @@ A test compares the page with them.
 from __future__ import annotations
 
 import csv
+import statistics
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 Row = dict[str, str]
@@ -19,6 +21,9 @@ HEADER = (
     "| arm | turns | height, each seed | end √KL, each | end gold, each | second gold, each | win "
     "rate | repeats | lag, nats |"
 )
+
+PAIRED = "| at the last step, mean of three seeds | √KL | gold | second gold | held-out accuracy |"
+STUDENT = {3: 4.303}  # 97.5% quantile of Student's t at one degree of freedom less than seeds
 
 
 def read(path: Path) -> Curves:
@@ -97,6 +102,46 @@ def table(curves: Curves) -> str:
     )
 
 
+def over_seeds(values: Sequence[float]) -> str:
+    """Mean and half of its 95% interval, as of so many normal values (Student's t)."""
+    half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean(values):+.2f} ± {half:.2f}"
+
+
+def differences(seeds: Sequence[list[Row]], others: Sequence[list[Row]], key: str) -> list[float]:
+    """Of each seed at the last step; "root" is √KL."""
+    of = distances if key == "root" else lambda points: at_the_end(points, key)
+    return [one - other for one, other in zip(of(seeds), of(others), strict=True)]
+
+
+def pairings(curves: Curves) -> list[tuple[str, str]]:
+    """Every moving arm with every frozen one of its loss and pairs, both of three seeds."""
+    whole = {name: seeds[0][0] for name, seeds in curves.items() if len(seeds) in STUDENT}
+    return [
+        (one, other)
+        for (one, row), (other, frozen) in product(whole.items(), whole.items())
+        if row["schedule"] != "frozen" and frozen["schedule"] == "frozen"
+        and (row["loss"], row["pairs"]) == (frozen["loss"], frozen["pairs"])
+    ]  # fmt: skip
+
+
+def paired_line(curves: Curves, one: str, other: str) -> str:
+    seeds, others = curves[one], curves[other]
+    keys = ["root", "gold", "check", "held_out_accuracy"]
+    cells = [
+        "" if key == "check" and not seeds[0][-1]["check"]
+        else over_seeds(differences(seeds, others, key))
+        for key in keys
+    ]  # fmt: skip
+    less = f"less frozen, β = {others[0][0]['beta']}"
+    return f"| {one} {less} | {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def paired_table(curves: Curves) -> str:
+    lines = [paired_line(curves, one, other) for one, other in pairings(curves)]
+    return "\n".join([PAIRED, "|" + "---|" * 5, *lines]) if lines else ""
+
+
 def masses(curves: Curves) -> str:
     """Change of log-probs at the last step, training answers: chosen, rejected, other."""
     keys = ("train_chosen", "train_rejected", "train_other")
@@ -111,4 +156,5 @@ def masses(curves: Curves) -> str:
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         found = read(Path(argument))
-        print(f"{table(found)}\n\n{masses(found)}")
+        parts = (table(found), paired_table(found), masses(found))
+        print("\n\n".join(part for part in parts if part))

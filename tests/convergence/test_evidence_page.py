@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/evidence"
 PAGE = (ROOT / "docs/evidence.md").read_text()
 FILES = sorted(RESULTS.glob("overoptimize_cpu*.csv"))
+EVERY = ("", "_losses", "_stages", "_people", "_interval")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -27,6 +28,7 @@ def test_tables_are_those_of_the_results(file):
 
 def test_paired_differences_are_those_of_the_tables():
     of_runs = "\n".join(file.read_text() for file in RESULTS.glob("overoptimize_cpu*.txt"))
+    of_runs += "\n".join(page.paired_table(curves(name)) for name in EVERY)
     found = re.findall(r"[+-]\d+\.\d\d ± \d+\.\d\d", PAGE[PAGE.index("Paired over") :])
     assert len(found) >= 12
     for text in found:
@@ -60,24 +62,12 @@ def test_what_is_said_of_every_seed_of_dpo_holds():
     for seeds in (frozen, small, soft, hard):
         for key in ("train_chosen", "train_rejected", "train_other"):
             assert max(page.changes(seeds, key)) < 0
-        means = [
-            page.mean(page.changes(seeds, f"train_{k}")) for k in ("chosen", "rejected", "other")
-        ]
-        assert page.each(means, 0) in PAGE
+        assert masses(seeds) in PAGE
     assert f"√KL {ends(soft)}, where frozen ends at {ends(frozen)}" in PAGE
 
 
-EVERY = ("", "_losses", "_stages", "_people", "_interval")
-
-
 def test_how_many_arms_end_lower_than_they_were_is_counted():
-    """By more than both intervals: the highest of seven points is above the last by chance."""
-    lower = []
-    for name in EVERY:
-        for seeds in curves(name).values():
-            for top, points in zip(page.highest(seeds), seeds, strict=True):
-                fall = float(top["gold"]) - float(points[-1]["gold"])
-                lower.append(fall > math.hypot(float(top["gold_ci"]), float(points[-1]["gold_ci"])))
+    lower = [fell(points) for name in EVERY for points in arms_of(curves(name))]
     assert PAGE.count(f"{sum(lower)} of {len(lower)} arms") == 2
     seconds = [
         sum(float(points[-1][key]) for name in EVERY for seeds in curves(name).values()
@@ -100,6 +90,15 @@ def test_what_is_said_of_every_seed_of_kto_ipo_and_the_stages_holds():
     assert higher(ipo[1], ipo[0], "gold") == 1
     golds = [page.each(page.at_the_end(seeds, "gold"), 2) for seeds in reversed(kto)]
     assert f"with more in every seed ({golds[0]} against {golds[1]})" in PAGE
+    hard, small = losses["KTO hard, α = 1, τ = 16, β = 0.1"], losses["KTO frozen, β = 0.01"]
+    assert farther(hard, kto[0]) == farther(small, kto[0]) == 3
+    assert (higher(hard, kto[0], "gold"), higher(small, kto[0], "gold")) == (3, 2)
+    assert f"√KL {ends(hard)}" in PAGE
+    roots = [page.each(page.distances(seeds), 1) for seeds in (small, kto[1])]
+    small_golds = page.each(page.at_the_end(small, "gold"), 2)
+    assert f"√KL {roots[0]} and {roots[1]}), with gold {small_golds}." in PAGE
+    assert f"√KL {roots[0]}) and has more gold in two of three" in PAGE
+    assert f"({small_golds}). Against" in PAGE
     gains = [name for name, seeds in losses.items() if max(page.changes(seeds, "train_chosen")) > 0]
     assert gains == ["KTO frozen, β = 0.1"]
     frozen, hard = stages["DPO frozen, β = 0.075"], stages["DPO hard, α = 1, τ = 30, β = 0.3"]
@@ -109,6 +108,95 @@ def test_what_is_said_of_every_seed_of_kto_ipo_and_the_stages_holds():
     assert higher(hard, frozen, "gold") == 2
     roots = [page.each(page.distances(seeds), 1) for seeds in (hard, frozen)]
     assert f"√KL {roots[0]} and {roots[1]}" in PAGE
+
+
+def test_over_seeds_only_the_distance_of_kto_is_beyond_its_interval():
+    beyond = []
+    for name in EVERY:
+        found = curves(name)
+        for pair in page.pairings(found):
+            line = page.paired_line(found, *pair)
+            assert line in PAGE
+            cells = re.findall(r"([+-]\d+\.\d\d) ± (\d+\.\d\d)", line)[:-1]  # no accuracy
+            beyond += [line for middle, half in cells if abs(float(middle)) > float(half)]
+    assert len(beyond) == 1
+    assert beyond[0].startswith("| KTO soft")
+
+
+def cells_of_people():
+    """Rows of the paired tables: schedule, √KL, and (difference, half) by each gold."""
+    for line in (RESULTS / "overoptimize_cpu_people.txt").read_text().splitlines():
+        if match := re.match(r"dpo (soft|hard) .* - dpo frozen", line):
+            _, roots, gold, second, _ = re.split(r"\s{2,}", line.strip())
+            roots = re.sub(r"\d: ", "", roots)
+            assert f"| {match[1]} | {roots} | {gold} | {second} |" in PAGE
+            yield match[1], [
+                tuple(map(float, text.split(" ± ")))
+                for cell in (gold, second) for text in cell.split(", ")
+            ]  # fmt: skip
+
+
+def test_what_is_said_of_peoples_pairs_at_equal_distance_holds():
+    rows = list(cells_of_people())
+    soft, hard = ([cells for name, cells in rows if name == which] for which in ("soft", "hard"))
+    assert len(soft) == len(hard) == 3  # the farthest shared distance, 0.8 and 0.6 of it
+    assert all(difference > 0 for cells in soft for difference, _ in cells)
+    assert all(difference > half for difference, half in soft[0])
+    golds = ", ".join(f"{difference:+.2f}" for difference, _ in soft[0][:3])
+    assert f"({golds}, each beyond its interval)" in PAGE
+    by_gold, by_second = (
+        sum(difference > half for cells in soft for difference, half in cells[part])
+        for part in (slice(0, 3), slice(3, 6))
+    )
+    assert (by_gold, by_second) == (8, 5)
+    assert all(difference > 0 for difference, _ in hard[0])
+    assert [difference > half for difference, half in hard[0]] == [True, False, True] + 3 * [True]
+    for cells in hard[1:]:
+        assert [difference > 0 for difference, _ in cells] == 2 * [False, True, True]
+
+
+def test_what_is_said_of_peoples_pairs_at_the_last_step_holds():
+    people = curves("_people")
+    frozen, soft, hard = people.values()
+    for seeds in (soft, hard):
+        assert farther(seeds, frozen) == 3
+        assert higher(seeds, frozen, "held_out_accuracy") == 3
+        assert higher(seeds, frozen, "gold") == 2
+        assert page.at_the_end(seeds, "gold")[1] < float(seeds[1][0]["gold"])
+    assert farther(hard, soft) == 2
+
+    def three(values):
+        first, second, third = values
+        return f"({second} and {third}, frozen {first}"
+
+    arms = (frozen, soft, hard)
+    assert three([page.each(page.at_the_end(s, "held_out_accuracy"), 2) for s in arms]) in PAGE
+    roots = [page.each(page.distances(s), 1) for s in arms]
+    assert f"√KL {roots[1]} and {roots[2]}, frozen {roots[0]}" in PAGE
+    golds = [page.each(page.at_the_end(s, "gold"), 2) for s in arms]
+    assert f"({golds[1]}, frozen {golds[0]}), and so has hard ({golds[2]})" in PAGE
+    assert f"frozen {masses(frozen)}; soft {masses(soft)}; hard {masses(hard)} nats" in PAGE
+    step_40, step_60 = soft[0][2], soft[0][3]
+    assert {f"{float(point['kl']) ** 0.5:.1f}" for point in (step_40, step_60)} == {"3.5"}
+    said = "at √KL 3.5 with {:.2f} at step 40, and with {:.2f} at step 60"
+    assert said.format(float(step_40["gold"]), float(step_60["gold"])) in PAGE
+    assert sum(map(fell, arms_of(people))) == 6
+
+
+def masses(seeds):
+    kinds = ("chosen", "rejected", "other")
+    return page.each([page.mean(page.changes(seeds, f"train_{kind}")) for kind in kinds], 0)
+
+
+def arms_of(found):
+    return [points for seeds in found.values() for points in seeds]
+
+
+def fell(points):
+    """By more than both intervals: the highest of seven points is above the last by chance."""
+    (top,) = page.highest([points])
+    by = float(top["gold"]) - float(points[-1]["gold"])
+    return by > math.hypot(float(top["gold_ci"]), float(points[-1]["gold_ci"]))
 
 
 def test_the_shorter_the_interval_the_farther():
