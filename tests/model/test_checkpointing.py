@@ -10,7 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 from tralign_fast.model import checkpointing
 from tralign_fast.model.checkpointing import lean_checkpoints
@@ -221,6 +227,39 @@ def test_frozen_layers_and_layers_frozen_in_between():
     theirs = gradients(lean)
     assert ours[1].keys() == theirs[1].keys()
     assert all(torch.equal(ours[1][n], theirs[1][n]) for n in theirs[1])
+
+
+def an_adapter(model):
+    """PEFT's own forward of its layer, dropout being what `fuse_lora` leaves, calls the old one."""
+    torch.manual_seed(2)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.3, target_modules="all-linear")
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def dropout_at_the_end(model):
+    for layer in model.model.layers:
+        layer.resid_mlp_dropout.p = 0.3
+    return model
+
+
+@pytest.mark.parametrize("change", [an_adapter, dropout_at_the_end])
+def test_a_layer_that_ends_otherwise_than_it_did_is_looked_at_again(change):
+    config = None if change is an_adapter else Phi3Config(**SIZES, pad_token_id=0)
+    model = build(config)
+    lean_checkpoints(model)
+    gradients(model)
+    model = change(model)
+    ours = gradients(model), gradients(model)
+    model.gradient_checkpointing_disable()
+    _, theirs = gradients(model)
+    for _, found in ours:
+        assert found.keys() == theirs.keys()
+        for parameter, gradient in theirs.items():
+            assert torch.equal(found[parameter], gradient), parameter
 
 
 def test_a_second_backward_and_gradients_that_are_asked_for():

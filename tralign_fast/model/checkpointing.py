@@ -110,13 +110,14 @@ def checkpoint_layer(own: Callable[..., Any], function: Any, *args: Any) -> Any:
     layer = _layer_of(function)
     if layer is None or len(args) != 1 or not _takes(function, args[0]):
         return own(function, *args)
-    parameters = _trained(layer)
-    if parameters is None:
+    held = _held(layer)
+    if held is None:
         return own(function, *args)
+    parameters, modules = held
     if not (parameters or args[0].requires_grad):
         return function(*args)
     try:
-        return _Layer.apply(_Run(function, layer, args[0].device), args[0], *parameters)
+        return _Layer.apply(_Run(function, layer, modules, args[0].device), args[0], *parameters)
     except _NotOneTensor:
         return own(function, *args)
 
@@ -159,14 +160,17 @@ def _is_known(kind: type) -> bool:
     )
 
 
-def _trained(layer: nn.Module) -> list[Tensor] | None:
-    """The parameters that a layer trains; None: it or they are not what a node can stand for."""
+def _held(layer: nn.Module) -> tuple[list[Tensor], list[int]] | None:
+    """The parameters that a layer trains, and its modules' identities; None: they are not what a
+    node can stand for."""
     found: dict[Tensor, None] = {}  # a set that keeps its order
+    seen: list[int] = []
     modules: list[nn.Module | None] = [layer]
     while modules:
         module = modules.pop()
         if module is None:
             continue
+        seen.append(id(module))
         own = module.__dict__
         if (
             own["_forward_hooks"]
@@ -191,7 +195,7 @@ def _trained(layer: nn.Module) -> list[Tensor] | None:
                 return None
             found[parameter] = None
         modules.extend(own["_modules"].values())
-    return list(found)
+    return list(found), seen
 
 
 class _NotOneTensor(Exception):
@@ -227,8 +231,11 @@ class _Layer(torch.autograd.Function):
 class _Run:
     """A layer's forward with its keywords, and what the state was that it ran in."""
 
-    def __init__(self, function: Any, layer: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, function: Any, layer: nn.Module, modules: list[int], device: torch.device
+    ) -> None:
         self._function, self._layer, self._device = function, layer, device
+        self._modules = modules
         kind = device.type
         self._autocast = None
         if torch.is_autocast_enabled(kind):
@@ -253,9 +260,14 @@ class _Run:
             stack.enter_context(self._as_first_time())
             if self._random is not None:
                 stack.enter_context(self._random.again(self._device))
-            if self._layer not in _ends:
-                return (_with_end(self._layer, functools.partial(self._function, hidden)),)
-            end = _ends[self._layer]
+            # an adapter that came since, or dropout where there was none, moves the end
+            seen = self._random is None, self._modules
+            found = _ends.get(self._layer)
+            if found is None or found[0] != seen:
+                output, end = _with_end(self._layer, functools.partial(self._function, hidden))
+                _ends[self._layer] = seen, end
+                return (output,)
+            end = found[1]
             last, norm = (None, None) if end is None else (end.last(), end.norm())
             if last is None or norm is None:
                 return (self._function(hidden),)
@@ -345,12 +357,12 @@ class _Stop(Exception):
         self.out = out
 
 
-# None: the layer ends otherwise
-_ends: weakref.WeakKeyDictionary[nn.Module, _End | None] = weakref.WeakKeyDictionary()
+# With what they were found for; None: the layer ends otherwise.
+_ends: weakref.WeakKeyDictionary[nn.Module, tuple[Any, _End | None]] = weakref.WeakKeyDictionary()
 
 
-def _with_end(layer: nn.Module, forward: Callable[[], Any]) -> Any:
-    """The layer's output, after a look at what it is the sum of."""
+def _with_end(layer: nn.Module, forward: Callable[[], Any]) -> tuple[Any, _End | None]:
+    """The layer's output, and what it is the sum of."""
     inputs: dict[Any, nn.Module] = {}  # node of autograd -> the module whose input it made
     linear: dict[Any, nn.Module] = {}
 
@@ -370,14 +382,13 @@ def _with_end(layer: nn.Module, forward: Callable[[], Any]) -> Any:
         output = forward()
     finally:
         handle.remove()
-    _ends[layer] = None
-    node = output.grad_fn
+    node, end = output.grad_fn, None
     if node is not None and node.name() == "AddBackward0" and node._saved_alpha == 1:
         terms = [term for term, _ in node.next_functions]
         for residual, last in (terms, terms[::-1]):
             if residual in inputs and last in linear:
-                _ends[layer] = _End(weakref.ref(linear[last]), weakref.ref(inputs[residual]))
-    return output
+                end = _End(weakref.ref(linear[last]), weakref.ref(inputs[residual]))
+    return output, end
 
 
 def _is_plain_linear(module: Any) -> bool:
