@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     LlamaConfig,
     Phi3Config,
@@ -145,6 +146,22 @@ def test_no_hook_in_python_sees_a_saved_tensor(monkeypatch):
     lean_checkpoints(model)
     gradients(model)
     assert not packed
+
+
+def test_layers_that_return_tuples_draw_what_they_draw_with_pytorchs_and_run_as_often():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = build(FalconConfig(**sizes, hidden_dropout=0.3))
+    theirs = gradients(model), torch.get_rng_state()
+    with Counting() as once:
+        gradients(model)
+    lean_checkpoints(model)
+    for _ in range(2):
+        with Counting() as counting:
+            ours = gradients(model), torch.get_rng_state()
+        assert torch.equal(ours[1], theirs[1])
+        for parameter, gradient in theirs[0][1].items():
+            assert torch.equal(ours[0][1][parameter], gradient), parameter
+    assert counting.counts["mm"] == once.counts["mm"]
 
 
 def _layer(model):

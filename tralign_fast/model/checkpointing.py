@@ -108,7 +108,7 @@ def checkpoint_layer(own: Callable[..., Any], function: Any, *args: Any) -> Any:
         own: PyTorch's function with its options, for what is not done here.
     """
     layer = _layer_of(function)
-    if layer is None or len(args) != 1 or not _takes(function, args[0]):
+    if layer is None or layer in _several or len(args) != 1 or not _takes(function, args[0]):
         return own(function, *args)
     held = _held(layer)
     if held is None:
@@ -119,6 +119,7 @@ def checkpoint_layer(own: Callable[..., Any], function: Any, *args: Any) -> Any:
     try:
         return _Layer.apply(_Run(function, layer, modules, args[0].device), args[0], *parameters)
     except _NotOneTensor:
+        _several.add(layer)
         return own(function, *args)
 
 
@@ -202,6 +203,9 @@ class _NotOneTensor(Exception):
     """What the layer returned."""
 
 
+_several: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers that did
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, hidden: Tensor, *parameters: Tensor) -> Tensor:
@@ -250,6 +254,8 @@ class _Run:
         output = self._function(hidden)
         if before != _Random.now(self._device):
             self._random = before
+            if not isinstance(output, Tensor):  # it runs again, as if for the first time
+                before.set(self._device)
         return output
 
     def again(self, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -301,14 +307,17 @@ class _Random(NamedTuple):
     def again(self, device: torch.device) -> Iterator[None]:
         """Inside, the same numbers are drawn."""
         with torch.random.fork_rng([device] if self.device is not None else []):
-            state = torch.frombuffer(bytearray(self.host), dtype=torch.uint8)
-            torch.default_generator.set_state(state)
-            if self.device is not None:
-                generator = torch.cuda.default_generators[device.index]
-                seed, offset = self.device
-                generator.manual_seed(seed)
-                generator.set_offset(offset)
+            self.set(device)
             yield
+
+    def set(self, device: torch.device) -> None:
+        state = torch.frombuffer(bytearray(self.host), dtype=torch.uint8)
+        torch.default_generator.set_state(state)
+        if self.device is not None:
+            generator = torch.cuda.default_generators[device.index]
+            seed, offset = self.device
+            generator.manual_seed(seed)
+            generator.set_offset(offset)
 
 
 # --- the end of a layer, which a gradient does not need -------------------------------------------
