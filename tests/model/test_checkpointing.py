@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     LlamaConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen2Config,
 )
@@ -82,6 +85,7 @@ def hooked(monkeypatch):
 CASES = {
     "full": lambda: build(),
     "biases": lambda: build(Qwen2Config(**SIZES)),
+    "no norms before": lambda: build(Olmo2Config(**SIZES)),
     "norms after": lambda: build(Gemma2Config(**SIZES, head_dim=8)),
     "attention dropout": lambda: build(LlamaConfig(**SIZES, attention_dropout=0.3)),
     "LoRA": lambda: build(target_modules="all-linear"),
@@ -222,6 +226,63 @@ def test_what_a_node_does_not_know_runs_by_pytorchs_checkpoint(change, hooked):
         assert len(hooked) == 1
         for parameter, gradient in theirs[1].items():
             assert torch.equal(ours[1][parameter], gradient), parameter
+
+
+def test_autocast_keeps_no_copies_of_the_weights():
+    model = build()
+    lean_checkpoints(model)
+    copies = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].shape == (24, 16):
+                copies.append(weakref.ref(out))
+            return out
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        model(input_ids=IDS)
+        assert len(copies) == 3 * 2  # gates and ups
+        assert not any(copy() is not None for copy in copies)
+
+
+class OnlyLinear(torch.Tensor):
+    """A weight that knows `F.linear` alone, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args]
+        if func is torch.nn.functional.linear:
+            return func(args[0], 2 * plain[1], *args[2:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_last_weight_that_is_no_plain_tensor_makes_its_own_product():
+    model = build()
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight.detach().as_subclass(OnlyLinear)
+        layer.mlp.down_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    theirs = gradients(model)
+    lean_checkpoints(model)
+    for ours in (gradients(model), gradients(model)):
+        for parameter, gradient in theirs[1].items():
+            assert torch.equal(ours[1][parameter], gradient), parameter
+
+
+def test_hooks_on_all_modules_see_what_they_see_with_pytorchs():
+    model = build()
+    lean_checkpoints(model)
+    gradients(model)
+    last = _layer(model).mlp.down_proj
+    hook = register_module_forward_hook(lambda module, _, y: 2 * y if module is last else None)
+    try:
+        ours = gradients(model)
+        model.gradient_checkpointing_disable()
+        theirs = gradients(model)
+    finally:
+        hook.remove()
+    for parameter, gradient in theirs[1].items():
+        assert torch.equal(ours[1][parameter], gradient), parameter
 
 
 def test_offloaded_tensors_stay_with_their_hooks(hooked):

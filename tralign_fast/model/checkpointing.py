@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    _has_any_global_hook,  # pyright: ignore[reportPrivateUsage]
+    register_module_forward_hook,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -144,6 +147,7 @@ def _takes(function: functools.partial[Any], hidden: Any) -> bool:
         and device_kind(hidden.device) in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # pyright: ignore[reportAttributeAccessIssue]
+        and not _has_any_global_hook()
         and all(map(_is_constant, function.keywords.values()))
     )
 
@@ -251,7 +255,8 @@ class _Run:
         if type(hidden) is FakeTensor:  # a trace has no numbers, and no bytes of a state
             return self._function(hidden)
         before = _Random.now(self._device)
-        output = self._function(hidden)
+        with self._no_cached_casts():
+            output = self._function(hidden)
         if before != _Random.now(self._device):
             self._random = before
             if not isinstance(output, Tensor):  # it runs again, as if for the first time
@@ -264,6 +269,9 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self._as_first_time())
+            if self._autocast is not None:
+                # no leaf: of those it keeps a cast, whose gradients it would add up in bf16
+                hidden = hidden.view_as(hidden)
             if self._random is not None:
                 stack.enter_context(self._random.again(self._device))
             # an adapter that came since, or dropout where there was none, moves the end
@@ -278,6 +286,17 @@ class _Run:
             if last is None or norm is None:
                 return (self._function(hidden),)
             return _run_to(last, norm, functools.partial(self._function, hidden))
+
+    @contextlib.contextmanager
+    def _no_cached_casts(self) -> Iterator[None]:
+        """Inside, autocast does not keep its copies of weights, which nobody reads again; without
+        gradient, as PyTorch before 2.11 makes them here, they would have none in the backward."""
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached)
 
     def _as_first_time(self) -> contextlib.AbstractContextManager[Any]:
         kind = self._device.type
@@ -409,6 +428,8 @@ def _without_value(module: Any, x: Tensor) -> Tensor | None:
     if type(module) is not nn.Linear:
         return lora_without_value(module, x)
     weight, bias = module.weight, module.bias
+    if type(weight) not in PLAIN:  # a quantised one may know no other product
+        return None
     through_onednn = has_forward(module, "oneDNN") and onednn.fits(x, weight, bias)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
