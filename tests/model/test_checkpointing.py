@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+)
 
 from tralign_fast.model import checkpointing
 from tralign_fast.model.checkpointing import lean_checkpoints
@@ -75,6 +85,7 @@ def hooked(monkeypatch):
 CASES = {
     "full": lambda: build(),
     "biases": lambda: build(Qwen2Config(**SIZES)),
+    "no norms before": lambda: build(Olmo2Config(**SIZES)),
     "norms after": lambda: build(Gemma2Config(**SIZES, head_dim=8)),
     "attention dropout": lambda: build(LlamaConfig(**SIZES, attention_dropout=0.3)),
     "LoRA": lambda: build(target_modules="all-linear"),
@@ -141,6 +152,22 @@ def test_no_hook_in_python_sees_a_saved_tensor(monkeypatch):
     assert not packed
 
 
+def test_layers_that_return_tuples_draw_what_they_draw_with_pytorchs_and_run_as_often():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = build(FalconConfig(**sizes, hidden_dropout=0.3))
+    theirs = gradients(model), torch.get_rng_state()
+    with Counting() as once:
+        gradients(model)
+    lean_checkpoints(model)
+    for _ in range(2):
+        with Counting() as counting:
+            ours = gradients(model), torch.get_rng_state()
+        assert torch.equal(ours[1], theirs[1])
+        for parameter, gradient in theirs[0][1].items():
+            assert torch.equal(ours[0][1][parameter], gradient), parameter
+    assert counting.counts["mm"] == once.counts["mm"]
+
+
 def _layer(model):
     return model.model.layers[1]
 
@@ -201,6 +228,63 @@ def test_what_a_node_does_not_know_runs_by_pytorchs_checkpoint(change, hooked):
             assert torch.equal(ours[1][parameter], gradient), parameter
 
 
+def test_autocast_keeps_no_copies_of_the_weights():
+    model = build()
+    lean_checkpoints(model)
+    copies = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].shape == (24, 16):
+                copies.append(weakref.ref(out))
+            return out
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        model(input_ids=IDS)
+        assert len(copies) == 3 * 2  # gates and ups
+        assert not any(copy() is not None for copy in copies)
+
+
+class OnlyLinear(torch.Tensor):
+    """A weight that knows `F.linear` alone, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args]
+        if func is torch.nn.functional.linear:
+            return func(args[0], 2 * plain[1], *args[2:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_last_weight_that_is_no_plain_tensor_makes_its_own_product():
+    model = build()
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight.detach().as_subclass(OnlyLinear)
+        layer.mlp.down_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    theirs = gradients(model)
+    lean_checkpoints(model)
+    for ours in (gradients(model), gradients(model)):
+        for parameter, gradient in theirs[1].items():
+            assert torch.equal(ours[1][parameter], gradient), parameter
+
+
+def test_hooks_on_all_modules_see_what_they_see_with_pytorchs():
+    model = build()
+    lean_checkpoints(model)
+    gradients(model)
+    last = _layer(model).mlp.down_proj
+    hook = register_module_forward_hook(lambda module, _, y: 2 * y if module is last else None)
+    try:
+        ours = gradients(model)
+        model.gradient_checkpointing_disable()
+        theirs = gradients(model)
+    finally:
+        hook.remove()
+    for parameter, gradient in theirs[1].items():
+        assert torch.equal(ours[1][parameter], gradient), parameter
+
+
 def test_offloaded_tensors_stay_with_their_hooks(hooked):
     model = build()
     lean_checkpoints(model)
@@ -221,6 +305,39 @@ def test_frozen_layers_and_layers_frozen_in_between():
     theirs = gradients(lean)
     assert ours[1].keys() == theirs[1].keys()
     assert all(torch.equal(ours[1][n], theirs[1][n]) for n in theirs[1])
+
+
+def an_adapter(model):
+    """PEFT's own forward of its layer, dropout being what `fuse_lora` leaves, calls the old one."""
+    torch.manual_seed(2)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.3, target_modules="all-linear")
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def dropout_at_the_end(model):
+    for layer in model.model.layers:
+        layer.resid_mlp_dropout.p = 0.3
+    return model
+
+
+@pytest.mark.parametrize("change", [an_adapter, dropout_at_the_end])
+def test_a_layer_that_ends_otherwise_than_it_did_is_looked_at_again(change):
+    config = None if change is an_adapter else Phi3Config(**SIZES, pad_token_id=0)
+    model = build(config)
+    lean_checkpoints(model)
+    gradients(model)
+    model = change(model)
+    ours = gradients(model), gradients(model)
+    model.gradient_checkpointing_disable()
+    _, theirs = gradients(model)
+    for _, found in ours:
+        assert found.keys() == theirs.keys()
+        for parameter, gradient in theirs.items():
+            assert torch.equal(found[parameter], gradient), parameter
 
 
 def test_a_second_backward_and_gradients_that_are_asked_for():

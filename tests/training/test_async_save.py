@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from tests.conftest import make_tiny_llama
 from tests.training.test_checkpoints import SAVING, StopAt, losses_of
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import pair_rows
+from tralign_fast.reference import shard_files
 from tralign_fast.training import resumable
 from tralign_fast.training.manifest import check_manifest
 from tralign_fast.training.runs import newest_checkpoint
@@ -154,6 +156,19 @@ def test_what_cannot_be_written_ends_the_run_at_the_next_save(
     assert trainer.state.global_step == 6
     assert steps_of(tmp_path) == [2]
     assert not (tmp_path / ".writing" / "checkpoint-4").exists()
+
+
+def test_the_file_that_failed_is_named_though_others_would_come_after_it(
+    monkeypatch, tiny_llama, small_tokenizer, tmp_path
+):
+    def fail(tensors: Any, path: Any) -> None:
+        Path(path).write_bytes(b"a part")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(shard_files, "save_file", fail)
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, **ASYNC)
+    with pytest.raises(ValueError, match=r"could not be written: model\.safetensors: Error"):
+        trainer.train()
 
 
 def test_a_signal_waits_for_its_checkpoint(tiny_llama, small_tokenizer, tmp_path):

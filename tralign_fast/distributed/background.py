@@ -66,6 +66,8 @@ class Background:
         error: Exception | None = None
         while parts:
             part, content = parts.pop(0)
+            if error is not None and self.group is None:
+                continue  # a file that came after would be taken for the one that failed
             try:
                 part(content, self.group)
             except Exception as found:  # what is collective the others still wait for

@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    _has_any_global_hook,  # pyright: ignore[reportPrivateUsage]
+    register_module_forward_hook,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -108,16 +111,18 @@ def checkpoint_layer(own: Callable[..., Any], function: Any, *args: Any) -> Any:
         own: PyTorch's function with its options, for what is not done here.
     """
     layer = _layer_of(function)
-    if layer is None or len(args) != 1 or not _takes(function, args[0]):
+    if layer is None or layer in _several or len(args) != 1 or not _takes(function, args[0]):
         return own(function, *args)
-    parameters = _trained(layer)
-    if parameters is None:
+    held = _held(layer)
+    if held is None:
         return own(function, *args)
+    parameters, modules = held
     if not (parameters or args[0].requires_grad):
         return function(*args)
     try:
-        return _Layer.apply(_Run(function, layer, args[0].device), args[0], *parameters)
+        return _Layer.apply(_Run(function, layer, modules, args[0].device), args[0], *parameters)
     except _NotOneTensor:
+        _several.add(layer)
         return own(function, *args)
 
 
@@ -142,6 +147,7 @@ def _takes(function: functools.partial[Any], hidden: Any) -> bool:
         and device_kind(hidden.device) in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # pyright: ignore[reportAttributeAccessIssue]
+        and not _has_any_global_hook()
         and all(map(_is_constant, function.keywords.values()))
     )
 
@@ -159,14 +165,17 @@ def _is_known(kind: type) -> bool:
     )
 
 
-def _trained(layer: nn.Module) -> list[Tensor] | None:
-    """The parameters that a layer trains; None: it or they are not what a node can stand for."""
+def _held(layer: nn.Module) -> tuple[list[Tensor], list[int]] | None:
+    """The parameters that a layer trains, and its modules' identities; None: they are not what a
+    node can stand for."""
     found: dict[Tensor, None] = {}  # a set that keeps its order
+    seen: list[int] = []
     modules: list[nn.Module | None] = [layer]
     while modules:
         module = modules.pop()
         if module is None:
             continue
+        seen.append(id(module))
         own = module.__dict__
         if (
             own["_forward_hooks"]
@@ -191,11 +200,14 @@ def _trained(layer: nn.Module) -> list[Tensor] | None:
                 return None
             found[parameter] = None
         modules.extend(own["_modules"].values())
-    return list(found)
+    return list(found), seen
 
 
 class _NotOneTensor(Exception):
     """What the layer returned."""
+
+
+_several: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers that did
 
 
 class _Layer(torch.autograd.Function):
@@ -227,8 +239,11 @@ class _Layer(torch.autograd.Function):
 class _Run:
     """A layer's forward with its keywords, and what the state was that it ran in."""
 
-    def __init__(self, function: Any, layer: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, function: Any, layer: nn.Module, modules: list[int], device: torch.device
+    ) -> None:
         self._function, self._layer, self._device = function, layer, device
+        self._modules = modules
         kind = device.type
         self._autocast = None
         if torch.is_autocast_enabled(kind):
@@ -240,9 +255,12 @@ class _Run:
         if type(hidden) is FakeTensor:  # a trace has no numbers, and no bytes of a state
             return self._function(hidden)
         before = _Random.now(self._device)
-        output = self._function(hidden)
+        with self._no_cached_casts():
+            output = self._function(hidden)
         if before != _Random.now(self._device):
             self._random = before
+            if not isinstance(output, Tensor):  # it runs again, as if for the first time
+                before.set(self._device)
         return output
 
     def again(self, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -251,15 +269,34 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self._as_first_time())
+            if self._autocast is not None:
+                # no leaf: of those it keeps a cast, whose gradients it would add up in bf16
+                hidden = hidden.view_as(hidden)
             if self._random is not None:
                 stack.enter_context(self._random.again(self._device))
-            if self._layer not in _ends:
-                return (_with_end(self._layer, functools.partial(self._function, hidden)),)
-            end = _ends[self._layer]
+            # an adapter that came since, or dropout where there was none, moves the end
+            seen = self._random is None, self._modules
+            found = _ends.get(self._layer)
+            if found is None or found[0] != seen:
+                output, end = _with_end(self._layer, functools.partial(self._function, hidden))
+                _ends[self._layer] = seen, end
+                return (output,)
+            end = found[1]
             last, norm = (None, None) if end is None else (end.last(), end.norm())
             if last is None or norm is None:
                 return (self._function(hidden),)
             return _run_to(last, norm, functools.partial(self._function, hidden))
+
+    @contextlib.contextmanager
+    def _no_cached_casts(self) -> Iterator[None]:
+        """Inside, autocast does not keep its copies of weights, which nobody reads again; without
+        gradient, as PyTorch before 2.11 makes them here, they would have none in the backward."""
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached)
 
     def _as_first_time(self) -> contextlib.AbstractContextManager[Any]:
         kind = self._device.type
@@ -289,14 +326,17 @@ class _Random(NamedTuple):
     def again(self, device: torch.device) -> Iterator[None]:
         """Inside, the same numbers are drawn."""
         with torch.random.fork_rng([device] if self.device is not None else []):
-            state = torch.frombuffer(bytearray(self.host), dtype=torch.uint8)
-            torch.default_generator.set_state(state)
-            if self.device is not None:
-                generator = torch.cuda.default_generators[device.index]
-                seed, offset = self.device
-                generator.manual_seed(seed)
-                generator.set_offset(offset)
+            self.set(device)
             yield
+
+    def set(self, device: torch.device) -> None:
+        state = torch.frombuffer(bytearray(self.host), dtype=torch.uint8)
+        torch.default_generator.set_state(state)
+        if self.device is not None:
+            generator = torch.cuda.default_generators[device.index]
+            seed, offset = self.device
+            generator.manual_seed(seed)
+            generator.set_offset(offset)
 
 
 # --- the end of a layer, which a gradient does not need -------------------------------------------
@@ -345,12 +385,12 @@ class _Stop(Exception):
         self.out = out
 
 
-# None: the layer ends otherwise
-_ends: weakref.WeakKeyDictionary[nn.Module, _End | None] = weakref.WeakKeyDictionary()
+# With what they were found for; None: the layer ends otherwise.
+_ends: weakref.WeakKeyDictionary[nn.Module, tuple[Any, _End | None]] = weakref.WeakKeyDictionary()
 
 
-def _with_end(layer: nn.Module, forward: Callable[[], Any]) -> Any:
-    """The layer's output, after a look at what it is the sum of."""
+def _with_end(layer: nn.Module, forward: Callable[[], Any]) -> tuple[Any, _End | None]:
+    """The layer's output, and what it is the sum of."""
     inputs: dict[Any, nn.Module] = {}  # node of autograd -> the module whose input it made
     linear: dict[Any, nn.Module] = {}
 
@@ -370,14 +410,13 @@ def _with_end(layer: nn.Module, forward: Callable[[], Any]) -> Any:
         output = forward()
     finally:
         handle.remove()
-    _ends[layer] = None
-    node = output.grad_fn
+    node, end = output.grad_fn, None
     if node is not None and node.name() == "AddBackward0" and node._saved_alpha == 1:
         terms = [term for term, _ in node.next_functions]
         for residual, last in (terms, terms[::-1]):
             if residual in inputs and last in linear:
-                _ends[layer] = _End(weakref.ref(linear[last]), weakref.ref(inputs[residual]))
-    return output
+                end = _End(weakref.ref(linear[last]), weakref.ref(inputs[residual]))
+    return output, end
 
 
 def _is_plain_linear(module: Any) -> bool:
@@ -389,6 +428,8 @@ def _without_value(module: Any, x: Tensor) -> Tensor | None:
     if type(module) is not nn.Linear:
         return lora_without_value(module, x)
     weight, bias = module.weight, module.bias
+    if type(weight) not in PLAIN:  # a quantised one may know no other product
+        return None
     through_onednn = has_forward(module, "oneDNN") and onednn.fits(x, weight, bias)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
