@@ -380,8 +380,8 @@ def test_tables_and_figure_of_finished_arms(results, material, root, tmp_path):
     assert paired[-1].endswith(" of 3")
     assert tables.at_equal_distance(results, 0.6) in text
     for arm in results:
-        root = 0.6 * tables.shared_distance(results, arm)
-        assert f"{arm.seed}: {root:.1f}" in tables.at_equal_distance(results, 0.6)
+        nearer = 0.6 * tables.shared_distance(results, arm)
+        assert f"{arm.seed}: {nearer:.1f}" in tables.at_equal_distance(results, 0.6)
     figure.plot(tmp_path / "figure.png", results, "tiny")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     points = next(iter(results.values()))
