@@ -28,7 +28,7 @@ def test_tables_are_those_of_the_results(file):
 
 def test_paired_differences_are_those_of_the_tables():
     of_runs = "\n".join(file.read_text() for file in RESULTS.glob("overoptimize_cpu*.txt"))
-    of_runs += over_seeds_of_people()
+    of_runs += "\n".join(over_seeds_of_people().values())
     of_runs += "\n".join(page.paired_table(curves(name)) for name in EVERY)
     found = re.findall(r"[+-]\d+\.\d\d ± \d+\.\d\d", PAGE[PAGE.index("Paired over") :])
     assert len(found) >= 12
@@ -112,61 +112,129 @@ def test_what_is_said_of_every_seed_of_kto_ipo_and_the_stages_holds():
 
 
 def test_over_seeds_only_the_distance_of_kto_is_beyond_its_interval():
-    beyond = []
+    sure = []
     for name in EVERY:
         found = curves(name)
         for pair in page.pairings(found):
             line = page.paired_line(found, *pair)
             assert line in PAGE
             cells = re.findall(r"([+-]\d+\.\d\d) ± (\d+\.\d\d)", line)[:-1]  # no accuracy
-            beyond += [line for middle, half in cells if abs(float(middle)) > float(half)]
-    assert len(beyond) == 1
-    assert beyond[0].startswith("| KTO soft")
+            sure += [line for middle, half in cells if abs(float(middle)) > float(half)]
+    assert len(sure) == 1
+    assert sure[0].startswith("| KTO soft")
 
 
 def cells_of_people():
-    """Rows of the paired tables: schedule, √KL, and (difference, half) by each gold."""
+    """Rows of the paired tables: schedule and the frozen β, and (difference, half) by each gold."""
     for line in (RESULTS / "overoptimize_cpu_people.txt").read_text().splitlines():
-        if match := re.match(r"dpo (soft|hard) .* - dpo frozen", line):
+        if match := re.match(r"dpo (soft|hard) .* - dpo frozen β=(\S+) people", line):
             _, roots, gold, second, _ = re.split(r"\s{2,}", line.strip())
             roots = re.sub(r"\d: ", "", roots)
-            assert f"| {match[1]} | {roots} | {gold} | {second} |" in PAGE
-            yield match[1], [
+            assert f"| {match[1]} | {match[2]} | {roots} | {gold} | {second} |" in PAGE
+            yield match.groups(), [
                 tuple(map(float, text.split(" ± ")))
                 for cell in (gold, second) for text in cell.split(", ")
             ]  # fmt: skip
 
 
+def people_less_frozen(schedule, beta):
+    """Cells at the farthest shared distance, at 0.8 and at 0.6 of it; three seeds by each gold."""
+    rows = [cells for name, cells in cells_of_people() if name == (schedule, beta)]
+    assert [len(cells) for cells in rows] == [6, 6, 6]
+    return rows
+
+
 def over_seeds_of_people():
-    """Mean of soft's differences at the farthest shared distance, as they stand in the table."""
-    soft = next(cells for name, cells in cells_of_people() if name == "soft")
-    return page.over_seeds([difference for difference, _ in soft[:3]])
+    """Means of soft's differences over seeds, as they stand in the tables: each β, share, gold."""
+    return {
+        (beta, share, gold): page.over_seeds([difference for difference, _ in cells[part]])
+        for beta in ("0.1", "0.01")
+        for share, cells in zip((1.0, 0.8, 0.6), people_less_frozen("soft", beta), strict=True)
+        for gold, part in (("gold", slice(0, 3)), ("second", slice(3, 6)))
+    }
 
 
-def test_what_is_said_of_peoples_pairs_at_equal_distance_holds():
-    rows = list(cells_of_people())
-    soft, hard = ([cells for name, cells in rows if name == which] for which in ("soft", "hard"))
-    assert len(soft) == len(hard) == 3  # the farthest shared distance, 0.8 and 0.6 of it
+def test_what_is_said_of_peoples_pairs_at_equal_distance_and_one_beta_holds():
+    soft, hard = people_less_frozen("soft", "0.1"), people_less_frozen("hard", "0.1")
     assert all(difference > 0 for cells in soft for difference, _ in cells)
     assert all(difference > half for difference, half in soft[0])
     golds = ", ".join(f"{difference:+.2f}" for difference, _ in soft[0][:3])
-    over = over_seeds_of_people()
+    over = over_seeds_of_people()["0.1", 1.0, "gold"]
     assert f"({golds}, each beyond its interval over prompts; over seeds {over})" in PAGE
     assert f"at the farthest is {over} by" in PAGE
-    by_gold, by_second = (
-        sum(difference > half for cells in soft for difference, half in cells[part])
-        for part in (slice(0, 3), slice(3, 6))
-    )
-    assert (by_gold, by_second) == (8, 5)
+    assert beyond(soft) == (8, 5)
     assert all(difference > 0 for difference, _ in hard[0])
     assert [difference > half for difference, half in hard[0]] == [True, False, True] + 3 * [True]
     for cells in hard[1:]:
         assert [difference > 0 for difference, _ in cells] == 2 * [False, True, True]
 
 
+def beyond(rows):
+    """In how many of the nine cells by each gold the moving arm is above by its interval."""
+    by_gold, by_second = (
+        sum(difference > half for cells in rows for difference, half in cells[part])
+        for part in (slice(0, 3), slice(3, 6))
+    )
+    return by_gold, by_second
+
+
+def test_what_is_said_of_peoples_pairs_beside_a_ten_times_smaller_beta_holds():
+    soft, hard = people_less_frozen("soft", "0.01"), people_less_frozen("hard", "0.01")
+    above = [[difference > 0 for difference, _ in cells] for cells in soft]
+    assert above[0] == [False, True, True, False, False, True]
+    assert above[1] == 2 * [False, True, True]
+    assert all(above[2])
+    assert beyond(soft) == (5, 3)
+    assert beyond(soft[:1]) == (1, 1)
+    assert beyond(soft[2:]) == (2, 2)
+    first = soft[0][3]
+    assert -first[0] > first[1]  # seed 0 by the second gold: below, beyond its interval
+    cells = ", ".join(f"{difference:+.2f} ± {half:.2f}" for difference, half in soft[0][:3])
+    over = over_seeds_of_people()
+    small = over["0.01", 1.0, "gold"]
+    assert f"{cells}, over seeds {small}; by the second gold above in one of three." in PAGE
+    second = over["0.01", 1.0, "second"]
+    assert f"The mean over seeds is {small}, by the second gold {second}." in PAGE
+    assert f"seed 0 below, over seeds {over['0.01', 0.8, 'gold']}" in PAGE
+    assert f"Over seeds that is {over['0.01', 0.6, 'gold']}" in PAGE
+    assert f"{small} over seeds" in (ROOT / "docs/benchmarks.md").read_text()
+    means = [float(over[beta, 1.0, "gold"].split()[0]) for beta in ("0.1", "0.01")]
+    assert (means[0] - means[1]) / means[0] == pytest.approx(0.9, abs=0.05)
+    assert [difference < 0 for difference, _ in hard[0][:3]] == 3 * [True]
+    assert [-difference > half for difference, half in hard[0][:3]] == [True, False, False]
+
+
+def test_what_is_said_of_a_small_beta_on_peoples_pairs_at_the_last_step_holds():
+    _, small, soft, hard = people = list(curves("_people").values())
+    for key in ("gold", "check"):
+        assert higher(small, soft, key) == 2
+    assert farther(soft, small) == farther(hard, small) == 2
+    golds, roots = (
+        [page.each(of(seeds), digits) for seeds in (soft, small)]
+        for of, digits in ((lambda s: page.at_the_end(s, "gold"), 2), (page.distances, 1))
+    )
+    assert PAGE.index(f"({golds[0]},\n  frozen at 0.01 {golds[1]})") > 0
+    assert f"(√KL {roots[0]} and {roots[1]})" in PAGE
+    assert f"(√KL {roots[1]} and {roots[0]})" in PAGE
+    assert all(fell(points) for points in small)
+    assert sum(map(fell, [points for seeds in people for points in seeds])) == 9
+    jumps = [
+        ", ".join(
+            "{:.1f} to {:.1f}".format(*(float(point["kl"]) ** 0.5 for point in pair))
+            for pair in (arm[0][3:5], arm[1][3:5], arm[2][2:4])
+        )
+        for arm in (small, soft)
+    ]
+    assert f"(√KL {jumps[0]}), and so does soft ({jumps[1]})" in PAGE
+    step_40, step_60 = small[0][2], small[0][3]
+    said = "where its gold is {:.2f}, and at step 60 stands at √KL {:.1f} with {:.2f}"
+    root = float(step_60["kl"]) ** 0.5
+    assert said.format(float(step_40["gold"]), root, float(step_60["gold"])) in PAGE
+    assert float(step_60["gold"]) > max(float(point["gold"]) for point in soft[0])
+
+
 def test_what_is_said_of_peoples_pairs_at_the_last_step_holds():
-    people = curves("_people")
-    frozen, soft, hard = people.values()
+    frozen, small, soft, hard = curves("_people").values()
     for seeds in (soft, hard):
         assert farther(seeds, frozen) == 3
         assert higher(seeds, frozen, "held_out_accuracy") == 3
@@ -184,12 +252,14 @@ def test_what_is_said_of_peoples_pairs_at_the_last_step_holds():
     assert f"√KL {roots[1]} and {roots[2]}, frozen {roots[0]}" in PAGE
     golds = [page.each(page.at_the_end(s, "gold"), 2) for s in arms]
     assert f"({golds[1]}, frozen {golds[0]}), and so has hard ({golds[2]})" in PAGE
-    assert f"frozen {masses(frozen)}; soft {masses(soft)}; hard {masses(hard)} nats" in PAGE
+    assert (
+        f"frozen {masses(frozen)}; at β = 0.01 {masses(small)}; soft {masses(soft)}; hard " in PAGE
+    )
+    assert f"; hard {masses(hard)} nats" in PAGE
     step_40, step_60 = soft[0][2], soft[0][3]
     assert {f"{float(point['kl']) ** 0.5:.1f}" for point in (step_40, step_60)} == {"3.5"}
     said = "at √KL 3.5 with {:.2f} at step 40, and with {:.2f} at step 60"
     assert said.format(float(step_40["gold"]), float(step_60["gold"])) in PAGE
-    assert sum(map(fell, arms_of(people))) == 6
 
 
 def masses(seeds):
