@@ -253,7 +253,8 @@ class _Run:
     def first(self, hidden: Tensor) -> Any:
         """The layer's output, without gradient."""
         if type(hidden) is FakeTensor:  # a trace has no numbers, and no bytes of a state
-            return self._function(hidden)
+            with self._no_cached_casts():
+                return self._function(hidden)
         before = _Random.now(self._device)
         with self._no_cached_casts():
             output = self._function(hidden)
