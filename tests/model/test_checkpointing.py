@@ -228,6 +228,21 @@ def test_what_a_node_does_not_know_runs_by_pytorchs_checkpoint(change, hooked):
             assert torch.equal(ours[1][parameter], gradient), parameter
 
 
+def test_replicas_of_data_parallel_run_by_pytorchs_checkpoint(hooked):
+    model = build()
+    theirs = gradients(model)
+    lean_checkpoints(model)
+    layer = _layer(model)
+    for module in [*layer.modules()]:  # as `DataParallel` makes them, on one device
+        replica = module._replicate_for_data_parallel()
+        module.__dict__["_is_replica"] = replica.__dict__["_is_replica"]
+    del hooked[:]
+    ours = gradients(model)
+    assert len(hooked) == 1
+    for parameter, gradient in theirs[1].items():
+        assert torch.equal(ours[1][parameter], gradient), parameter
+
+
 def test_autocast_keeps_no_copies_of_the_weights():
     model = build()
     lean_checkpoints(model)

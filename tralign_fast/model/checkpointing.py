@@ -178,7 +178,8 @@ def _held(layer: nn.Module) -> tuple[list[Tensor], list[int]] | None:
         seen.append(id(module))
         own = module.__dict__
         if (
-            own["_forward_hooks"]
+            "_is_replica" in own  # of DataParallel, which holds parameters as mere attributes
+            or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
