@@ -101,8 +101,8 @@ SPEC = {
     "gradient_release": "bool", "layer_kernels": ["auto", "liger", "none"],
     "logits_budget_mb": ("float?", 0, INF, "[)"), "vocab_filter": ("float?", 0, 1, "[)"),
     "kept": ["logits", "powers"],
-    "cuda_graphs": "bool?", "log_kl_initial": "bool", "overwrite_output_dir": "bool",
-    "async_save": "bool",
+    "cuda_graphs": "bool?", "log_kl_initial": "bool", "async_save": "bool",
+    "overwrite_output_dir": "bool",
     # of TrainingArguments
     "output_dir": place, "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT, "gradient_accumulation_steps": COUNT,
