@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
-from tests.training import cut_checks
+from tests.training import cut_checks, tensor_checks
 from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trl_parity import kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
@@ -85,6 +85,7 @@ LAYOUTS = {  # processes, what transformers cuts the model into, options of the 
     "cp2": (2, {}, lambda: _divided(cp_size=2)),
     "cp3": (3, {}, lambda: _divided(cp_size=3)),
     "cut": (2, {}, lambda: {}),  # pieces without a trainer
+    "sent": (2, {}, lambda: {}),  # shared layers without one
     "cp2-fsdp2": (4, {}, lambda: _divided(cp_size=2, dp_shard_size=2)),
 }
 
@@ -192,8 +193,8 @@ def _open_accelerate_to_cpus() -> None:
 
 
 def run(folder: Path, layout: str, cases: list[str]) -> None:
-    if layout == "cut":
-        found = cut_checks.measured(folder)
+    if layout in ("cut", "sent"):
+        found = (cut_checks if layout == "cut" else tensor_checks).measured(folder)
         if int(os.environ["RANK"]) == 0:
             (folder / f"{layout}.json").write_text(json.dumps(found))
         return

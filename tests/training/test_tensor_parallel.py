@@ -35,6 +35,7 @@ SOME = {
     "tp2": ("kto-resident", "dpo-snapshot"),
     "cp2": ("kto-snapshot", "dpo-one", "dpo-snapshot-long"),
     "cut": ("plain", "checkpointing"),
+    "sent": ("shared",),
 }
 CUT = tuple(c for c in CASES if c.endswith("-long"))
 WHOLE = {
@@ -123,6 +124,26 @@ def test_pieces_send_keys_and_values_once_a_layer_and_pass(case, together):
         # of P processes each sends (P-1)/P of what all hold: a half
         passes = forwards + 1
         assert found["sent"] == (passes * found["keys"] + 2 * found["scores"]) / 2
+
+
+def test_shared_layers_send_what_transformers_do_and_the_heads_gradient(together):
+    ((_, cases),) = those_of(together, "shared")
+    found = cases["shared"]
+    row, tokens, last, layers = (found[key] for key in ("row", "tokens", "last", "layers"))
+    # embeddings, and of each layer the outputs of attention and MLP; back, the gradients of the
+    # inputs of q, k, v, gate and up, each by itself, where two sums would do
+    assert found["theirs"] == {
+        "forward": (1 + 2 * layers) * tokens * row,
+        "backward": 5 * layers * tokens * row,
+    }
+    fewer = tokens - last  # rows that the last MLP leaves out
+    forward = found["theirs"]["forward"] - fewer * row
+    backward = found["theirs"]["backward"] - 2 * fewer * row + found["scored"] * row
+    assert fewer > 0
+    assert found["plain"] == {"forward": forward, "backward": backward}
+    # computed again: outputs of attention, and of the last MLP, whose rows are put in place
+    again = layers * tokens * row + last * row
+    assert found["checkpointing"] == {"forward": forward, "backward": backward + again}
 
 
 @pytest.mark.parametrize("case", RESUMED)

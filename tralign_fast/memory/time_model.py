@@ -157,7 +157,10 @@ class _Step:
             "recomputation": again * flops.recomputed / rates.products / share,
         }
         passes = {"reference": self.moves * 1.0, "forward": 1.0, "backward": 2.0 + again}
-        tensor = {name: count * self._tensor() for name, count in passes.items()}
+        # of a layer: its two outputs; the gradients of the inputs of q, k, v, gate and up, which
+        # transformers adds up each by itself; attention's output where it is computed again
+        reduces = {"reference": self.moves * 2, "forward": 2, "backward": 5 + again}
+        tensor = {name: count * self._tensor() for name, count in reduces.items()}
         hideable = {n: compute[n] + passes[n] * small for n in passes}
         hideable["backward"] += compute["recomputation"]
         gather, reduce = self._layers_and_rest()
@@ -238,13 +241,13 @@ class _Step:
         return min(self.rates.nvlink, there * self.rates.interconnect) / self.layout.tensor
 
     def _tensor(self) -> float:
-        """Two all-reduces a layer of the activations, in a pass, over a group inside of a node."""
+        """An all-reduce of the activations in each layer, over a group inside of a node."""
         ranks = self.layout.tensor
         if ranks == 1:
             return 0.0
         size = self.work.tokens * self.sizes.hidden * 2
         one = _BASE + 2 * (ranks - 1) * (_INSIDE + size / ranks / self.rates.nvlink)
-        return 2 * self.sizes.layers * one
+        return self.sizes.layers * one
 
     def _optimizer(self) -> float:
         """Its bytes: AdamW reads weight, gradient and two states and writes three of them, clipping
