@@ -40,7 +40,9 @@ SOME = {
 CUT = tuple(c for c in CASES if c.endswith("-long"))
 WHOLE = {
     "tp2": tuple(c for c in CASES if c not in ("dpo-one", *CUT)),
-    "tp2-fsdp2": ("dpo-resident", "dpo-snapshot", "kto-resident"),
+    "tp2-fsdp2": tuple(
+        f"{m}-{p}" for m in ("dpo", "kto") for p in ("resident", "snapshot", "offloaded")
+    ),
     "cp2": tuple(c for c in CASES if c not in ("dpo-tied", "dpo-lora", "dpo-by-name", *CUT)),
 }
 WHOLE["cp3"] = ("dpo-snapshot-long", "kto-split-long", "kto-offloaded-long", "dpo-one")
