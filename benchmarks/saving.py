@@ -17,6 +17,7 @@ open it; both are otherwise what runs on GPUs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import tempfile
 import time
@@ -31,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.common import environment, format_table
 from benchmarks.kill import make_rows, make_tokenizer
 from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.memory.one_rank import sharding_on_cpus
 
 BETWEEN = 4  # steps from one save to the next
 OWN = ("training_args.bin", "trainer_state.json", "manifest.json")  # of a time, or of a step
@@ -116,11 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where checkpoints are written")
     args = parser.parse_args(arguments)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.layout in SHARDED and not torch.cuda.is_available():
-        from tests.training.distributed_run import _let_accelerate_shard_on_cpus
-
-        _let_accelerate_shard_on_cpus()
-    with tempfile.TemporaryDirectory() as own:
+    with contextlib.ExitStack() as stack:
+        if args.layout in SHARDED and not torch.cuda.is_available():
+            stack.enter_context(sharding_on_cpus())
+        own = stack.enter_context(tempfile.TemporaryDirectory())
         folder = args.folder or Path(os.environ.get("TRALIGN_SAVING", own))
         trainer = run(args.layout, args.saves, args.hidden, args.layers, folder)
         if not trainer.is_world_process_zero():
