@@ -225,6 +225,7 @@ def test_rows_differ_in_every_step_and_are_the_same_in_every_run():
 def test_a_windows_times():
     """Two windows after the warm-up: 0.4 s of sweep, 1.6 s of steps, a move of 0.1 s."""
     clock = SimpleNamespace(
+        is_long=lambda: False,
         windows=[(0.0, 9.0, 9.5, 9.6), (10.0, 10.4, 12.0, 12.1), (13.0, 13.4, 15.0, 15.1)],
         logs=[{"loss": 0.69, "grad_norm": 1.0}, {"loss": 0.5}],
     )
@@ -284,6 +285,52 @@ def test_one_window_is_profiled_and_its_time_is_left_out(tmp_path, monkeypatch):
     assert row["gpu_busy_share"] == pytest.approx(0.05 / record["step_s"])
     assert row["limit_s"] == pytest.approx(0.01)
     assert row["limit_with_recomputation_s"] == pytest.approx(0.015)
+
+
+def test_of_long_windows_one_is_timed_and_none_profiled(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 4 << 30)
+    monkeypatch.setattr(arm, "LONG_S", 0.0)
+    case = cases.parse(f"{WORK}/ours")
+    trainer = work.make_trainer(case, work.make_work(case, tiny=True), str(tmp_path), on_gpu=False)
+    clock = arm.make_clock(on_gpu=True, enough_s=60.0)
+    trainer.callback_handler.callbacks.insert(0, clock.before)
+    trainer.add_callback(clock.after)
+    trainer.train()
+    record = arm.summarize(clock, case.shape, on_gpu=True)
+    assert trainer.state.global_step == 2 * cases.WINDOW
+    assert (record["windows"], record["peak_gib"]) == (1, 3)
+    assert record["reason"] == "no profile: a window takes more than 0 s"
+
+
+def test_the_time_that_is_left_is_asked_of_a_case_before_it_starts():
+    """What a case of 64k tokens would be stopped in stays for the next call."""
+    short, long = (cases.parse(f"8b-lora64/{s}/ckpt/ours") for s in ("2p4k", "2p64k"))
+    assert 25 < short.usual_s < 35
+    assert 110 < long.usual_s < matrix.TIMEOUT_S
+
+
+@pytest.mark.matrix
+def test_without_a_card_cases_are_traced(monkeypatch, capsys):
+    from tralign_fast.memory import plan_options
+
+    monkeypatch.setattr(plan_options, "load_config", lambda _: work._tiny_config())
+    names = ["8b-lora64/2p4k/ckpt/ours", "8b-lora64/2p4k/ckpt/trl", "8b-qlora64/2p4k/ckpt/ours"]
+    assert matrix.main(["--dry", "--cases", *names]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [names[1], names[0], names[2]]
+    assert all(line.endswith(" GiB") for line in lines)
+
+    def fail(case):
+        raise RuntimeError("no such option")
+
+    monkeypatch.setattr(arm, "trace_case", fail)
+    assert matrix.main(["--dry", "--cases", names[0]]) == 1
+    assert f"{names[0]}: RuntimeError: no such option" in capsys.readouterr().err
 
 
 def test_a_profile_that_fails_leaves_the_times():
