@@ -12,7 +12,7 @@ ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py \
 WORKERS ?= $(if $(filter cuda,$(TRALIGN_TEST_DEVICE)),0,2)
 PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 
-.PHONY: demo test test-slow test-oldest test-gpu check docs docs-serve walk docs-config format bench bench-ops bench-gpu clean
+.PHONY: demo test test-slow test-oldest test-gpu check docs docs-serve walk docs-config format bench bench-ops bench-gpu card clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
@@ -70,6 +70,10 @@ bench-ops: $(VENV)/.dev
 # one stopped; card, versions and commit are in every row.
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu.everything $(ARGS)
+
+# The same with the tests of a GPU before, and with DATA=FILE arms on people's pairs behind.
+card: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu.everything --stages all --data "$(DATA)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist

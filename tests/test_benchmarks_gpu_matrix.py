@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,22 +190,90 @@ def test_a_fork_that_finds_cuda_in_use_is_started_anew(tmp_path, monkeypatch, ca
     assert "fresh process" in capsys.readouterr().err
 
 
-def test_parts_are_run_once_while_the_time_lasts(tmp_path, capfd):
-    here = {"commit": "abc", "device": "card"}
+HERE = {"commit": "abc", "device": "card"}
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """session(parts) -> a `Session` of this folder that has run them."""
+    monkeypatch.setattr(everything, "LOGS", tmp_path / "logs")
+    monkeypatch.delenv("OUT", raising=False)
+
+    def run(parts, here=HERE, seconds=60.0):
+        made = everything.Session(tmp_path, here, time.monotonic() + seconds)
+        made.run(parts, minutes=5.0)
+        return made
+
+    return run
+
+
+def test_parts_are_run_once_while_the_time_lasts(session, tmp_path, capfd):
     parts = [
         everything.Part("benchmarks.gpu --list", 1.0),
         everything.Part("benchmarks.gpu --cases nothing", 1.0),
         everything.Part("benchmarks.gpu --list --cases *trl", 1e6),
     ]
-    until = time.monotonic() + 60
-    assert everything.run_parts(parts, tmp_path, here, until) == parts[2:]
+    first = session(parts)
+    assert (first.left, first.failed) == (parts[2:], parts[1:2])
     rows = read_csv(tmp_path / "gpu_parts.csv")
     assert [row["status"][:6] for row in rows] == ["done", "failed"]
     assert "matches no case" in rows[1]["status"]
+    assert "8b-lora64" in (tmp_path / "logs/benchmarks-gpu-list.txt").read_text()
     capfd.readouterr()
-    assert everything.run_parts(parts[:2], tmp_path, here, until) == []
+    assert session(parts[:2]).left == []
     assert capfd.readouterr().out == ""  # neither was started
-    assert len(everything.run_parts(parts[:1], tmp_path, {**here, "commit": "d"}, 0.0)) == 1
+    assert len(session(parts[:1], {**HERE, "commit": "d"}, 0.0).left) == 1
+
+
+def test_a_part_has_its_limit_its_environment_and_may_go_on(session, tmp_path, monkeypatch):
+    (tmp_path / "part_of_test.py").write_text(
+        "import os, sys, time\n"
+        "print(os.environ.get('WHERE'), sys.argv[1:])\n"
+        "time.sleep(60 if 'sleep' in sys.argv else 0)\n"
+        "print('2 arms are left')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    slow = everything.Part("part_of_test sleep", 0.0, "", limit_s=1.0)
+    goes_on = everything.Part("part_of_test", 0.0, "", 240.0, (("WHERE", "there"),), "are left")
+    run = session([slow, goes_on], seconds=600.0)
+    assert (run.left, run.failed) == ([goes_on], [slow])
+    (row,) = read_csv(tmp_path / "gpu_parts.csv")
+    assert row["status"] == "failed: took more than 1 s"
+    log = (tmp_path / "logs/part-of-test.txt").read_text()
+    assert log.startswith("there ['--minutes', '3.25']")
+
+
+def test_results_and_logs_are_packed_after_every_part(session, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    part = everything.Part("benchmarks.gpu --list", 1.0)
+    session([])
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    session([part])
+    with tarfile.open(tmp_path / "out/card.tar.gz") as archive:
+        names = archive.getnames()
+    assert any(name.endswith("/gpu_parts.csv") for name in names)
+    assert any(name.endswith("logs/benchmarks-gpu-list.txt") for name in names)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["card.tar.gz"]
+
+
+def test_the_stages_of_a_card_in_their_order(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(matrix, "card", lambda: "NVIDIA H100")
+    monkeypatch.setattr(matrix, "main", lambda given: ran.append(given[4:]) or 0)
+    monkeypatch.setattr(everything.Session, "run", lambda self, parts, _: ran.append(parts))
+    given = ["--output_dir", str(tmp_path), "--data", "pairs.jsonl"]
+    assert everything.main([*given, "--stages", "all"]) == 0
+    cases_of = ["--cases", *everything.CASES]
+    arms = [everything.evidence("pairs.jsonl")]
+    stages = [[], everything.HEAD, cases_of, everything.OTHER]
+    assert ran == [everything.TESTS, *stages, arms]
+    del ran[:]
+    assert everything.main(given) == 0
+    assert ran == stages
+    cases.choose(everything.CASES)  # each matches some
+    for part in (*everything.TESTS, *everything.HEAD, *everything.OTHER):
+        for word in part.command.split():
+            assert not word.startswith("tests/") or Path(word).exists(), word
 
 
 # --- what is computed and counted -----------------------------------------------------------------
