@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import signal
 import tarfile
 import time
@@ -272,7 +273,7 @@ def test_the_stages_of_a_card_in_their_order(monkeypatch, tmp_path):
     assert ran == stages
     cases.choose(everything.CASES)  # each matches some
     for part in (*everything.TESTS, *everything.HEAD, *everything.OTHER):
-        for word in part.command.split():
+        for word in shlex.split(part.command):
             assert not word.startswith("tests/") or Path(word).exists(), word
 
 

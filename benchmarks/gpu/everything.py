@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,19 +47,21 @@ class Part:
 
 
 def _tests(paths: str, limit_s: float, *options: str, on: str = "") -> Part:
+    """Tests marked gpu, or with `on` those that can compute on either device; no matrices."""
     environment = (("TRALIGN_TEST_DEVICE", on),) if on else ()
-    command = " ".join(("pytest", "-q", *options, *paths.split()))
+    kinds = "not matrix" if on else "gpu and not matrix"
+    command = shlex.join(["pytest", "-q", "-m", kinds, *options, *paths.split()])
     return Part(command, 30, "", limit_s, environment)
 
 
-# `make test-gpu`, newest first; those that can compute on either device on this one
+# what `make test-gpu` runs, newest first
 TESTS = [
-    _tests("tests/test_gpu.py tests/training/test_async_save.py", 120, "-m", "gpu"),
+    _tests("tests/test_gpu.py tests/training/test_async_save.py", 120),
     _tests("tests/model/test_checkpointing.py", 120, on="cuda"),
     _tests("tests/model/test_graphs.py tests/model/test_attention.py", 120, on="cuda"),
-    _tests("tests/model", 180, "-m", "gpu"),
-    _tests("tests/kernels/test_linear_powers.py", 180, "-m", "gpu"),
-    _tests("tests/kernels", 300, "-m", "gpu", "--ignore=tests/kernels/test_linear_powers.py"),
+    _tests("tests/model", 180),
+    _tests("tests/kernels/test_linear_powers.py", 180),
+    _tests("tests/kernels", 300, "--ignore=tests/kernels/test_linear_powers.py"),
     _tests("tests/ops/test_logprobs.py", 120, on="cuda"),
     _tests(
         "tests/training/test_trl_parity.py tests/training/test_gradient_release.py "
@@ -124,7 +127,7 @@ class Session:
     def _run(self, part: Part, seconds: float) -> str | None:
         """ "done", or why it failed; None: its time was spent, or it is to go on."""
         limit = min(seconds, part.limit_s)
-        command = [sys.executable, "-m", *part.command.split()]
+        command = [sys.executable, "-m", *shlex.split(part.command)]
         command += [part.folder, str(self._folder)] if part.folder else []
         command += ["--minutes", f"{limit / 60 - 0.75:.2f}"] if part.goes_on else []
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(part.environment)}
