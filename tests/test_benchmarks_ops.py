@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import ema
+from benchmarks.ops import __main__ as ops
 from benchmarks.ops import arms, results, turns, vocab_filter
 from benchmarks.ops.__main__ import default_arms, scaling_cases
 
@@ -79,6 +80,59 @@ def test_the_arm_that_has_only_a_mean_does_the_same_products(monkeypatch):
     assert inputs.weight.grad is not None
     assert not inputs.hidden.grad.flatten(0, 1)[~inputs.mask.flatten()].any()
     assert "quack" in arms.UNCHECKED
+
+
+class Told:
+    """In place of an arm's process: what it was told."""
+
+    def __init__(self, arm, log, fails=False):
+        self.arm, self.log, self.fails = arm, log, fails
+
+    def ask(self, word, *rest):
+        self.log.append((self.arm, word, *(r for r in rest if isinstance(r, bool))))
+        if word == "call" and self.fails:
+            raise turns.Failed("OutOfMemoryError: full")
+        return (0.5, 1.0, 2.0) if word == "call" else None
+
+    def stop(self):
+        pass
+
+
+def test_arms_on_a_card_give_its_memory_back_after_their_turns():
+    log = []
+    processes = [Told("bare", log), Told("eager", log, fails=True)]
+    case = replace(CASE, device="cuda")
+    runs = turns.measure(processes, case, rounds=2, arm_seconds=60, gate=False)
+    ends = [("bare", "call"), ("bare", "rest", True)]
+    failing = [("eager", "setup"), ("eager", "call"), ("eager", "rest", False)]
+    assert log == [("bare", "setup"), *ends, *failing, *ends, *ends]
+    assert [run.failed for run in runs] == [None, "OutOfMemoryError: full"]
+    assert runs[0].seconds == [1.0, 1.0]
+
+
+def test_a_rested_arm_repeats_its_call_before_one_is_timed(monkeypatch):
+    calls, answers = [], []
+    words = [("setup", CASE), ("call",), ("rest", True), ("call",), ("call",), ("rest", False)]
+    pipe = types.SimpleNamespace(recv=lambda: words.pop(0), send=answers.append)
+    monkeypatch.setattr(turns, "_timed_call", lambda *_: calls.append(len(answers)) or (0.5, 1, 2))
+    words.append(("stop",))
+    turns.serve_arm("bare", pipe)
+    assert [kind for kind, _ in answers] == ["ok"] * 6
+    assert calls == [1, 3, 3, 4]
+
+
+def test_a_sweep_that_is_ended_leaves_the_sizes_that_it_had(monkeypatch, tmp_path):
+    def measure(processes, case, **_):
+        if case.tokens > 256:
+            raise KeyboardInterrupt
+        return [turns.Run("bare", 1.0, [1.0], [2.0])]
+
+    monkeypatch.setattr(ops, "measure", measure)
+    monkeypatch.setattr(ops, "ArmProcess", lambda arm: Told(arm, []))
+    with pytest.raises(KeyboardInterrupt):
+        ops.main(["--scaling", "N", "--device", "cpu", "--output_dir", str(tmp_path)])
+    rows = list(csv.DictReader((tmp_path / "ops_scaling.csv").open()))
+    assert [row["N"] for row in rows] == ["256"]
 
 
 def test_arms_of_a_gpu_are_left_out_elsewhere():

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu [--cases '8b-lora64/*' ...] [--minutes 8] [--again] [--output_dir DIR]
     python -m benchmarks.gpu --table [--output_dir DIR]
+    python -m benchmarks.gpu --dry [--cases ...]     without a card: what each would need of one
 
 Cases are named MODEL/SHAPE/CHECKPOINTING/ARM (`--list` prints them); without `--cases` a default
 list runs, most important first. Every case is a process of its own, one after the other, and a row
@@ -13,7 +14,8 @@ arm), rows of random tokens, other rows in every step. The reference moves every
 are a window: from the end of a window's move and log to the end of its last step, before the move.
 The GPU is waited for at the borders of windows and where a window's first step begins, nowhere
 else, in all arms alike, so steps overlap as they do in training. The first window is a warm-up,
-the median of 2 to 5 others is the result, and one more is profiled.
+the median of 2 to 5 others is the result, and one more is profiled; where a window takes more than
+20 s, one is the result, and none is profiled.
 
 `step_s` has a whole forward of the reference for every step: inside the step with TRL, in the sweep
 before the window with ours (`sweep_s`; of a frozen, precomputed reference its share of the one
@@ -58,8 +60,7 @@ _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
-TIMEOUT_S = 150
-USUAL_S = 25.0  # of a case of which nothing is known
+TIMEOUT_S = 240
 
 
 def card() -> str | None:
@@ -147,17 +148,19 @@ class Matrix:
             spent: dict[str, float] = {}
             for index, case in enumerate(waiting):
                 left = self._until - time.monotonic()
-                if left < spent.get(case.model_name, USUAL_S):
+                usual_s = max(case.usual_s, spent.get(case.work, 0.0))
+                if left < usual_s:
                     return waiting[index:]
                 begin = time.monotonic()
-                timeout = min(self._options.timeout, max(left, USUAL_S))
+                timeout = min(self._options.timeout, left)
                 found = self._measure(case, Path(scratch), timeout)
-                spent[case.model_name] = time.monotonic() - begin
+                seconds = time.monotonic() - begin
+                spent[case.work] = max(seconds, spent.get(case.work, 0.0))
                 if found is None and timeout < self._options.timeout:
                     return waiting[index:]  # the end of the minutes cut it
                 if found is None:
                     found = {"error": f"took more than {timeout:.0f} s"}
-                self._keep(case, {**found, "case_s": round(spent[case.model_name], 1)}, rate)
+                self._keep(case, {**found, "case_s": round(seconds, 1)}, rate)
         return []
 
     def _row_of(self, case: Case) -> dict[str, Any] | None:
@@ -219,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in chosen))
         return 0
+    if options.dry:
+        return dry(chosen)
     device = "tiny models on a CPU" if options.tiny else card()
     if device is None and not options.table:
         print("no GPU here: nothing measured (--tiny tries the benchmark out)", file=sys.stderr)
@@ -244,6 +249,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(results.disagreeing(rows)))
 
 
+def dry(chosen: Sequence[Case]) -> int:
+    """Prints what each case would need of a card; returns 1 if one raises."""
+    failed = 0
+    for case in chosen:
+        try:
+            print(f"{case.name}: {arm.trace_case(case):.1f} GiB", flush=True)
+        except Exception as error:
+            failed = 1
+            print(f"{case.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return failed
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The matrix of optimizer steps on a GPU.")
     parser.add_argument("--cases", nargs="+", default=[], metavar="GLOB", help="default: a list")
@@ -252,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds of a case")
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for every case")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to try it out")
+    parser.add_argument("--dry", action="store_true", help="trace the cases, without a GPU")
     parser.add_argument("--list", action="store_true", help="print the cases' names")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--output_dir", type=Path, help="default: benchmarks/results/CARD")

@@ -19,6 +19,7 @@ from benchmarks.gpu.work import MOST, WARM_UP, make_trainer, make_work, shape_of
 
 LEAST = 2
 ENOUGH_S = 6.0  # of timed windows, once there are LEAST of them
+LONG_S = 20.0  # of one window: no other is timed, and none profiled
 CANNOT_FORK = "CannotFork"  # the error's name where a fork has no GPU
 
 
@@ -172,7 +173,11 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
             """Called between windows: whether no further one is to be timed."""
             timed = self.windows[WARM_UP:]
             seconds = sum(w[3] - w[0] for w in timed)
-            return len(timed) >= MOST or (len(timed) >= LEAST and seconds >= enough_s)
+            enough = len(timed) >= LEAST and seconds >= enough_s
+            return enough or len(timed) >= MOST or self.is_long()
+
+        def is_long(self) -> bool:
+            return any(w[3] - w[0] >= LONG_S for w in self.windows[WARM_UP : WARM_UP + 1])
 
         def next_window(self) -> None:
             if self.last:
@@ -182,6 +187,8 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
                 self.peak = torch.cuda.max_memory_allocated()
                 self.reserved = torch.cuda.max_memory_reserved()
                 with self.without_profile_if_it_fails():
+                    if self.is_long():
+                        raise ValueError(f"a window takes more than {LONG_S:.0f} s")
                     self.profile = Profile()
             self.start = now()
 
@@ -212,8 +219,8 @@ def make_clock(on_gpu: bool, enough_s: float) -> Any:
         def on_step_end(self, args, state, control, **kwargs) -> None:
             if state.global_step % WINDOW == 0:
                 clock.windows.append((clock.start, clock.first, clock.end, now()))
-                # without a GPU there is nothing to profile
-                control.should_training_stop |= clock.last or (not on_gpu and clock.is_enough())
+                profiles = on_gpu and not clock.is_long()
+                control.should_training_stop |= clock.last or (not profiles and clock.is_enough())
 
         def on_log(self, args, state, control, logs=None, **kwargs) -> None:
             if logs and "loss" in logs:
@@ -243,7 +250,7 @@ def _time_scoring(trainer: Any) -> list[tuple[float, int]]:
 
 def summarize(clock: Any, shape: Shape, on_gpu: bool) -> dict[str, Any]:
     """The columns that times give; seconds are medians over the timed windows."""
-    last = -1 if on_gpu else None  # the profiled one
+    last = -1 if on_gpu and not clock.is_long() else None  # the profiled one
     timed = clock.windows[WARM_UP:last]
 
     def median(begin: int, end: int, steps: int = WINDOW) -> float:
@@ -290,6 +297,25 @@ def _add_scoring(record: dict[str, Any], scoring: list[tuple[float, int]], step:
     share = seconds / pairs * step  # `step`: pairs of a step
     for column in ("step_s", "step_s_min", "step_s_max", "sweep_s"):
         record[column] += share
+
+
+# --- without a card ------------------------------------------------------------------------------
+
+
+def trace_case(case: Case) -> float:
+    """GiB at the peak of two steps, of a GPU's paths on fake tensors: what a card would need.
+
+    Raises:
+        Exception: what the arm raises.
+    """
+    import dataclasses
+
+    from tralign_fast.memory import trace, trace_trl
+
+    work = make_work(case, tiny=False, traced=True)
+    options = {**work.options, "max_steps": 2, "ref_model_sync_steps": 1}
+    work = dataclasses.replace(work, options=options)
+    return (trace_trl if case.is_trl else trace)(work).peak / 2**30
 
 
 # --- the card's rate ------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ SCHEDULE = 512  # τ of TRL's default, whose share of a move is reported too
 class Model:
     preset: str
     label: str
+    size: int  # billions of weights
     lora_rank: int | None = None
     base_bits: int = 16
     released: bool = False  # Adafactor, whose gradients ours releases
@@ -51,13 +52,13 @@ class Shape:
 
 
 MODELS = {
-    "1b-full": Model("llama-3.2-1b", "Llama-3.2-1B full, AdamW"),
-    "8b-full": Model("llama-3.1-8b", "Llama-3.1-8B full, AdamW"),
-    "8b-lora16": Model("llama-3.1-8b", "Llama-3.1-8B LoRA 16", 16),
-    "8b-lora64": Model("llama-3.1-8b", "Llama-3.1-8B LoRA 64", 64),
-    "8b-qlora64": Model("llama-3.1-8b", "Llama-3.1-8B 4-bit LoRA 64", 64, 4),
-    "8b-release": Model("llama-3.1-8b", "Llama-3.1-8B full, Adafactor", released=True),
-    "70b-qlora64": Model("llama-3.1-70b", "Llama-3.1-70B 4-bit LoRA 64", 64, 4),
+    "1b-full": Model("llama-3.2-1b", "Llama-3.2-1B full, AdamW", 1),
+    "8b-full": Model("llama-3.1-8b", "Llama-3.1-8B full, AdamW", 8),
+    "8b-lora16": Model("llama-3.1-8b", "Llama-3.1-8B LoRA 16", 8, 16),
+    "8b-lora64": Model("llama-3.1-8b", "Llama-3.1-8B LoRA 64", 8, 64),
+    "8b-qlora64": Model("llama-3.1-8b", "Llama-3.1-8B 4-bit LoRA 64", 8, 64, 4),
+    "8b-release": Model("llama-3.1-8b", "Llama-3.1-8B full, Adafactor", 8, released=True),
+    "70b-qlora64": Model("llama-3.1-70b", "Llama-3.1-70B 4-bit LoRA 64", 70, 64, 4),
 }
 SHAPES = {
     "2p4k": Shape(2, 4096),
@@ -102,6 +103,11 @@ class Case:
     @property
     def shape(self) -> Shape:
         return SHAPES[self.shape_name]
+
+    @property
+    def usual_s(self) -> float:
+        """Roughly what it takes on an H100: no time to start it in if less is left."""
+        return 25.0 + 0.75 * self.model.size * self.shape.tokens / 4096
 
     @property
     def is_trl(self) -> bool:

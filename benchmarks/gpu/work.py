@@ -20,8 +20,8 @@ def shape_of(case: Case, tiny: bool) -> Shape:
     return replace(case.shape, tokens=case.shape.tokens // 64) if tiny else case.shape
 
 
-def make_work(case: Case, tiny: bool) -> Any:
-    """The case as a `Workload` of distinct rows and seeded weights."""
+def make_work(case: Case, tiny: bool, traced: bool = False) -> Any:
+    """The case as a `Workload` of distinct rows and seeded weights; for a trace without values."""
     from tralign_fast.memory import Workload
     from tralign_fast.memory.plan_options import load_config
 
@@ -33,7 +33,8 @@ def make_work(case: Case, tiny: bool) -> Any:
             import torch
 
             torch.manual_seed(SEED)  # the reference of TRL is a second model, with equal weights
-            model = _quantised(self, on_gpu) if self.base_bits == 4 else super().build(on_gpu)
+            quantises = self.base_bits == 4 and not traced
+            model = _quantised(self, on_gpu) if quantises else super().build(on_gpu)
             if case.arm == "trl_liger":
                 from transformers.integrations.liger import apply_liger_kernel
 

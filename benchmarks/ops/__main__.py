@@ -26,6 +26,10 @@ whose package is missing is a row with the reason.
 inputs (fp64 for fp32, fp32 for bf16). An arm outside the tolerance is marked wrong and timed on; if
 it is ours, the exit code is 1.
 
+On a GPU an arm whose turn is over gives back all memory but its inputs, and repeats its call before
+the next one is timed: what allocators keep would leave the others no room, and ours take what is
+free. Rows are written after every size.
+
 **Memory.** What a steady call needs on top of inputs: on a GPU the allocator's peak, on Linux the
 process's peak resident memory, reset before the call (/proc/self/clear_refs; freed memory is given
 back to the system first). Both gradients are in it.
@@ -40,7 +44,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +58,9 @@ from benchmarks.ops.turns import ArmProcess, measure
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # Of the sweeps: what else takes seconds where these take one is left out.
-SCALING_ARMS = ("bare", "tralign_fast", "tralign_fast_lean", "cce", "eager_scored")
+SCALING_ARMS = (
+    "bare", "tralign_fast", "tralign_fast_node", "tralign_fast_lean", "cce", "eager_scored",
+)  # fmt: skip
 
 
 def scaling_cases(axis: str, base: Case) -> list[Case]:
@@ -75,8 +81,13 @@ def default_arms(scaling: str | None, on_gpu: bool) -> list[str]:
     return [arm for arm in arms if arm not in GPU_ARMS]
 
 
-def compare(args: argparse.Namespace, cases: Sequence[Case], gate: bool = True) -> list[dict]:
-    """Runs all cases, prints a table of each; the records."""
+def compare(
+    args: argparse.Namespace,
+    cases: Sequence[Case],
+    keep: Callable[[list[dict]], None],
+    gate: bool = True,
+) -> list[dict]:
+    """Runs all cases, prints a table of each, and hands the records so far to `keep`."""
     records = []
     processes = [ArmProcess(arm) for arm in args.arms]
     try:
@@ -87,6 +98,7 @@ def compare(args: argparse.Namespace, cases: Sequence[Case], gate: bool = True) 
             )
             records += (own := make_records(case, runs))
             print(table(own) + "\n", flush=True)
+            keep(records)
     finally:
         for process in processes:
             process.stop()
@@ -122,15 +134,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.scaling:
         base = Case(tokens, hidden, vocab, "bf16", args.device)
         cases = scaling_cases(args.scaling, base)
-        rows = compare(args, cases, gate=False)
-        rows = [{"axis": args.scaling, **row, **system} for row in rows]
-        merged = merge(folder / f"{prefix}ops_scaling.csv", rows, "axis")
-        plot_scaling(folder / f"{prefix}ops_scaling.png", merged)
+
+        def keep(rows: list[dict]) -> None:
+            rows = [{"axis": args.scaling, **row, **system} for row in rows]
+            merged = merge(folder / f"{prefix}ops_scaling.csv", rows, "axis")
+            plot_scaling(folder / f"{prefix}ops_scaling.png", merged)
+
+        compare(args, cases, keep, gate=False)
         return 0
+
+    def keep_all(rows: list[dict]) -> None:
+        merged = merge(folder / f"{prefix}ops.csv", [{**row, **system} for row in rows], "dtype")
+        plot_comparison(folder / f"{prefix}ops.png", merged)
+
     cases = [Case(tokens, hidden, vocab, dtype, args.device) for dtype in args.dtype]
-    rows = compare(args, cases)
-    merged = merge(folder / f"{prefix}ops.csv", [{**row, **system} for row in rows], "dtype")
-    plot_comparison(folder / f"{prefix}ops.png", merged)
+    rows = compare(args, cases, keep_all)
     bad = [r for r in rows if r["arm"].startswith("tralign_fast") and r["verdict"] != "ok"]
     for row in bad:
         print(f"{row['arm']} is {row['verdict']} in {row['dtype']}: see above", file=sys.stderr)

@@ -556,6 +556,6 @@ def test_without_a_gradient_nothing_is_kept(device, recwarn) -> None:
     warn_once.cache_clear()
     hidden, weight, _, targets, _ = head(device, rows=4, vocab=64)
     linear_logprobs(hidden, weight, targets, backend="triton", kept="powers", softcap=2.0)
-    assert not recwarn.list
+    assert not [w for w in recwarn if w.category is UserWarning]  # others are Triton's own
     with pytest.raises(ValueError, match="kept must be one of logits, powers, got 'p'"):
         linear_logprobs(hidden, weight, targets, kept="p")

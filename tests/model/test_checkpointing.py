@@ -22,6 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.conftest import DEVICE
 from tralign_fast.model import checkpointing
 from tralign_fast.model.checkpointing import lean_checkpoints
 from tralign_fast.model.fused_lora import fuse_lora
@@ -30,13 +31,13 @@ SIZES = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
-IDS = torch.arange(1, 15).view(2, 7)
+IDS = torch.arange(1, 15).view(2, 7).to(DEVICE)
 
 
 def build(config=None, **options):
     torch.manual_seed(0)
     config = config or LlamaConfig(**SIZES)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(DEVICE)
     if options:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **options))
         for name, parameter in model.named_parameters():
@@ -54,6 +55,12 @@ def gradients(model, seed=1):
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), found
+
+
+def random_state():
+    """What the next numbers are drawn from."""
+    own = torch.get_rng_state().tolist()
+    return own, torch.cuda.get_rng_state().tolist() if DEVICE.type == "cuda" else None
 
 
 class Counting(TorchDispatchMode):
@@ -99,13 +106,16 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_pytorchs_checkpoints_to_the_bit(name, autocast, hooked):
     model = CASES[name]()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
         theirs = gradients(model)
+        left = random_state()
         assert len(hooked) == 3
         lean_checkpoints(model)
         # the first backward looks at the layers' ends, the second one leaves them out
-        for ours in (gradients(model), gradients(model)):
+        for _ in range(2):
+            ours = gradients(model)
             assert torch.equal(ours[0], theirs[0])
+            assert random_state() == left
             assert ours[1].keys() == theirs[1].keys()
             for parameter, gradient in theirs[1].items():
                 assert torch.equal(ours[1][parameter], gradient), parameter
@@ -155,14 +165,14 @@ def test_no_hook_in_python_sees_a_saved_tensor(monkeypatch):
 def test_layers_that_return_tuples_draw_what_they_draw_with_pytorchs_and_run_as_often():
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     model = build(FalconConfig(**sizes, hidden_dropout=0.3))
-    theirs = gradients(model), torch.get_rng_state()
+    theirs = gradients(model), random_state()
     with Counting() as once:
         gradients(model)
     lean_checkpoints(model)
     for _ in range(2):
         with Counting() as counting:
-            ours = gradients(model), torch.get_rng_state()
-        assert torch.equal(ours[1], theirs[1])
+            ours = gradients(model), random_state()
+        assert ours[1] == theirs[1]
         for parameter, gradient in theirs[0][1].items():
             assert torch.equal(ours[0][1][parameter], gradient), parameter
     assert counting.counts["mm"] == once.counts["mm"]
@@ -189,7 +199,7 @@ def hook_accumulation(model):
 
 def hold_a_tensor_elsewhere(model):
     """As X-LoRA does: the module is none that is known to train its parameters alone."""
-    scale = torch.ones((), requires_grad=True)
+    scale = torch.ones((), device=DEVICE, requires_grad=True)
 
     class Scaled(torch.nn.Module):
         def __init__(self, inner):
@@ -200,7 +210,7 @@ def hold_a_tensor_elsewhere(model):
             return scale * self.inner(x)
 
     _layer(model).mlp = Scaled(_layer(model).mlp)
-    model.scale = torch.nn.Parameter(torch.zeros(()))
+    model.scale = torch.nn.Parameter(torch.zeros((), device=DEVICE))
     scale.register_hook(lambda grad: setattr(model.scale, "grad", grad))
 
 
@@ -255,7 +265,7 @@ def test_autocast_keeps_no_copies_of_the_weights():
                 copies.append(weakref.ref(out))
             return out
 
-    with torch.autocast("cpu", torch.bfloat16), Casts():
+    with torch.autocast(DEVICE.type, torch.bfloat16), Casts():
         model(input_ids=IDS)
         assert len(copies) == 3 * 2  # gates and ups
         assert not any(copy() is not None for copy in copies)

@@ -19,7 +19,9 @@ from tests.conftest import make_tiny_llama
 from tests.training.test_checkpoints import SAVING, StopAt, losses_of
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import pair_rows
+from tralign_fast.distributed.background import Background
 from tralign_fast.reference import shard_files
+from tralign_fast.reference.writes import write
 from tralign_fast.training import resumable
 from tralign_fast.training.manifest import check_manifest
 from tralign_fast.training.runs import newest_checkpoint
@@ -63,6 +65,25 @@ def held(monkeypatch):
     monkeypatch.setattr(resumable, "write_manifest", write_held)
     yield go_on
     go_on.set()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_save_has_its_own_values_in_the_same_buffers(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA or ROCm device")
+    background, weight, written = Background(), torch.ones(1000, device=device), []
+    for step in range(3):
+        with background.collecting():
+            write(lambda content, group: written.append(content), {"weight": weight, "step": step})
+        address = written[0]["weight"].data_ptr() if written else None
+        weight += 1  # training goes on
+        background.start(lambda: None)
+        assert background.wait()
+        assert written[-1]["step"] == step
+        assert written[-1]["weight"].tolist() == [1.0 + step] * 1000
+        assert address in (None, written[-1]["weight"].data_ptr())
+        assert written[-1]["weight"].is_pinned() is torch.cuda.is_available()
+    background.close()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from tralign_fast.reference.writes import Part, handed_to
 
@@ -29,7 +29,8 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self._stager: DefaultStager | None = None
+        # not the `DefaultStager` around it, which PyTorch 2.11 empties after one use
+        self._stager: StateDictStager | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._parts: list[tuple[Part, Any]] = []
         self._written: Future[None] | None = None
@@ -51,10 +52,9 @@ class Background:
 
     def add(self, part: Part, content: Any) -> None:
         if self._stager is None:
-            # shared, asynchronous, and non-blocking copies are off: the copies are done on return
-            on_gpu = torch.cuda.is_available()
-            self._stager = DefaultStager(StagingOptions(on_gpu, False, False, False))
-        self._parts.append((part, self._stager.stage({"content": content})["content"]))  # pyright: ignore[reportIndexIssue]
+            self._stager = StateDictStager(pin_memory=torch.cuda.is_available())
+        # a copy that does not block would not be done on return
+        self._parts.append((part, self._stager.stage(content, non_blocking=False)))
 
     def start(self, finish: Callable[[], None]) -> None:
         """Writes what was collected, then `finish`, which every process runs once all have written
