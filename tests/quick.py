@@ -1,12 +1,20 @@
-"""What other packages find out again and again, found out once: it is most of what a short training
-or an interpreted kernel takes beside its arithmetic. No result is another one."""
+"""What a short training or an interpreted kernel takes beside its work, once or not at all: what
+other packages find out again and again, and the disk. No result is another one."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import multiprocessing
+import os
 from typing import Any
+
+
+def wait_for_no_disk() -> None:
+    """fsync takes 19 ms on a virtual machine, and every file of a checkpoint has one. What it is
+    for, a power cut, no test can try; that it is called, tests/training/test_checkpoints.py does.
+    """
+    os.fsync = lambda descriptor: None
 
 
 def look_up_packages_once() -> None:
