@@ -20,7 +20,7 @@ from tests.conftest import make_tiny_llama
 from tests.processes import check_ended, fork
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, pair_rows
-from tralign_fast.training import runs
+from tralign_fast.training import resumable, runs
 from tralign_fast.training.manifest import MANIFEST, check_manifest, read_manifest
 from tralign_fast.training.runs import locked
 
@@ -264,6 +264,24 @@ def test_the_older_whole_one_is_used_and_a_damaged_one_refused_by_its_path(
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-6"]
     check_manifest(run / "checkpoint-6")
     assert (run / "previous-1" / "checkpoint-6").is_dir()  # the damaged one
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tiny_llama, small_tokenizer, tmp_path, monkeypatch
+):
+    synced: set[int] = set()
+
+    def publish(written: Path, *rest: Any) -> None:
+        for name in (*check_manifest(written)["files"], MANIFEST, "."):
+            assert (written / name).stat().st_ino in synced, name
+        synced.clear()
+        runs.publish(written, *rest)
+
+    monkeypatch.setattr(resumable, "publish", publish)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, **{**SAVING, "max_steps": 2})
+    trainer.train()
+    assert synced == {tmp_path.stat().st_ino}  # which has the name
 
 
 def test_weights_alone_are_not_resumed(tiny_llama, small_tokenizer, tmp_path):
