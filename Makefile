@@ -17,8 +17,9 @@ PIP_INSTALL := $(BIN)/python -m pip install -c $(PINS)
 demo: $(VENV)/.demo
 	$(BIN)/tralign-fast demo $(ARGS)
 
+# Bytecode is kept: thirty processes of the tests import the same files.
 test: $(VENV)/.dev
-	TRITON_INTERPRET= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not matrix" $(ARGS)
+	TRITON_INTERPRET= PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not matrix" $(ARGS)
 
 # The whole matrices of which `make test` runs the diagonals.
 test-slow: $(VENV)/.dev

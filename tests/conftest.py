@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; the processes that tests start inherit it
@@ -12,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; the processes that tests
 
 import pytest
 import torch
+
+from tests.quick import look_up_packages_once, read_gguf_once, wait_for_no_disk
 
 # Where those tests compute that can do so on either: "cuda" with `make test-gpu`.
 DEVICE = torch.device(os.environ.get("TRALIGN_TEST_DEVICE", "cpu"))
@@ -30,11 +34,27 @@ def frozen_imports():
     gc.unfreeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_leftovers(frozen_imports):
+    """What the files before this one have imported since."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    wait_for_no_disk()
+    if "accelerate" in sys.modules:
+        look_up_packages_once()
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct in fp32; copy the model before training it."""
     from tralign_fast.demo.smollm2 import load_smollm2
 
+    if find_spec("gguf"):
+        read_gguf_once()
     return load_smollm2()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-import multiprocessing
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from benchmarks import common, step, step_arm
+from tests.quick import fork_arms
 
 COLUMNS = {
     "distribution", "part", "first", "arm", "steps", "median_s", "p20_s", "p80_s",
@@ -26,11 +26,8 @@ def jobs(arms=step.COMPARISONS["step"][""]):
 
 @pytest.fixture(scope="module")
 def warm():
-    """Arms are forks of one process that has imported what they import, which takes each 6 s."""
-    imports = ["benchmarks.step_arm", "tralign_fast.training.trainer", "trl.trainer.dpo_trainer"]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(imports)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "START", "forkserver")
+        patch.setattr(step, "START", fork_arms())
         yield
 
 

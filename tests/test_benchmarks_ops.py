@@ -14,6 +14,7 @@ from benchmarks import ema
 from benchmarks.ops import __main__ as ops
 from benchmarks.ops import arms, results, turns, vocab_filter
 from benchmarks.ops.__main__ import default_arms, scaling_cases
+from tests.quick import fork_arms
 
 CASE = arms.Case(tokens=16, hidden=8, vocab=300, dtype="fp32", device="cpu")
 ARMS = ("bare", "tralign_fast", "eager")
@@ -21,7 +22,9 @@ ARMS = ("bare", "tralign_fast", "eager")
 
 @pytest.fixture(scope="module")
 def runs():
-    processes = [turns.ArmProcess(arm) for arm in ARMS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "START", fork_arms())
+        processes = [turns.ArmProcess(arm) for arm in ARMS]
     try:
         cases = (CASE, replace(CASE, dtype="bf16"))
         return [turns.measure(processes, case, rounds=2, arm_seconds=60) for case in cases]

@@ -11,20 +11,21 @@ import pytest
 
 # Taken first, in this order: the files of more than 30 s of CPU time each.
 LONG = (
+    "tests/kernels/test_interpreter.py",
     "tests/test_benchmarks.py",
     "tests/training/test_distributed.py",
+    "tests/memory/test_memory.py",
     "tests/training/test_tensor_parallel.py",
-    "tests/training/test_checkpoints.py",
-    "tests/reference/test_killed.py",
     "tests/reference/test_adapter.py",
     "tests/reference/test_peft_kinds.py",
+    "tests/training/test_checkpoints.py",
+    "tests/reference/test_killed.py",
     "tests/reference/test_quantised.py",
     "tests/training/test_trl_losses.py",
     "tests/kernels/test_aot.py",
     "tests/model/test_compile.py",
     "tests/reference/test_windows.py",
     "tests/demo/test_demo.py",
-    "tests/memory/test_memory.py",
     "tests/data/test_tokenization.py",
     "tests/integrations/test_distributed.py",
     "tests/reference/test_precomputed.py",
@@ -36,10 +37,7 @@ LONG = (
     "tests/model/test_graphs.py",
     "tests/test_benchmarks_ops.py",
     "tests/test_examples.py",
-    "tests/kernels/test_interpreter.py",
 )
-# A file whose tests share nothing: workers take them one by one.
-APART = "tests/kernels/test_interpreter.py"
 # Signals that end a process by its own fault: SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV.
 FAULTS = (-4, -6, -7, -8, -11)
 
@@ -67,8 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     class FileByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = file_of(nodeid)
-            return nodeid if file == APART else file
+            return file_of(nodeid)
 
     config.option.loadscopereorder = False  # which is by the number of tests
     return FileByFile(config, log)

@@ -197,11 +197,14 @@ class Failed(Exception):
     """An arm could not do what it was told."""
 
 
+START = "spawn"  # a fresh interpreter an arm; tests fork one that has imported everything
+
+
 class ArmProcess:
     """A process with one arm; it works only while a method of this is running."""
 
     def __init__(self, arm: str) -> None:
-        context = multiprocessing.get_context("spawn")  # a fresh interpreter
+        context: Any = multiprocessing.get_context(START)
         self.arm = arm
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve_arm, args=(arm, theirs), daemon=True)

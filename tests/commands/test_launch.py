@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from tests.processes import fork
 from tralign_fast import TRConfig, cli
 from tralign_fast.command_line import Given
 from tralign_fast.commands import launch
@@ -22,12 +23,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess:
+    """The launcher is a fork; the processes that it starts are fresh ones."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "tralign_fast.cli", *arguments],
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
+    return fork("-m", "tralign_fast.cli", *arguments, env=environment)
 
 
 def test_two_processes_train(recipe, tmp_path):

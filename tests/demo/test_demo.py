@@ -16,7 +16,7 @@ def test_the_demo_trains_measures_and_saves(tmp_path, refused):
     folder = tmp_path / "demo"
     options = [
         "--max_steps", "2", "--ref_model_sync_steps", "1", "--per_device_train_batch_size", "1",
-        "--samples", "2", "--held_out", "2", "--output_dir", str(folder),
+        "--samples", "2", "--held_out", "1", "--output_dir", str(folder),
     ]  # fmt: skip
     out = run_cli("demo", *options)
     assert out.returncode == 0, out.stderr

@@ -12,8 +12,16 @@ import pytest
 import torch
 import triton
 
+from tests.quick import quicken_interpreter
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 ROUNDS_TWICE = "this Triton's interpreter rounds tl.fma twice"  # why tests of bits are skipped
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    if INTERPRETED:
+        quicken_interpreter()
 
 
 @pytest.fixture(

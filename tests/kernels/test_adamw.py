@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.diagonal import diagonal
 from tests.kernels.test_ema import bits, check_mean
 from tralign_kernels import AdamWOptions, adamw, adamw_naive, adamw_step_
 
@@ -109,9 +110,10 @@ def test_second_moments_in_bf16_fall(device):
     assert case.states[1].double().mean().item() == pytest.approx(0.999**20, abs=1e-3)
 
 
-@pytest.mark.parametrize("value", [INF, -INF, NAN])
-@pytest.mark.parametrize("size", [7, 5000, 2**15 + 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "size", "value"),
+    diagonal(2, [torch.float32, torch.bfloat16], [7, 5000, 2**15 + 40], [INF, -INF, NAN]),
+)
 def test_a_gradient_that_is_not_finite(device, dtype, size, value):
     case = Case(size, dtype, dtype, device)
     case.grad[-2] = value

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tests.diagonal import diagonal
 from tests.kernels.conftest import ROUNDS_TWICE
 from tralign_kernels import ema, ema_naive, ema_update_
 
@@ -93,8 +94,7 @@ def check_mean(draws: Tensor, exact: Tensor) -> None:
     assert (z.mean() * math.sqrt(z.numel())).abs() < 5, z.mean()
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize(("ref_dtype", "dtype"), PAIRS)
+@pytest.mark.parametrize(("ref_dtype", "dtype", "alpha"), diagonal(3, DTYPES, DTYPES, ALPHAS))
 def test_nearest_equals_lerp_bit_for_bit(device, single_rounding, ref_dtype, dtype, alpha) -> None:
     """torch.lerp on the CPU, whose vectorised code multiplies and adds in one rounding as well."""
     refs = [randn(size, ref_dtype, device, seed) for seed, size in enumerate(SIZES)]
@@ -149,9 +149,10 @@ def test_one_call_moves_hundreds_of_tensors(device, single_rounding, rounding, m
             assert ((ref.cpu().double() - want.double()).abs() <= step * 1.0001).all()
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("offsets", [(1, 0), (0, 1), (3, 3)])
-@pytest.mark.parametrize(("ref_dtype", "dtype"), PAIRS)
+@pytest.mark.parametrize(
+    ("ref_dtype", "dtype", "offsets", "rounding"),
+    diagonal(2, DTYPES, DTYPES, [(1, 0), (0, 1), (3, 3)], ["nearest", "stochastic"]),
+)
 def test_misaligned_tensors(device, ref_dtype, dtype, offsets, rounding) -> None:
     """The same bits as aligned ones, random bits included, and nothing beside them is touched."""
     size = 4104
@@ -195,9 +196,10 @@ def test_alpha_zero_does_nothing(device, alpha, rounding) -> None:
         assert bits(update(ref, theta, alpha, rounding)).equal(bits(ref))
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.7])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "rounding"),
+    diagonal(2, DTYPES, [0.3, 0.5, 0.7], ["nearest", "stochastic"]),
+)
 def test_inf_and_nan_stay(device, dtype, alpha, rounding) -> None:
     """Those of (1-α)·ref + α·θ: equal infinities stay, where torch.lerp makes them NaN."""
     special = torch.tensor([INF, -INF, NAN, 1.0, 1.0, 1.0, INF, INF, -INF, NAN, 2.0], dtype=dtype)
@@ -232,9 +234,9 @@ def test_stochastic_rounding_of_representable_numbers(device, dtype) -> None:
         assert bits(update(ref, ref.clone(), alpha, "stochastic")).equal(bits(ref))
 
 
-@pytest.mark.parametrize("theta_dtype", DTYPES)
-@pytest.mark.parametrize("alpha", [0.01, 0.7])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "theta_dtype"), diagonal(2, HALVES, [0.01, 0.7], DTYPES)
+)
 def test_stochastic_rounding_is_unbiased(device, dtype, alpha, theta_dtype) -> None:
     """Weights of many magnitudes, rounded 300 times: each has its own mean."""
     size, repeats = 512, 300

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.diagonal import diagonal
 from tralign_kernels import (
     head_tiles,
     launch,
@@ -90,9 +91,9 @@ def check(actual, hidden, weight, targets, bias=None, **options) -> None:
         assert error <= 2 * torch_error + floor, (error, torch_error, floor)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    ("with_bias", "options", "dtype"), diagonal(2, [False, True], OPTIONS, DTYPES), ids=str
+)
 def test_options(device, with_bias, options, dtype) -> None:
     hidden, weight, targets, bias = make(N, V, H, dtype, device)
     targets[:6] = torch.tensor([0, 31, 32, 63, 64, V - 1])  # around tiles and items
@@ -107,8 +108,8 @@ def test_sizes_around_the_blocks(device, shape) -> None:
         check(run(*inputs), *inputs)
 
 
-@pytest.mark.parametrize("rows", [16, 33, 64, 90])  # 1 to 6 blocks of 16, the last one ragged
-@pytest.mark.parametrize("group", [16, 32, 64])
+# 1 to 6 blocks of 16, the last one ragged
+@pytest.mark.parametrize(("group", "rows"), diagonal(3, [16, 32, 64], [16, 33, 64, 90]))
 def test_groups_of_rows(device, group, rows, monkeypatch) -> None:
     """Every item is one group's: nothing is left out, and nothing changes but the order."""
     inputs = make(rows, V, 48, torch.bfloat16, device)[:3]  # aligned: small tiles have one group

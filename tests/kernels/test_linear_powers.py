@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import tralign_kernels
+from tests.diagonal import diagonal
 from tests.ops.test_logprobs import assert_as_good_as_pytorch
 from tralign_fast import linear_logprobs
 from tralign_fast.ops import logprobs
@@ -374,7 +375,7 @@ def compare(inputs, budget, needs=(True, True, True), **options):
 
 
 ALL, PART, NONE = 1024, 600 * 29 * 2 / 2**20, 0  # MiB: two tiles of 256 columns, of three
-BUDGETS = pytest.mark.parametrize("budget", [ALL, PART, NONE], ids=["all", "part", "none"])
+BUDGETS = {"all": ALL, "part": PART, "none": NONE}
 
 
 @pytest.fixture
@@ -385,20 +386,24 @@ def narrow_tiles(monkeypatch):
     monkeypatch.setattr(logprobs.tiles, "CPU_TILE_BYTES", {2: 256 * 29 * 2})
 
 
-@BUDGETS
 @pytest.mark.parametrize(
-    ("with_bias", "options"),
-    [
-        (False, {}),
-        (True, {"logit_scale": 0.25, "temperature": 0.7}),
-        (False, {"logit_scale": -0.5}),
-    ],
+    ("case", "budget"),
+    diagonal(
+        3,
+        [
+            (False, {}),
+            (True, {"logit_scale": 0.25, "temperature": 0.7}),
+            (False, {"logit_scale": -0.5}),
+        ],
+        BUDGETS,
+    ),
     ids=str,
 )
-def test_gradients(device, narrow_tiles, with_bias, options, budget) -> None:
+def test_gradients(device, narrow_tiles, case, budget) -> None:
+    with_bias, options = case
     hidden, weight, bias, *rest = head(device)
     inputs = (hidden, weight, bias if with_bias else None, *rest)
-    compare(inputs, budget, (True, True, with_bias), **options)
+    compare(inputs, BUDGETS[budget], (True, True, with_bias), **options)
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -416,13 +421,13 @@ def test_logits_far_from_zero(device, narrow_tiles, height, budget) -> None:
     compare((hidden, weight, bias, *rest), ALL if budget == "ALL" else PART)
 
 
-@BUDGETS
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_targets_that_are_nearly_certain(device, narrow_tiles, budget) -> None:
     """1 - p keeps its digits: the gradient of such tokens is as near as where d logits is made."""
     hidden, weight, _, targets, grad = head(device, scale=0.3)
     hidden = (hidden + 12 * weight[targets] / weight[targets].norm(dim=1, keepdim=True)).to(HALF)
     weight[targets] = 6 * weight[targets]
-    logps = compare((hidden, weight, None, targets, grad), budget, (True, True, False))
+    logps = compare((hidden, weight, None, targets, grad), BUDGETS[budget], (True, True, False))
     assert (logps.exp() > 0.99).sum() > 10
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tests.diagonal import diagonal
 from tralign_kernels import logprob_backward_, logprob_forward_, logprob_naive
 from tralign_kernels.logprob import BACKWARD_LAUNCH, FORWARD_LAUNCH, tanh_and_slope
 
@@ -117,16 +118,15 @@ def largest(values: Tensor) -> float:
     return values[values.isfinite()].abs().max().item() if values.isfinite().any() else 0.0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [1, 7, 1000, 4097])
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"), diagonal(3, [1, 3, 17], [1, 7, 1000, 4097], DTYPES)
+)
 def test_one_tile(device, rows, columns, dtype) -> None:
     inputs = make(rows, columns, dtype, device)
     check(run(*inputs), *inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize(("offset", "dtype"), diagonal(3, [-1, 0, 1], DTYPES))
 def test_widths_around_the_blocks(device, offset, dtype) -> None:
     for block in {launch.block for launch in (*FORWARD_LAUNCH.values(), *BACKWARD_LAUNCH.values())}:
         for width in (block + offset, 2 * block + offset):
@@ -134,15 +134,13 @@ def test_widths_around_the_blocks(device, offset, dtype) -> None:
             check(run(*inputs), *inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("options", "dtype"), diagonal(3, OPTIONS, DTYPES), ids=str)
 def test_options(device, options, dtype) -> None:
     inputs = make(17, 1000, dtype, device)
     check(run(*inputs, **options), *inputs, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+@pytest.mark.parametrize(("options", "dtype"), diagonal(3, [{}, *OPTIONS], DTYPES), ids=str)
 def test_tiles(device, options, dtype) -> None:
     logits, targets, grad = make(9, V, dtype, device)
     # first and last column of each tile, the rest anywhere
@@ -219,8 +217,9 @@ def test_large_logits_do_not_overflow(device, dtype) -> None:
     check(run(logits, targets, grad, softcap=30.0), logits, targets, grad, softcap=30.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"), diagonal(2, [{}, {"softcap": 30.0}], DTYPES), ids=str
+)
 def test_masked_columns(device, options, dtype) -> None:
     """Logits of -inf: scattered, a whole first tile, a whole later tile, and a masked target."""
     logits, targets, grad = make(5, V, dtype, device)
@@ -248,10 +247,10 @@ def test_row_of_masked_columns(device) -> None:
     check(kept, logits[1:], targets[1:], grad[1:], tiles=len(WIDTHS))
 
 
-@pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("dtype", DTYPES)
 # in the first and the last tile, in the first and the second block of a tile
-@pytest.mark.parametrize("column", [0, 500, 1003, 1007, V - 1])
+@pytest.mark.parametrize(
+    ("column", "dtype", "bad"), diagonal(2, [0, 500, 1003, 1007, V - 1], DTYPES, [NAN, INF])
+)
 def test_bad_logits_spoil_their_row_only(device, column, dtype, bad) -> None:
     logits, targets, grad = make(3, V, dtype, device)
     targets.fill_(700)
@@ -355,8 +354,7 @@ def test_tanh(device) -> None:
     assert slope[0].isnan()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, *OPTIONS])
+@pytest.mark.parametrize(("options", "dtype"), diagonal(3, [{}, *OPTIONS], DTYPES), ids=str)
 def test_statistics(dtype, options, device):
     """In tiles, one of which is masked as a whole, against fp64 over all columns."""
     logits, targets, _ = make(6, V, dtype, device)

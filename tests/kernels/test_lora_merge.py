@@ -1,10 +1,9 @@
 """ref ← (1-α)·ref + α·(W + s·B·A): against fp64, and the same through tralign_fast.ops.ema."""
 
-import itertools
-
 import pytest
 import torch
 
+from tests.diagonal import diagonal
 from tests.kernels.test_ema import check_mean
 from tralign_fast.ops.ema import lora_merge_ as public_merge_
 from tralign_kernels import ema_update_, lora_merge, lora_merge_, lora_merge_naive
@@ -39,8 +38,9 @@ def check(moved, ref, weight, a, b, scale, alpha):
     assert error <= 2 * torch_error + floor, (error, torch_error, floor)
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.6, 1.0])
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), [*itertools.product(DTYPES, DTYPES)])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "alpha"), diagonal(3, DTYPES, DTYPES, [0.01, 0.6, 1.0])
+)
 def test_nearest(device, dtype, adapter_dtype, alpha):
     ref, *others = make((70, 67), 5, dtype, adapter_dtype, device)
     moved = ref.clone()
@@ -48,8 +48,9 @@ def test_nearest(device, dtype, adapter_dtype, alpha):
     check(moved, ref, *others, 0.25, alpha)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (65, 129), (3, 8)], ids=str)
-@pytest.mark.parametrize("rank", [1, 16, 17])
+@pytest.mark.parametrize(
+    ("rank", "shape"), diagonal(3, [1, 16, 17], [(1, 1), (64, 64), (65, 129), (3, 8)]), ids=str
+)
 def test_sizes_around_the_blocks(device, shape, rank):
     """In place in a strided reference: what lies beside it is not touched."""
     ref, *others = make(shape, rank, torch.bfloat16, torch.float32, device)

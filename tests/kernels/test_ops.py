@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tralign_kernels
+from tests.diagonal import diagonal
 from tralign_fast import linear_logprobs, logprobs_from_logits
 from tralign_fast.ops.head_operator import columns_forward
 from tralign_fast.ops.logprobs import linear_logprobs_naive
@@ -17,12 +18,13 @@ def run(backend, hidden, weight, targets, grad, **options):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+SOME = {"softcap": 4.0, "logit_scale": 0.5, "temperature": 0.8}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"softcap": 4.0, "logit_scale": 0.5, "temperature": 0.8}, {"vocab_filter": 0.01}],
+    ("dtype", "budget", "options"),
+    diagonal(2, [torch.float32, torch.bfloat16], [1024, 0], [{}, SOME, {"vocab_filter": 0.01}]),
 )
-@pytest.mark.parametrize("budget", [1024, 0], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_logprobs(dtype, budget, options, device):
     torch.manual_seed(0)
     hidden, weight = torch.randn(13, 24, device=device), torch.randn(603, 24, device=device)
@@ -47,8 +49,9 @@ def test_linear_logprobs(dtype, budget, options, device):
         assert (a - e).norm() <= 1.2 * (b - e).norm()
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "logit_scale": 0.5, "temperature": 0.8}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "options"), diagonal(2, [torch.float32, torch.float16, torch.bfloat16], [{}, SOME])
+)
 def test_without_gradient_no_logits_are_made(dtype, options, device, monkeypatch):
     """One fused call over the whole vocabulary, whatever the budget, and the same log-probs.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from tralign_fast.memory.plan_options import PlanOptions, load_config, parse_mem
 from tralign_fast.memory.plan_text import as_text, recipe_of
 from tralign_fast.memory.presets import MODELS, PRESETS
 from tralign_fast.memory.sharding import per_gpu
+from tralign_fast.memory.trace import _young_garbage as young_garbage
 from tralign_fast.model import attention
 from tralign_fast.ops import backend, tiles
 
@@ -56,6 +58,19 @@ def test_a_trace_has_the_peak_of_the_real_step(work):
     for report in (traced, real):
         parts = dataclasses.asdict(report)
         assert parts.pop("peak") == sum(parts.values())
+
+
+def test_a_trace_thaws_nothing_that_was_frozen():
+    """As the imports of these tests are: each training would look at all of them again."""
+    gc.freeze()
+    before = gc.get_freeze_count()
+    trace(Workload(tiny(num_hidden_layers=1), tokens=64, options=HARD))
+    assert gc.get_freeze_count() > before // 2 > 0  # what is freed leaves it
+    gc.unfreeze()
+    with young_garbage():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -207,11 +222,14 @@ def test_sizes_of_gpus(text, gib):
     assert parse_memory(text) == gib * GIB
 
 
-def test_plan_prints_json_and_a_change_that_fits(tmp_path, capsys):
+def test_plan_prints_json_and_a_change_that_fits_and_draws_them(tmp_path, capsys):
+    from PIL import Image
+
     tiny(vocab_size=50_000).save_pretrained(tmp_path)
     memory = 1 + 35 / 1024  # GiB, of which 1 is left for what a trace does not see
     arguments = ["--model", str(tmp_path / "config.json"), "--alpha", "1.0", "--tokens", "256"]
-    code = main(["plan", *arguments, "--json", "--gpu-memory", str(memory)])
+    drawn = ["--plot", str(tmp_path / "plan.png")]
+    code = main(["plan", *arguments, "--json", "--gpu-memory", str(memory), *drawn])
     plan = json.loads(capsys.readouterr().out)
     ours, remedy = plan["tralign_fast"], plan["remedy"]
     assert code == 0
@@ -223,6 +241,12 @@ def test_plan_prints_json_and_a_change_that_fits(tmp_path, capsys):
     assert plan["command"].startswith("tralign-fast train")
     assert plan["recipe"]["optim"] == "adafactor"
     assert plan["alternatives"][remedy["change"]] == remedy["tralign_fast"]["peak"]
+    width, height = Image.open(tmp_path / "plan.png").size
+    assert width > 1000
+    assert height > 300
+    for wrong in (tmp_path / "plan.txt", tmp_path / "no" / "plan.png"):
+        assert main(["plan", *arguments, "--plot", str(wrong)]) == 2
+        assert "--plot" in capsys.readouterr().err
 
 
 def test_a_plan_in_text():
@@ -357,12 +381,11 @@ def test_shards_of_several_gpus():
     assert (recipe["num_processes"], recipe["parallel"]) == (4, "fsdp2")
 
 
-@pytest.mark.parametrize("how", ["command", "recipe"])
 @pytest.mark.parametrize(
     "asked", [[], ["--lora_rank", "4", "--base_bits", "4"], ["--gradient_release"]]
 )
-def test_what_a_plan_answers_with_starts(how, asked, recipe, capsys):
-    """The very words that are printed, on a model of the same shape as the planned one."""
+def test_what_a_plan_answers_with_starts(asked, recipe, capsys):
+    """The very words and the recipe that are printed, on a model of the planned one's shape."""
     import shlex
 
     import yaml
@@ -372,18 +395,14 @@ def test_what_a_plan_answers_with_starts(how, asked, recipe, capsys):
     arguments = ["--model", model, "--dataset", rows, "--tokens", "256", "--no_alternatives"]
     assert main(["plan", *arguments, "--json", *asked]) == 0
     plan = json.loads(capsys.readouterr().out)
-    here = ["--output_dir", str(folder / "out"), "--max_steps", "2", "--use_cpu", "--report_to",
-            "none", "--logging_steps", "1"]  # fmt: skip
-    if how == "command":
-        words = shlex.split(plan["command"].replace("\\\n", " "))
-        assert words[:2] == ["tralign-fast", "train"]
-        words = words[2:]
-    else:
-        file = folder / "planned.yaml"
-        file.write_text(yaml.safe_dump(plan["recipe"]))
-        words = ["--config", str(file)]
-    words = [w for i, w in enumerate(words) if "--output_dir" not in (w, words[i - 1])]
-    assert main(["train", *words, *here]) == 0
+    command = shlex.split(plan["command"].replace("\\\n", " "))
+    assert command[:2] == ["tralign-fast", "train"]
+    file = folder / "planned.yaml"
+    file.write_text(yaml.safe_dump(plan["recipe"]))
+    here = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--logging_steps", "1"]
+    for how, words in (("command", command[2:]), ("recipe", ["--config", str(file)])):
+        words = [w for i, w in enumerate(words) if "--output_dir" not in (w, words[i - 1])]
+        assert main(["train", *words, *here, "--output_dir", str(folder / how)]) == 0
 
 
 def test_the_plan_of_a_recipe(recipe, capsys):
@@ -401,17 +420,3 @@ def test_the_plan_of_a_recipe(recipe, capsys):
     recipe.write_text(recipe.read_text() + "betta: 1\n")
     assert main(["plan", "--config", str(recipe)]) == 2
     assert "betta: no such option; did you mean beta?" in capsys.readouterr().err
-
-
-def test_a_plan_is_drawn(recipe, tmp_path, capsys):
-    from PIL import Image
-
-    model, path = str(recipe.parent / "model"), tmp_path / "plan.png"
-    arguments = ["plan", "--model", model, "--tokens", "256", "--plot"]
-    assert main([*arguments, str(path)]) == 0
-    width, height = Image.open(path).size
-    assert width > 1000
-    assert height > 300
-    for wrong in (tmp_path / "plan.txt", tmp_path / "no" / "plan.png"):
-        assert main([*arguments, str(wrong)]) == 2
-        assert "--plot" in capsys.readouterr().err

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 
 from tests.memory.ranks_run import CASES, HARD, RELEASE, tiny, work
+from tests.processes import check_ended, launch
 from tralign_fast.cli import main
 from tralign_fast.memory import LiveTensors, MemoryReport, Workload, trace
 from tralign_fast.memory import sharding as rank
@@ -24,7 +22,6 @@ from tralign_fast.memory.layers import trace_deep
 from tralign_fast.memory.plan_answer import GIB
 from tralign_fast.memory.sharding import per_gpu, trace_rank
 
-ROOT = Path(__file__).parents[2]
 NEAR = 0.01  # of a rank's peak; 0.0011 is the most that was seen
 PARTS = [f.name for f in dataclasses.fields(MemoryReport) if f.name != "peak"]
 
@@ -35,16 +32,7 @@ def of(ranks: int, own: Workload) -> Workload:
 
 def launched(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
     """What each of real processes held at its peak."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-        "-m", "tests.memory.ranks_run", str(folder), *cases,
-    ]  # fmt: skip
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    check_ended(launch("tests.memory.ranks_run", ranks, str(folder), *cases))
     return [json.loads((folder / f"memory-{i}.json").read_text()) for i in range(ranks)]
 
 

@@ -555,8 +555,14 @@ def test_refused_policies(tiny_llama, small_tokenizer, tmp_path, monkeypatch):
 
 
 def test_smollm2_with_lora(smollm2):
-    model, _ = smollm2
-    policy = lora(model, r=8, trained=False, target_modules=["q_proj", "v_proj"])
+    """The first six of its thirty layers."""
+    model, whole = smollm2[0], smollm2[0].model.layers
+    model.model.layers = whole[:6]
+    try:
+        policy = lora(model, r=8, trained=False, target_modules=["q_proj", "v_proj"])
+    finally:
+        model.model.layers = whole
+    policy.get_base_model().config.num_hidden_layers = 6
     prepare_model(policy, packing=False)
     reference = AdapterReference(policy, TrustRegion(0.6, 2))
     truth = MergedReference(policy, TrustRegion(0.6, 2))

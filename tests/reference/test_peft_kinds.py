@@ -211,10 +211,13 @@ def test_hard_updates_without_weights_of_ones_own(kind, small_tokenizer):
         reference.sync()
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.6])
 @pytest.mark.parametrize(
-    "kind",
-    ["LoRA on embeddings", "`modules_to_save`", "`trainable_token_indices`", "TrainableTokens"],
+    ("kind", "alpha"),
+    diagonal(
+        2,
+        ["LoRA on embeddings", "`modules_to_save`", "`trainable_token_indices`", "TrainableTokens"],
+        [1.0, 0.6],
+    ),
 )
 def test_a_tied_head(kind, alpha, small_tokenizer):
     config, exact = KINDS[kind]
@@ -249,8 +252,10 @@ def test_the_gradient_of_a_tied_heads_tokens(small_tokenizer):
 # --- LoRA's own variants --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.6, 0.05])
-@pytest.mark.parametrize("architecture", [Qwen3MoeForCausalLM, GptOssForCausalLM])
+@pytest.mark.parametrize(
+    ("architecture", "alpha"),
+    diagonal(2, [Qwen3MoeForCausalLM, GptOssForCausalLM], [1.0, 0.6, 0.05]),
+)
 def test_experts_and_a_router(architecture, alpha, tmp_path):
     router = "mlp.gate.weight" if architecture is Qwen3MoeForCausalLM else "mlp.router.weight"
     parameters = [*EXPERTS["target_parameters"], router]

@@ -144,7 +144,9 @@ class MeanOfDeltas:
         ]
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.6, 0.05])
+@pytest.mark.parametrize(
+    ("base", "alpha"), diagonal(3, [*BASES, "coded"], [1.0, 0.6, 0.05]), indirect=["base"]
+)
 def test_the_moving_reference_is_the_mean_of_the_deltas(alpha, base, request):
     kind = request.node.callspec.params["base"]
     policy = lora(base).eval()

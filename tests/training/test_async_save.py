@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 from tests.conftest import make_tiny_llama
 from tests.training.test_checkpoints import SAVING, StopAt, losses_of
 from tests.training.test_trainer import make
-from tests.training.test_trl_parity import pair_rows
 from tralign_fast.distributed.background import Background
 from tralign_fast.reference import shard_files
 from tralign_fast.reference.writes import write
@@ -200,19 +199,6 @@ def test_a_signal_waits_for_its_checkpoint(tiny_llama, small_tokenizer, tmp_path
     assert end.value.code == 128 + signal.SIGTERM
     assert steps_of(tmp_path) == [2, 4, 5]
     check_manifest(tmp_path / "checkpoint-5")
-
-
-def test_the_best_one_stays_and_is_loaded(tiny_llama, small_tokenizer, tmp_path):
-    trainer = make(
-        tiny_llama, small_tokenizer, tmp_path, held_out=pair_rows(4), **ASYNC,
-        eval_strategy="steps", eval_steps=2, save_total_limit=1, load_best_model_at_end=True,
-        greater_is_better=True, metric_for_best_model="eval_loss",
-    )  # fmt: skip
-    trainer.train()
-    best = trainer.state.best_model_checkpoint
-    assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
-    assert Path(best) in tmp_path.glob("checkpoint-*")
-    assert len(steps_of(tmp_path)) <= 2
 
 
 def test_a_checkpoint_is_pushed_once_it_has_its_name(

@@ -20,7 +20,7 @@ from tests.conftest import make_tiny_llama
 from tests.processes import check_ended, fork
 from tests.training.test_trainer import make
 from tests.training.test_trl_parity import history, pair_rows
-from tralign_fast.training import runs
+from tralign_fast.training import resumable, runs
 from tralign_fast.training.manifest import MANIFEST, check_manifest, read_manifest
 from tralign_fast.training.runs import locked
 
@@ -266,6 +266,24 @@ def test_the_older_whole_one_is_used_and_a_damaged_one_refused_by_its_path(
     assert (run / "previous-1" / "checkpoint-6").is_dir()  # the damaged one
 
 
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tiny_llama, small_tokenizer, tmp_path, monkeypatch
+):
+    synced: set[int] = set()
+
+    def publish(written: Path, *rest: Any) -> None:
+        for name in (*check_manifest(written)["files"], MANIFEST, "."):
+            assert (written / name).stat().st_ino in synced, name
+        synced.clear()
+        runs.publish(written, *rest)
+
+    monkeypatch.setattr(resumable, "publish", publish)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, **{**SAVING, "max_steps": 2})
+    trainer.train()
+    assert synced == {tmp_path.stat().st_ino}  # which has the name
+
+
 def test_weights_alone_are_not_resumed(tiny_llama, small_tokenizer, tmp_path):
     extra = {**SAVING, "max_steps": 2, "save_only_model": True}
     history(make(tiny_llama, small_tokenizer, tmp_path, **extra))
@@ -274,17 +292,21 @@ def test_weights_alone_are_not_resumed(tiny_llama, small_tokenizer, tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_the_best_checkpoint_is_kept_and_known_by_its_name(tiny_llama, small_tokenizer, tmp_path):
+@pytest.mark.parametrize("async_save", [False, True], ids=["waits", "async"])
+def test_the_best_checkpoint_is_kept_and_known_by_its_name(
+    async_save, tiny_llama, small_tokenizer, tmp_path
+):
     trainer = make(
         tiny_llama, small_tokenizer, tmp_path, held_out=pair_rows(4), **SAVING,
         eval_strategy="steps", eval_steps=2, save_total_limit=1, load_best_model_at_end=True,
-        greater_is_better=True, metric_for_best_model="eval_loss",
+        greater_is_better=True, metric_for_best_model="eval_loss", async_save=async_save,
     )  # fmt: skip
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
     state = json.loads((Path(best) / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == best
+    assert len([*tmp_path.glob("checkpoint-*")]) <= 2
 
 
 # --- exactness
@@ -384,90 +406,6 @@ def test_what_is_taken_over_holds_and_is_said(run, tiny_llama, small_tokenizer):
     group = trainer.optimizer.param_groups[0]
     assert group["betas"][1] == 0.9
     assert group["weight_decay"] == 0.3
-
-
-# --- going on
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_a_longer_run_goes_on_to_the_losses_of_one_that_was_as_long(
-    place, tiny_llama, small_tokenizer, tmp_path
-):
-    """The first one's last window ended inside an epoch and was cut short by its end."""
-    extra = {**SAVING, **PLACES[place], "train_sampling_strategy": "random"}
-    expected = history(
-        make(tiny_llama, small_tokenizer, tmp_path / "whole", **{**extra, "max_steps": 11})
-    )
-    history(make(tiny_llama, small_tokenizer, tmp_path, **extra))
-    done = make(tiny_llama, small_tokenizer, tmp_path, **extra)
-    done.train(resume_from_checkpoint=True)  # nothing is left to do
-    assert done.state.global_step == 6
-    assert losses_of(done) == pytest.approx(expected[:6], rel=1e-6)
-    for step in (4, 6):
-        again = make(tiny_llama, small_tokenizer, tmp_path, **{**extra, "max_steps": step + 5})
-        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert losses_of(again) == pytest.approx(expected[: step + 5], rel=1e-6)
-        if step == 4:  # its branch goes, the first one's comes back
-            shutil.move(tmp_path / "previous-1" / "checkpoint-6", tmp_path / "other")
-            shutil.rmtree(tmp_path / "checkpoint-6")
-            shutil.move(tmp_path / "other", tmp_path / "checkpoint-6")
-
-
-@pytest.mark.parametrize(
-    "layout", [{"pad_to_multiple_of": 8}, {"prefix_sharing": False}, {"packing": False}]
-)
-def test_a_window_goes_on_in_another_layout(layout, tiny_llama, small_tokenizer, tmp_path):
-    """What was scored is known again: no number changes but by rounding."""
-    extra = {**SAVING, **PLACES["frozen"]}
-    expected = history(make(tiny_llama, small_tokenizer, tmp_path, **extra))
-    again = make(tiny_llama, small_tokenizer, tmp_path, **extra, **layout)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert losses_of(again) == pytest.approx(expected, rel=0, abs=1e-5)
-
-
-@pytest.mark.parametrize("extra", [{}, {"save_strategy": "no"}], ids=["saving", "not"])
-def test_a_second_train_goes_on_from_the_model_and_the_reference(extra, small_tokenizer, tmp_path):
-    runs = {}
-    model = make_tiny_llama(small_tokenizer)
-    for place in ("resident", "snapshot", "offloaded"):
-        schedule = HARD  # the same for all: 6 steps end in mid-window
-        trainer = make(
-            model, small_tokenizer, tmp_path / place, **{**SAVING, **schedule, **extra},
-            reference=place,
-        )  # fmt: skip
-        first = history(trainer)
-        runs[place] = first, history(trainer)
-        assert trainer.state.global_step == 6
-        assert (tmp_path / place / "previous-1").exists() == (not extra)
-    assert runs["resident"][0] != runs["resident"][1]
-    for place in ("snapshot", "offloaded"):
-        for mine, theirs in zip(runs[place], runs["resident"], strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-5)
-
-
-def test_another_runs_kept_weights_are_not_written_over(tiny_llama, small_tokenizer, tmp_path):
-    """Its checkpoints hold the file by a hard link."""
-    extra = {**SAVING, "max_steps": 2, **PLACES["frozen"]}
-    history(make(tiny_llama, small_tokenizer, tmp_path, **extra))
-    with torch.no_grad():
-        for parameter in tiny_llama.parameters():
-            parameter.mul_(1.1)
-    history(make(tiny_llama, small_tokenizer, tmp_path, **extra, overwrite_output_dir=True))
-    old = check_manifest(tmp_path / "previous-1" / "checkpoint-2")
-    new = check_manifest(tmp_path / "checkpoint-2")
-    name = "reference/window-start.safetensors"
-    assert old["files"][name] != new["files"][name]
-
-
-def test_a_second_train_with_gradient_release(tiny_llama, small_tokenizer, tmp_path):
-    losses = []
-    options: list[dict[str, Any]] = [{"gradient_release": True}, {}]
-    for extra in options:
-        trainer = make(
-            tiny_llama, small_tokenizer, tmp_path, max_steps=2, max_grad_norm=0.0, **extra
-        )
-        losses.append([history(trainer), history(trainer)])
-    assert losses[0][1] == pytest.approx(losses[1][1], rel=2e-6)
 
 
 # --- the disk and signals

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.processes import fork
 from tests.training.test_trl_parity import history, options, pair_rows
 from tralign_fast import LOSSES, TRConfig, TRTrainer, cli
 from tralign_fast.ops.objective import LossOption, LossSpec, Paper, Range
-
-ROOT = Path(__file__).parents[2]
 
 
 def power(chosen, rejected, *, beta, gamma):
@@ -108,10 +104,8 @@ print(json.dumps(results))
 
 
 def test_it_runs_in_pytorch_beside_the_kernel_with_one_notice():
-    run = subprocess.run(
-        [sys.executable, "-c", IN_THE_INTERPRETER], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"}, check=True,
-    )  # fmt: skip
+    run = fork("-c", IN_THE_INTERPRETER, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert run.returncode == 0, run.stderr
     results = json.loads(run.stdout.splitlines()[-1])
     assert results["torch"][:2] == results["triton"][:2]
     assert results["torch"][2] == []

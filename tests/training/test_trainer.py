@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -15,6 +13,8 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
 
+from tests.diagonal import diagonal
+from tests.processes import check_ended, fork
 from tests.training.test_trl_parity import history, kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
 from tralign_fast.ops.backend import warn_once
@@ -42,8 +42,7 @@ def make(model, tokenizer, output_dir, method="dpo", rows=None, held_out=None, *
     )
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "schedule"), diagonal(3, METHODS, SCHEDULES))
 def test_the_reference_follows_its_schedule(
     method, schedule, tiny_llama, small_tokenizer, tmp_path
 ):
@@ -156,7 +155,8 @@ def test_the_digest_of_data_is_that_of_all_its_rows(tmp_path):
         "from datasets import load_from_disk; from tralign_fast.training.digest import digest;"
         f"print(digest(load_from_disk({str(tmp_path / 'rows')!r})))"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    other = fork("-c", code)  # whose strings have other hashes
+    check_ended(other)
     assert other.stdout.strip() == expected
     assert digest(Dataset.from_dict(columns).to_iterable_dataset()) is None
     assert digest(Dataset.from_dict({"row": []})) is not None
