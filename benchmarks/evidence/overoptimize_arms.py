@@ -71,8 +71,8 @@ CPU = Settings(
 # The whole model on two busy cores: short arms, a reward model of which the head alone is trained.
 WHOLE = Settings(
     prompt_tokens=32, new_tokens=20, sft_steps=24, sft_rate=5e-5, gold="backbone", gold_steps=0,
-    model_batch=8, policy_rows=48, test_rows=32, gold_test_rows=300, steps=48, pairs=2,
-    learning_rate=1e-4, warmup_steps=4, every=(2, 8, 24), measure_every=12, save_every=36,
+    model_batch=8, policy_rows=48, test_rows=32, gold_test_rows=300, steps=96, pairs=2,
+    learning_rate=1e-4, warmup_steps=4, every=(4, 12, 48), measure_every=16, save_every=64,
     prompts=24, held_out=8, sample_batch=32, samples_shown=24,
 )  # fmt: skip
 # Minutes on either.
