@@ -39,7 +39,7 @@ def test_rows_of_the_page_are_those_of_the_results(file):
 def test_no_arm_stands_on_the_page_that_was_not_run():
     arms = {page.short_line(name, seeds) for file in FILES
             for name, seeds in page.read(file).items()}  # fmt: skip
-    of_page = re.findall(r"^\| (?:DPO|IPO|KTO) \w+, .*$", PAGE, re.M)
+    of_page = re.findall(r"^\| (?:DPO|IPO|KTO|HYPO) \w+, .*$", PAGE, re.M)
     shown = [line for line in of_page if line.count("|") == page.SHORT.count("|")]
     assert len(shown) >= 20
     assert set(shown) <= arms
@@ -370,17 +370,18 @@ def fell(points):
     return by > math.hypot(float(top["gold_ci"]), float(points[-1]["gold_ci"]))
 
 
-def test_the_shorter_the_interval_the_farther():
+def test_the_shorter_the_interval_the_farther_in_one_seed():
     found = [
         curves("_interval")["DPO hard, α = 1, τ = 4, β = 0.1"],
         curves("")["DPO hard, α = 1, τ = 16, β = 0.1"],
         curves("_interval")["DPO hard, α = 1, τ = 64, β = 0.1"],
         curves("")["DPO frozen, β = 0.1"],
     ]
-    roots = [page.distances(seeds)[0] for seeds in found]
-    assert roots == sorted(roots, reverse=True)
+    roots, *others = zip(*(page.distances(seeds) for seeds in found), strict=True)
+    assert list(roots) == sorted(roots, reverse=True)
     *first, last = [f"{root:.1f}" for root in roots]
-    assert f"√KL ends at {', '.join(first)} and {last}." in PAGE
+    assert f"√KL ends at {', '.join(first)} and {last}. In seeds 1 and 2 that" in PAGE
+    assert [list(each) == sorted(each, reverse=True) for each in others] == [False, False]
 
 
 def farther(seeds, others):
