@@ -2,7 +2,8 @@
 
     python -m benchmarks.evidence toy [--quick]
     python -m benchmarks.evidence sentiment [--quick]
-    python -m benchmarks.evidence overoptimize [--data FILE] [--arms NAMES] [--minutes M] [--quick | --whole]
+    python -m benchmarks.evidence overoptimize [--data FILE] [--arms NAMES] [--minutes M] [--quick]
+    python -m benchmarks.evidence overoptimize --whole [--data FILE] [--minutes M]
     python -m benchmarks.evidence golds [--data FILE]
 
 Each writes a CSV, all but the last one a figure too, to benchmarks/results/evidence/. `sentiment`

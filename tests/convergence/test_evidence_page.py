@@ -142,6 +142,7 @@ def test_what_is_said_of_the_whole_model_holds():
     assert PAGE.count(f"{sum(lower)} of {len(lower)} arms of the whole") == 2
     assert [fell(points) for points in frozen] == [False, True]
     assert farther(soft, frozen) == farther(hard, frozen) == 2
+    assert farther(soft, hard) == 1
     assert (higher(soft, frozen, "gold"), higher(hard, frozen, "gold")) == (0, 1)
     for key in ("gold", "check"):
         assert higher(soft, small, key) == higher(hard, small, key) == 2
@@ -155,6 +156,21 @@ def test_what_is_said_of_the_whole_model_holds():
     for points in (small[0], soft[0], hard[0]):
         assert float(points[2]["kl"]) ** 0.5 < root < float(points[3]["kl"]) ** 0.5
         assert (points[2]["step"], points[3]["step"]) == ("32", "48")
+
+
+def test_log_probs_that_do_not_fall_are_those_that_are_named():
+    found = {
+        (file.stem, name, kind, seed)
+        for file in FILES
+        for name, seeds in page.read(file).items()
+        for kind in ("chosen", "rejected", "other")
+        for seed, change in enumerate(page.changes(seeds, f"train_{kind}"))
+        if change >= 0
+    }
+    assert found == {
+        *(("overoptimize_cpu_losses", "KTO frozen, β = 0.1", "chosen", seed) for seed in range(3)),
+        *(("overoptimize_whole", f"DPO frozen, β = {beta}", "chosen", 0) for beta in (0.1, 0.01)),
+    }
 
 
 def test_what_is_said_of_the_whole_model_at_equal_distance_holds():
