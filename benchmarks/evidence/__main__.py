@@ -3,6 +3,7 @@
     python -m benchmarks.evidence toy [--quick]
     python -m benchmarks.evidence sentiment [--quick]
     python -m benchmarks.evidence overoptimize [--data FILE] [--arms NAMES] [--minutes M] [--quick]
+    python -m benchmarks.evidence overoptimize --whole [--data FILE] [--minutes M]
     python -m benchmarks.evidence golds [--data FILE]
 
 Each writes a CSV, all but the last one a figure too, to benchmarks/results/evidence/. `sentiment`
@@ -80,6 +81,7 @@ def overoptimize(options: argparse.Namespace) -> None:
         CPU,
         GPU,
         QUICK,
+        WHOLE,
         arms_of,
         in_figure,
         with_steps,
@@ -88,10 +90,11 @@ def overoptimize(options: argparse.Namespace) -> None:
     from benchmarks.evidence.overoptimize_tables import tables
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = QUICK if options.quick else GPU if device == "cuda" else CPU
+    kind = "quick" if options.quick else "whole" if options.whole else device
+    settings = {"quick": QUICK, "whole": WHOLE, "cuda": GPU, "cpu": CPU}[kind]
     settings = with_steps(settings, options.steps or settings.steps)
     seeds = options.seeds or (1 if options.quick else 3)
-    usual = ["all"] if device == "cuda" and not options.quick else ["core"]
+    usual = ["all"] if kind == "cuda" else ["core"]
     names = options.arms or usual
     arms = [arm for arm in arms_of(names, settings, seeds) if options.match in arm.name]
     if not arms:
@@ -100,7 +103,7 @@ def overoptimize(options: argparse.Namespace) -> None:
     workers = options.workers or (6 if device == "cuda" else 1)
     root = options.cache / "overoptimize"
     system = environment(("torch", "transformers"))
-    name = "overoptimize_" + ("quick" if options.quick else device)
+    name = f"overoptimize_{kind}"
     if names != usual:  # experiments of their own have files of their own
         name = "_".join([name, *names])
     results = {}
@@ -165,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("experiment", choices=("toy", "sentiment", "overoptimize", "golds"))
     parser.add_argument("--quick", action="store_true", help="fewer and shorter arms")
+    parser.add_argument(
+        "--whole", action="store_true", help="overoptimize: the whole model where there is no GPU"
+    )
     parser.add_argument("--seeds", type=int, help="toy: 5; sentiment: 2; overoptimize: 3")
     parser.add_argument("--steps", type=int, help="overoptimize: of every arm")
     parser.add_argument(

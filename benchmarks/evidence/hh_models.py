@@ -6,6 +6,7 @@ answers and a policy's samples are judged alike.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import random
@@ -226,6 +227,50 @@ def logistic(x: Tensor, penalty: float) -> Tensor:  # (pairs, features) float64 
         if move.norm() < 1e-8 * (1 + weight.norm()):
             break
     return weight
+
+
+class BackboneGold(LinearGold):
+    """A reward model of which the head alone is trained: on the mean hidden state of an answer.
+
+    Args:
+        decoder: of the policy's kind, its first layers (`first_layers`); nobody trains it.
+        scale: (hidden,) what features are divided by; None: found by `fit`.
+    """
+
+    def __init__(
+        self, decoder: Any, pad: int, bf16: bool, scale: Tensor | None = None, batch: int = 32
+    ) -> None:
+        self.decoder, self.pad, self.bf16, self.batch = decoder.eval(), pad, bf16, batch
+        self.scale = torch.ones((), dtype=torch.float64) if scale is None else scale
+
+    @torch.no_grad()
+    def features(self, rows: Sequence[tuple[Ids, Ids]]) -> Tensor:  # (rows, hidden) float64
+        found = torch.zeros(len(rows), self.decoder.config.hidden_size, dtype=torch.float64)
+        lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)  # little padding
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            device = self.decoder.device
+            ids, mask = padded([rows[i][0] + rows[i][1] for i in part], self.pad, device)
+            with autocast(device, self.bf16):
+                states = self.decoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            for row, i in enumerate(part):
+                answer = states[row, len(rows[i][0]) : lengths[i]]
+                found[i] = answer.double().mean(0) if len(answer) else 0.0
+        return found / self.scale
+
+    def fit(self, pairs: Sequence[tuple[Ids, Ids, Ids]], penalty: float = 0.1) -> None:
+        x = self.differences(pairs)
+        self.scale = len(x[0]) ** 0.5 * (x.std(0) + 1e-6)  # a norm of about 1
+        self.weight = logistic(x / self.scale, penalty)
+
+
+def first_layers(causal_lm: Any, count: int) -> Any:
+    """A copy of a causal LM's decoder that ends with its layer `count`, not normalised."""
+    decoder = copy.deepcopy(causal_lm.model)
+    decoder.layers, decoder.norm = decoder.layers[:count], torch.nn.Identity()
+    decoder.config.num_hidden_layers = len(decoder.layers)
+    return decoder.requires_grad_(False)
 
 
 class WordGold(LinearGold):

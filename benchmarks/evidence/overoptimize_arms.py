@@ -31,7 +31,7 @@ class Settings:
     bf16: bool = True  # autocast; weights and optimizer are float32
     sft_steps: int = 300
     sft_rate: float = 2e-5
-    gold: str = "model"  # which one ranks: model, or words where no model is trained
+    gold: str = "model"  # which one ranks: model (trained whole), backbone (a head), words
     check: str = "words"  # the second one: words, or tokens
     gold_steps: int = 300
     gold_rate: float = 2e-5
@@ -67,6 +67,13 @@ CPU = Settings(
     sft_rate=1e-3, gold="words", check="tokens", gold_steps=0, policy_rows=120, test_rows=48,
     gold_test_rows=300, steps=120, pairs=2, learning_rate=2e-4, warmup_steps=4, every=(4, 16, 64),
     measure_every=20, save_every=40, prompts=48, held_out=48, sample_batch=48,
+)  # fmt: skip
+# The whole model on two busy cores: short arms, a reward model of which the head alone is trained.
+WHOLE = Settings(
+    prompt_tokens=32, new_tokens=20, sft_steps=24, sft_rate=5e-5, gold="backbone", gold_steps=0,
+    model_batch=8, policy_rows=48, test_rows=32, gold_test_rows=300, steps=96, pairs=2,
+    learning_rate=1e-4, warmup_steps=4, every=(4, 12, 48), measure_every=16, save_every=64,
+    prompts=24, held_out=8, sample_batch=32, samples_shown=24,
 )  # fmt: skip
 # Minutes on either.
 QUICK = replace(CPU, sft_steps=10, steps=40, measure_every=10, prompts=16, held_out=16)

@@ -23,6 +23,8 @@ _OF_MATERIAL = (
     "flipped", "sample_batch",
 )  # fmt: skip
 
+GOLD_LAYERS = 12  # of the backbone: the best ones over the folds of `golds.py`
+
 Ids = list[int]
 Judge = Callable[[Sequence[tuple[Ids, Ids]]], list[float]]
 
@@ -94,6 +96,13 @@ def _judges(
         model: Any = AutoModelForSequenceClassification.from_pretrained(folder / "gold")
         found["model"] = hh_models.Gold(model.to(device).eval(), tokenizer.pad_token_id,
                                         settings.bf16)  # fmt: skip
+    if (folder / "head.pt").is_file():
+        head = torch.load(folder / "head.pt", weights_only=True)
+        decoder = torch.load(folder / "decoder.pt", weights_only=False)  # made here, by `_make`
+        found["backbone"] = hh_models.BackboneGold(
+            decoder.to(device), tokenizer.pad_token_id, settings.bf16, head["scale"]
+        )
+        found["backbone"].weight = head["weight"]
     if (folder / "words.pt").is_file():
         words = hh_models.WordGold(tokenizer)
         words.weight = torch.load(folder / "words.pt", weights_only=True)
@@ -193,6 +202,13 @@ def _train_judges(
         )  # fmt: skip
         gold.model.save_pretrained(folder / "gold")
         judges["model"] = gold
+    if settings.gold == "backbone":
+        decoder = hh_models.first_layers(backbone, GOLD_LAYERS)
+        head = hh_models.BackboneGold(decoder, tokenizer.pad_token_id, settings.bf16)
+        head.fit(pairs)
+        torch.save({"weight": head.weight, "scale": head.scale}, folder / "head.pt")
+        torch.save(decoder, folder / "decoder.pt")
+        judges["backbone"] = head
     try:
         words = hh_models.WordGold(tokenizer)
     except ValueError as error:

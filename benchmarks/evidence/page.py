@@ -1,18 +1,20 @@
-"""Tables of docs/evidence.md from the CSVs of `overoptimize`, as Markdown.
+"""Tables of docs/evidence.md from the CSVs of `overoptimize`, as Markdown: those that it shows, and
+all of them in `overoptimize_tables.md` beside the CSVs.
 
-    python -m benchmarks.evidence.page benchmarks/results/evidence/overoptimize_cpu.csv
+    python -m benchmarks.evidence.page
 
-A test compares the page with them.
+A test compares both with the CSVs.
 """
 
 from __future__ import annotations
 
 import csv
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "results/evidence"
 
 Row = dict[str, str]
 Curves = dict[str, list[list[Row]]]  # of each arm the points of every seed
@@ -21,6 +23,8 @@ HEADER = (
     "| arm | turns | height, each seed | end √KL, each | end gold, each | second gold, each | win "
     "rate | repeats | lag, nats |"
 )
+
+SHORT = "| arm | highest gold, each seed | end: √KL | end: gold | end: second gold |"
 
 PAIRED = "| at the last step, mean of three seeds | √KL | gold | second gold | held-out accuracy |"
 STUDENT = {3: 4.303}  # 97.5% quantile of Student's t at one degree of freedom less than seeds
@@ -96,10 +100,17 @@ def line(name: str, seeds: Sequence[list[Row]]) -> str:
     return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
-def table(curves: Curves) -> str:
-    return "\n".join(
-        [HEADER, "|" + "---|" * 9, *(line(name, seeds) for name, seeds in curves.items())]
-    )
+def short_line(name: str, seeds: Sequence[list[Row]]) -> str:
+    """What the page shows of an arm."""
+    cells = line(name, seeds).strip("| ").split(" | ")
+    name, _, height, root, gold = cells[:5]
+    second = each(at_the_end(seeds, "check"), 2) if seeds[0][-1]["check"] else "not measured"
+    return f"| {' | '.join([name, height, root, gold, second])} |"
+
+
+def table(curves: Curves, header: str = HEADER, row: Callable[..., str] = line) -> str:
+    marks = "|" + "---|" * (header.count("|") - 1)
+    return "\n".join([header, marks, *(row(name, seeds) for name, seeds in curves.items())])
 
 
 def over_seeds(values: Sequence[float]) -> str:
@@ -142,19 +153,36 @@ def paired_table(curves: Curves) -> str:
     return "\n".join([PAIRED, "|" + "---|" * 5, *lines]) if lines else ""
 
 
-def masses(curves: Curves) -> str:
-    """Change of log-probs at the last step, training answers: chosen, rejected, other."""
+MASSES = "| change at the last step, training answers, nats | chosen | rejected | other |"
+
+
+def masses_line(name: str, seeds: Sequence[list[Row]]) -> str:
     keys = ("train_chosen", "train_rejected", "train_other")
-    number: Callable[[float], str] = "{:.0f}".format
-    lines = [
-        f"{name}: " + ", ".join(number(mean(changes(seeds, key))) for key in keys)
-        for name, seeds in curves.items()
-    ]
-    return "\n".join(lines)
+    cells = [f"{mean(changes(seeds, key)):.0f}" for key in keys]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def document(paths: Sequence[Path]) -> str:
+    """All tables of all experiments."""
+    parts = ["# All arms of `overoptimize`", EXPLAINED]
+    for path in paths:
+        curves = read(path)
+        parts += [f"## {path.name}", table(curves), paired_table(curves),
+                  table(curves, MASSES, masses_line)]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+EXPLAINED = (
+    "Each value is a seed's, seeds 0, 1, 2; other numbers are means of seeds. Turns: the step of "
+    "the highest gold. Gold: deviations of the SFT's answers. Win rate: against the SFT's answers. "
+    "Repeats: share of an answer's runs of three words that stood in it before. Lag: mean Δ to the "
+    "reference over the run. Less: paired by seeds, mean and Student's 95% interval over three "
+    "seeds."
+)
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        found = read(Path(argument))
-        parts = (table(found), paired_table(found), masses(found))
-        print("\n\n".join(part for part in parts if part))
+    files = sorted(RESULTS.glob("overoptimize_*.csv"))
+    (RESULTS / "overoptimize_tables.md").write_text(document(files))
+    for file in files:
+        print(f"{file.name}\n\n{table(read(file), SHORT, short_line)}\n")

@@ -131,6 +131,23 @@ def test_gold_learns_pairs_and_reads_past_padding(small_tokenizer):
     assert together == pytest.approx(alone, abs=1e-5)
 
 
+def test_a_head_on_the_backbone_learns_pairs_and_reads_past_padding(small_tokenizer):
+    torch.manual_seed(0)
+    model, pad = make_tiny_llama(small_tokenizer), small_tokenizer.pad_token_id
+    gold = hh_models.BackboneGold(hh_models.first_layers(model, 1), pad, bf16=False)
+    pairs = [([5, 6 + i % 3], [20 + i % 7, 30], [40 + i % 5, 30, 31]) for i in range(24)]
+    gold.fit(pairs)
+    assert hh_models.accuracy(gold, pairs) == 1.0
+    together = gold([([5, 6], [20, 30]), ([5, 6, 7], [40, 30, 31, 32, pad])])
+    alone = [*gold([([5, 6], [20, 30])]), *gold([([5, 6, 7], [40, 30, 31, 32, pad])])]
+    assert together == pytest.approx(alone, abs=1e-4)
+    # the mean of the first layer's states over the answer, of a model that is left whole
+    states = model.model(torch.tensor([[5, 6, 20, 30]]), output_hidden_states=True).hidden_states
+    own = states[1][0, 2:].double().mean(0) / gold.scale
+    assert torch.allclose(gold.features([([5, 6], [20, 30])])[0], own, rtol=1e-4, atol=1e-6)
+    assert len(states) == 1 + model.config.num_hidden_layers > 2
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wordllama") is None, reason="needs wordllama")
 def test_words_learn_pairs(small_tokenizer):
     gold = hh_models.WordGold(small_tokenizer)
@@ -274,6 +291,17 @@ def test_material_is_made_once_and_as_told(material, root):
     assert kept == 1 - sum(flips.random() < 0.2 for _ in rows) / len(rows)
     every = judge([(r["prompt_ids"], r["other_ids"]) for r in rows])
     assert abs(sum(every) / len(every)) < 0.5  # in deviations of the SFT's answers
+
+
+def test_a_head_as_gold_is_stored_with_the_material(tmp_path):
+    headed = replace(TINY, gold="backbone", check="tokens", gold_steps=0)
+    load = [tiny_material("made", headed, tmp_path, "cpu") for _ in range(2)]
+    rows = [(r["prompt_ids"], r["chosen_ids"]) for r in load[0].pairs["proxy"]]
+    first, again = (material.judges["gold"](rows) for material in load)
+    assert first == again
+    assert len(set(first)) > 1
+    assert set(load[0].facts["accuracy"]) >= {"backbone", "tokens"}
+    assert load[0].judges["check"](rows) != first
 
 
 def test_a_killed_arm_goes_on_to_the_same_numbers(material, tmp_path, monkeypatch):
@@ -436,6 +464,9 @@ def test_the_command_says_what_is_left(material, tmp_path, monkeypatch, capsys):
     assert "4 of 4 arms are left: the same command goes on" in capsys.readouterr().out
     with (tmp_path / "overoptimize_quick.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 1
+    whole = [{"--quick": "--whole"}.get(each, each) for each in arguments]
+    assert main(["overoptimize", *whole, "--seeds", "1"]) == 0
+    assert (tmp_path / "overoptimize_whole.csv").is_file()
     arguments[2] = "losses"  # leaves the files of other experiments alone
     assert main(["overoptimize", *arguments]) == 0
     assert "8 of 8 arms are left" in capsys.readouterr().out
