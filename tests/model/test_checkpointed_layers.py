@@ -106,7 +106,7 @@ def test_compiled_layers_behind_the_first_ones_run_once():
 
 
 def test_a_share_of_the_layers_is_rounded_up():
-    assert [how_many(share, 30) for share in (0.01, 0.1, 0.5, 0.51, 0.99)] == [1, 3, 15, 16, 30]
+    assert [how_many(share, 30, "") for share in (0.01, 0.1, 0.5, 0.51, 0.99)] == [1, 3, 15, 16, 30]
 
 
 def test_the_layers_are_those_of_the_language_model():

@@ -15,9 +15,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tralign_fast.model.patching import decoder_of
 
 
-def how_many(layers: float, count: int) -> int:
-    """Layers that are checkpointed of `count`: so many, or under 1 a share of them, rounded up."""
-    return int(layers) if layers >= 1 else math.ceil(layers * count - 1e-9)  # 0.1 · 30 is 3
+def how_many(layers: float, count: int, name: str) -> int:
+    """Layers that are checkpointed of `count`: so many, or under 1 a share of them, rounded up.
+
+    Raises:
+        ValueError: more than there are in what has that name.
+    """
+    found = int(layers) if layers >= 1 else math.ceil(layers * count - 1e-9)  # 0.1 · 30 is 3
+    if found > count:
+        raise ValueError(
+            f"gradient_checkpointing_layers={layers:g}: expected at most {count}, the layers of "
+            f"{name}"
+        )
+    return found
 
 
 class FirstLayers:
@@ -39,12 +49,7 @@ class FirstLayers:
                 f"gradient_checkpointing_layers={layers:g}: found no list of layers in {name} that "
                 "are checkpointed one by one; leave it out"
             )
-        if how_many(layers, len(found)) > len(found):
-            raise ValueError(
-                f"gradient_checkpointing_layers={layers:g}: expected at most {len(found)}, the "
-                f"layers of {name}"
-            )
-        self._layers = layers
+        self._count = how_many(layers, len(found), name)
 
     def apply(self, causal_lm: Any) -> None:
         """Takes the layers behind them out of a checkpointing that was switched on for all."""
@@ -61,11 +66,10 @@ class FirstLayers:
     def _kept(self, causal_lm: Any) -> list[Any]:
         """A copy of the model is asked for its own. A layer may hold others, and share them."""
         layers = _decoder_layers(causal_lm)
-        count = how_many(self._layers, len(layers))
-        first = {module for layer in layers[:count] for module in layer.modules()}
+        first = {module for layer in layers[: self._count] for module in layer.modules()}
         return [
             module
-            for layer in layers[count:]
+            for layer in layers[self._count :]
             for module in layer.modules()
             if isinstance(module, GradientCheckpointingLayer) and module not in first
         ]
