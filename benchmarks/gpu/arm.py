@@ -115,9 +115,15 @@ def _measure(job: Job) -> dict[str, Any]:
         "packed_tokens": work.tokens,
         "dtype": work.dtype,
         "flops": flops.needed,
-        "recomputed_flops": flops.recomputed if job.case.checkpointing else 0.0,
+        "recomputed_flops": flops.recomputed * _checkpointed(job.case),
         **graphs,
     }
+
+
+def _checkpointed(case: Case) -> float:
+    """Of the layers, those that run a second time."""
+    half = case.arm == "ours_half"
+    return 0.0 if not case.checkpointing else 0.5 if half else 1.0
 
 
 @contextlib.contextmanager

@@ -76,6 +76,7 @@ ARMS = {
     "ours_plain": "tralign-fast without layer kernels and CUDA graphs",
     "ours_frozen": "tralign-fast, reference frozen, precomputed",
     "ours_powers": "tralign-fast, powers kept by the head",
+    "ours_half": "tralign-fast, half of the layers checkpointed",
 }
 
 
@@ -142,7 +143,7 @@ _DEFAULT = [
     ("8b-full/2p4k/ckpt", "trl ours"),
     ("8b-release/2p4k/ckpt", "trl ours"),
     ("8b-lora64/8p16k/ckpt", "trl ours"),
-    ("8b-lora64/2p4k/ckpt", "trl_liger ours_frozen ours_plain ours_powers"),
+    ("8b-lora64/2p4k/ckpt", "trl_liger ours_frozen ours_plain ours_powers ours_half"),
     ("8b-full/2p4k/ckpt", "trl_liger ours_frozen"),
     ("1b-full/2p4k/nockpt", "trl_liger ours_frozen ours_plain ours_powers"),
     ("8b-lora64/2p4k/nockpt", "trl_liger"),

@@ -99,6 +99,8 @@ def options_of(case: Case) -> dict[str, Any]:
         options |= {"layer_kernels": "none", "cuda_graphs": False}
     if case.arm == "ours_powers":
         options |= {"kept": "powers"}
+    if case.arm == "ours_half":
+        options |= {"gradient_checkpointing_layers": 0.5}
     if case.arm == "ours_frozen":
         options |= {"precompute_ref_log_probs": True, "sync_ref_model": False}
     return options

@@ -30,6 +30,7 @@ from tralign_fast.model import attention
 from tralign_fast.ops import backend, tiles
 
 HARD = {"ref_model_mixup_alpha": 1.0}
+FIRST_LAYER = {"gradient_checkpointing_layers": 1}
 RELEASE = {**HARD, "gradient_release": True, "max_grad_norm": 0.0, "optim": "adafactor"}
 
 
@@ -47,8 +48,9 @@ def tiny(**extra: Any) -> LlamaConfig:
         Workload(tiny(tie_word_embeddings=True), tokens=512, options=RELEASE),
         Workload(tiny(), tokens=256, options={"loss_type": "kto", "ref_model_sync_steps": 1}),
         Workload(tiny(), tokens=256, lora_rank=4, options={"gradient_checkpointing": False}),
+        Workload(tiny(num_hidden_layers=4), tokens=512, options={**HARD, **FIRST_LAYER}),
     ],
-    ids=["adamw", "release", "kto-resident", "lora"],
+    ids=["adamw", "release", "kto-resident", "lora", "first layer"],
 )
 def test_a_trace_has_the_peak_of_the_real_step(work):
     traced = trace(work, as_on_gpu=False)
@@ -322,6 +324,13 @@ DEEP = {
         options={**HARD, "gradient_checkpointing": False},
     ),
 }  # fmt: skip
+for _layers in (6, 15, 0.5):
+    for _case in ("adamw", "release", "lora"):
+        _work = DEEP[_case]
+        _options = {"gradient_checkpointing": True, "gradient_checkpointing_layers": _layers}
+        DEEP[f"{_case}, {_layers:g} layers"] = dataclasses.replace(
+            _work, options={**_work.options, **_options}
+        )
 
 
 @pytest.mark.parametrize(
@@ -335,6 +344,38 @@ def test_two_shallow_models_say_what_a_deep_one_holds(case, monkeypatch):
 
     monkeypatch.setattr(layers, "trace", whole)
     assert trace_deep(DEEP[case]) == trace(DEEP[case])
+
+
+def test_the_room_that_is_left_over_keeps_activations(monkeypatch):
+    """The fewest layers that fit, with the seconds of a step, whatever the traces say."""
+    from tralign_fast.memory import fewer_checkpointed
+    from tralign_fast.memory.fewer_checkpointed import fewest_checkpointed, may_checkpoint_fewer
+    from tralign_fast.memory.time_model import Layout, rates_of
+
+    def held(layers: int) -> MemoryReport:
+        peak = (16 - layers) * GIB
+        return MemoryReport(0, 0, 0, 0, peak, 0, 0, peak)
+
+    def by_layers(work, goes_on):
+        return held if goes_on(held(15)) else None
+
+    monkeypatch.setattr(fewer_checkpointed, "by_layers", by_layers)
+    monkeypatch.setattr(fewer_checkpointed, "trace_deep", lambda work: held(0))
+    options = {"gradient_checkpointing": True, **HARD, "optim": "adafactor"}
+    work = Workload(tiny(num_hidden_layers=16), tokens=512, options=options)
+    rest = (rates_of("h200"), Layout(), "h200")
+    found = {gib: fewest_checkpointed(work, gib * GIB, *rest) for gib in (1, 2, 9, 16, 17)}
+    assert found[1] is None
+    changes = [f.change.split()[-1] for f in found.values() if f is not None]
+    assert changes == ["15", "8", "1", "false"]
+    seconds = [f.seconds for f in found.values() if f is not None]
+    assert seconds == sorted(seconds, reverse=True)
+    assert all(s < f.asked for s, f in zip(seconds, [*found.values()][1:], strict=True))
+    assert may_checkpoint_fewer(work, 2 * GIB)
+    assert not may_checkpoint_fewer(work, GIB // 2)
+    for more in ({"gradient_checkpointing": False}, FIRST_LAYER):
+        changed = dataclasses.replace(work, options={**options, **more})
+        assert not may_checkpoint_fewer(changed, 2 * GIB)
 
 
 def test_layers_in_no_order_are_traced_whole(monkeypatch):

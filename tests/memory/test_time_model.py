@@ -46,6 +46,20 @@ def test_the_terms_are_the_step(more):
     assert step_time(work(**more), SIZES, RATES).exposed == 0
 
 
+def test_layers_that_are_not_checkpointed_are_not_computed_again():
+    all_of, none = work(), work(gradient_checkpointing=False)
+    times = [
+        step_time(work(gradient_checkpointing_layers=layers), SIZES, RATES)
+        for layers in (0, 1, 0.5, 4)
+    ]
+    whole = step_time(all_of, SIZES, RATES)
+    again = [time.recomputation / whole.recomputation for time in times]
+    assert again == pytest.approx([0, 0.25, 0.5, 1])
+    assert times[0] == step_time(none, SIZES, RATES)
+    assert times[3] == whole
+    assert times[2].total == pytest.approx((times[0].total + whole.total) / 2)
+
+
 def test_nothing_hides_under_no_time_and_all_but_the_ends_under_much():
     quick = dataclasses.replace(RATES, products=1e30, memory=1e30)
     time = step_time(work(), SIZES, quick, LAYOUT)

@@ -432,7 +432,9 @@ def test_a_static_row_holds_every_index_that_attention_reads():
     assert own.cu_seqlens_k[-1] == keys + T - t <= shape.keys
 
 
-@pytest.mark.parametrize("kind", ["full", "resident", "lora"])
+@pytest.mark.parametrize(
+    "kind", ["full", "resident", "lora", pytest.param("first layer", marks=pytest.mark.matrix)]
+)
 def test_a_run_has_the_losses_that_it_has_without_graphs(captures, kind, tmp_path):
     """Windows, moves of the reference, accumulation and an optimizer, by the trainer itself."""
     losses = {}
@@ -444,6 +446,7 @@ def test_a_run_has_the_losses_that_it_has_without_graphs(captures, kind, tmp_pat
         }  # fmt: skip
         options |= {"ref_model_mixup_alpha": 1.0} if kind == "full" else {}
         options |= {"reference": "resident"} if kind == "resident" else {}
+        options |= {"gradient_checkpointing_layers": 1} if kind == "first layer" else {}
         config = LlamaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2,

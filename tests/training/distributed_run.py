@@ -45,6 +45,7 @@ HARD = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
 SOFT = {"ref_model_mixup_alpha": 0.4, "ref_model_sync_steps": 2}
 PRECOMPUTED = {"reference": "auto", "sync_ref_model": None, "precompute_ref_log_probs": True}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+FIRST_LAYER = {"gradient_checkpointing": True, "gradient_checkpointing_layers": 1}
 CASES = {
     "dpo-resident": ("dpo", {"reference": "resident", **SOFT}),
     "dpo-snapshot": ("dpo", {"reference": "snapshot", **HARD}),
@@ -55,6 +56,7 @@ CASES = {
     "dpo-compiled": ("dpo", {"reference": "resident", **COMPILED, **SOFT}),
     "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
     "dpo-adapter": ("dpo", {"reference": "adapter", **SOFT}),
+    "dpo-first-layer": ("dpo", {"reference": "snapshot", **FIRST_LAYER, **HARD}),
     "dpo-precomputed": ("dpo", PRECOMPUTED),
     "kto-precomputed": ("kto", PRECOMPUTED),
     "kto-split": ("kto", {"reference": "resident", "token_budget": 60, **SOFT}),

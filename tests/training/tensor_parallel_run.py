@@ -25,7 +25,7 @@ from transformers.distributed import DistributedConfig
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tests.training import cut_checks, tensor_checks
-from tests.training.distributed_run import FSDP, _let_accelerate_shard_on_cpus
+from tests.training.distributed_run import FIRST_LAYER, FSDP, _let_accelerate_shard_on_cpus
 from tests.training.test_trl_parity import kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
 from tralign_fast.model import scoring
@@ -53,6 +53,7 @@ CASES = {
     # one pair a step: of two that divide it one has nothing
     "dpo-one": ("dpo", {"reference": "resident", "per_device_train_batch_size": 1, **SOFT}),
     "dpo-lora": ("dpo", {"reference": "snapshot", **HARD}),
+    "dpo-first-layer": ("dpo", {"reference": "snapshot", **FIRST_LAYER, **HARD}),
 }  # fmt: skip
 # groups of several processes' length between short ones: cut, where processes divide batches
 LONG = {"max_length": 480, "gradient_checkpointing": True}
@@ -64,6 +65,9 @@ CASES |= {
     "dpo-split-long": ("dpo", {**CASES["dpo-split"][1], **LONG, "token_budget": 150}),
     "kto-split-long": ("kto", {"reference": "resident", **SOFT, **LONG, "token_budget": 150}),
     "ipo-long": ("ipo", {"reference": "resident", **SOFT, **LONG}),
+    "dpo-first-layer-long": (
+        "dpo", {"reference": "snapshot", **HARD, **LONG, "gradient_checkpointing_layers": 1}
+    ),
     "dpo-weighted-long": (
         "dpo", {"reference": "resident", "use_weighting": True, "ld_alpha": 0.5, **SOFT, **LONG}
     ),

@@ -36,7 +36,7 @@ def alone(tmp_path_factory):
 # `make test` runs these, and `make test-slow` all
 SOME = {
     "ddp": ("dpo-snapshot", "dpo-offloaded", "kto-resident", "dpo-split", "dpo-precomputed"),
-    "fsdp2": ("dpo-snapshot", "dpo-lora", "kto-resident"),
+    "fsdp2": ("dpo-snapshot", "dpo-lora", "kto-resident", "dpo-first-layer"),
 }
 WITHOUT_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"

@@ -76,7 +76,9 @@ def multiple(value):
 
 SPEC = {
     "learning_rate": AMOUNT, "logging_steps": steps,
-    "gradient_checkpointing": "bool", "bf16": "bool?", "loss_type": losses,
+    "gradient_checkpointing": "bool",
+    "gradient_checkpointing_layers": lambda v: v is None or (is_number(v) and v == 0) or steps(v),
+    "bf16": "bool?", "loss_type": losses,
     "loss_weights": lambda v: v is None
     or (isinstance(v, list) and len(v) == 1 and is_number(v[0]) and 0 < v[0] < INF),
     "beta": POSITIVE, "label_smoothing": ("float?", 0, 0.5, "[)"), "discopop_tau": POSITIVE,

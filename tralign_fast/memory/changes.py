@@ -28,6 +28,9 @@ def changes(work: Workload) -> Iterator[tuple[str, Workload]]:
     if not options["gradient_checkpointing"]:
         work = with_options(work, {"gradient_checkpointing": True})
         yield "--gradient_checkpointing true", work
+    elif options.get("gradient_checkpointing_layers") is not None:
+        work = with_options(work, {"gradient_checkpointing_layers": None})
+        yield f"--gradient_checkpointing_layers {depth_of(work)}", work
     place = options["reference"]
     if place in REFERENCES and reference_class(place).needs_second_model:
         work = with_options(work, {"reference": "auto"})
@@ -64,6 +67,11 @@ def changes(work: Workload) -> Iterator[tuple[str, Workload]]:
     while work.tokens >= 512 * work.pairs:
         work = dataclasses.replace(work, tokens=work.tokens // 2)
         yield f"{arguments} --tokens {work.tokens}", work
+
+
+def depth_of(work: Workload) -> int:
+    """Decoder layers of its model."""
+    return work.model.get_text_config().num_hidden_layers
 
 
 def autocast(dtype: str, rank: int | None, lora_dtype: str) -> dict[str, Any]:

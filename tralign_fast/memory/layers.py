@@ -4,18 +4,24 @@ Decoder layers are alike, so that what is alive at a given moment of a step, suc
 its gradients", is a + b·L + c·i bytes in a model of L layers. The peak over all moments is no such
 line (a shallow model has it at the head's logits, a deep one at the optimizer's step); each moment
 is. So every moment of runs with 5 and 7 layers is drawn out to L, and the largest is the peak.
+
+A moment is a line in the number N of checkpointed layers, too, between a run that checkpoints one
+and a run that checkpoints all but one. Only in the backward of those N it is what the latter has
+there: what the other layers kept is gone by then.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from tralign_fast.memory.changes import with_options
 from tralign_fast.memory.live import MemoryReport
 from tralign_fast.memory.trace import trace, trace_segments
 from tralign_fast.memory.workload import Workload
+from tralign_fast.model.checkpointed_layers import how_many
 
 SHALLOW: dict[int | None, tuple[int, int]] = {
     1: (5, 7),
@@ -31,16 +37,95 @@ def trace_deep(work: Workload) -> MemoryReport:
     Raises:
         ValueError: as `trace`.
     """
-    depth = getattr(work.model, "num_hidden_layers", 0)
+    layers, depth = checkpointed_of(work), _depth(work)
+    if layers in (0, depth):
+        work = checkpointing(work, layers)
+    elif layers is not None:
+        peaks = by_layers(work)
+        return trace(work) if peaks is None else peaks(layers)
+    moments = _deep_moments(work)
+    return trace(work) if moments is None else _peak(moments.values())
+
+
+def checkpointed_of(work: Workload) -> int | None:
+    """How many layers the work checkpoints of all; None: all or none, as it says.
+
+    Raises:
+        ValueError: more than there are.
+    """
+    layers = work.options.get("gradient_checkpointing_layers")
+    if layers is None or not work.options.get("gradient_checkpointing", True):
+        return None
+    return how_many(layers, _depth(work), type(work.model).__name__)
+
+
+def checkpointing(work: Workload, layers: int) -> Workload:
+    """The work with so many layers checkpointed, in the plainest words."""
+    some = None if layers in (0, _depth(work)) else layers
+    options = {"gradient_checkpointing": layers > 0, "gradient_checkpointing_layers": some}
+    return with_options(work, options)
+
+
+def by_layers(
+    work: Workload, goes_on: Callable[[MemoryReport], bool] = lambda _: True
+) -> Callable[[int], MemoryReport] | None:
+    """What the work holds if so many of its layers are checkpointed, at least one and not all;
+    None: it has to be traced whole to know.
+
+    The first layer and the last one are not as the others: the one's input is there anyway, and the
+    other's MLP runs on scored rows alone. So the lines are drawn between one and all but one.
+
+    Args:
+        goes_on: asked with what it holds if all but one are; False: nothing else is wanted, and
+            None is returned.
+
+    Raises:
+        ValueError: as `trace`.
+    """
+    most = _deep_moments(work, lambda depth: depth - 1)
+    if most is None or not goes_on(_peak(most.values())):
+        return None
+    least = _deep_moments(work, lambda _: 1)
+    if least is None or set(least) != set(most):
+        return None
+
+    def peak(count: int) -> MemoryReport:
+        share = (count - 1) / (_depth(work) - 2)
+        lines = [_drawn(least[key], most[key], share) for key in most]
+        again = (r for key, r in most.items() if key[1] == "last" and key[2] <= count)
+        return _peak([*lines, *again])
+
+    return peak
+
+
+def _depth(work: Workload) -> int:
+    return getattr(work.model, "num_hidden_layers", 0)
+
+
+def _deep_moments(
+    work: Workload, checkpointed: Callable[[int], int] | None = None
+) -> dict[tuple[Any, ...], MemoryReport] | None:
+    """Every moment of a run, from shallow ones; None: the model is not deep, or not so regular.
+
+    Args:
+        checkpointed: how many layers are, of so many; None: as the work says.
+    """
+    depth = _depth(work)
     shallow = SHALLOW.get(_period(work.model))
     if depth < _LEAST or shallow is None:
-        return trace(work)
-    less, more = (_moments(trace_segments(with_layers(work, n))) for n in shallow)
+        return None
+    works = [with_layers(work, n) for n in shallow]
+    if checkpointed is not None:
+        works = [checkpointing(w, checkpointed(n)) for w, n in zip(works, shallow, strict=True)]
+    less, more = (_moments(trace_segments(each)) for each in works)
     if set(less) != set(more):
-        return trace(work)
+        return None
     factor = (depth - shallow[0]) / (shallow[1] - shallow[0])
-    drawn = [_drawn(less[key], more[key], factor) for key in less]
-    return max(drawn, key=lambda report: report.peak)
+    return {key: _drawn(less[key], more[key], factor) for key in less}
+
+
+def _peak(reports: Iterable[MemoryReport]) -> MemoryReport:
+    return max(reports, key=lambda report: report.peak)
 
 
 def with_layers(work: Workload, count: int) -> Workload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from tralign_fast.memory.changes import (
     weights_of,
     with_options,
 )
+from tralign_fast.memory.fewer_checkpointed import fewest_checkpointed, may_checkpoint_fewer
 from tralign_fast.memory.forked import in_processes
 from tralign_fast.memory.live import MemoryReport
-from tralign_fast.memory.plan_answer import HEADROOM, Alternative, Plan, fits
+from tralign_fast.memory.plan_answer import HEADROOM, Alternative, Fewer, Plan, fits
 from tralign_fast.memory.plan_options import PlanOptions, parse_memory, workload
 from tralign_fast.memory.plan_plot import check_plot, save_plot
 from tralign_fast.memory.plan_text import as_json, as_text
@@ -52,17 +54,21 @@ def make_plan(options: PlanOptions) -> Plan:
     # those that are traced whatever the others say can be traced at the same time
     others = list(changes(work))
     sure = others[: _sure(others, work)] if options.alternatives else []
-    tried = list(in_processes(_tried, [("", work), *sure]))
+    layout, card = Layout(options.gpus, options.nodes), options.card or DEFAULT_CARD
+    jobs: list[Any] = [functools.partial(_tried, each) for each in [("", work), *sure]]
+    if asks := options.alternatives and may_checkpoint_fewer(work, memory):
+        jobs.append(functools.partial(_fewer, work, memory, rates or rates_of(card), layout, card))
+    tried = list(in_processes(_done, jobs))
+    fewer = tried.pop() if asks else None
     remedy = None
     if not fits(tried[0].report, memory):
         remedy = next((a for a in tried[1:] if fits(a.report, memory)), None)
         if remedy is None:
             remedy = _first_that_fits(others[len(sure) :], tried, memory)
     theirs, why = _trace_trl(work) if options.trl else (None, None)
-    plan = Plan(memory, tried, remedy, theirs, why)
+    plan = Plan(memory, tried, remedy, theirs, why, fewer=fewer)
     if rates is None:
         return plan
-    layout = Layout(options.gpus, options.nodes)
     try:
         time = step_time((plan.chosen or plan.asked).work, sizes_of(work.model), rates, layout)
     except ValueError as error:
@@ -104,13 +110,21 @@ def _sure(others: list[tuple[str, Workload]], work: Workload) -> int:
     return adapted.index(True) if True in adapted else len(others)
 
 
+def _done(job: Callable[[], Any]) -> Any:
+    return job()
+
+
+def _fewer(*arguments: Any) -> Fewer | None:
+    return _traced("fewer checkpointed layers", lambda _: fewest_checkpointed(*arguments), None)
+
+
 def _tried(asked: tuple[str, Workload]) -> Alternative:
     change, work = asked
     report, why = _traced(change or "as asked", trace_rank, work)
     return Alternative(change, work, report, why)
 
 
-def _traced(what: str, function: Callable[[Workload], Any], work: Workload) -> Any:
+def _traced(what: str, function: Callable[[Any], Any], work: Workload | None) -> Any:
     print(f"tracing {what} ...", file=sys.stderr, flush=True)
     return function(work)
 

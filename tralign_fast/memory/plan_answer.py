@@ -28,6 +28,17 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Fewer:
+    """The fewest checkpointed layers with which what was asked still fits."""
+
+    change: str
+    report: MemoryReport
+    card: str
+    seconds: float | None = None  # of a step, by the model; None: there is none
+    asked: float | None = None  # of one that checkpoints all layers
+
+
+@dataclass(frozen=True)
 class Plan:
     """Answers of `tralign-fast plan`."""
 
@@ -38,6 +49,7 @@ class Plan:
     why: str | None
     time: StepTime | None = None  # of what is chosen, or else was asked
     no_time: str | None = None  # why there is none
+    fewer: Fewer | None = None
 
     @property
     def asked(self) -> Alternative:

@@ -57,6 +57,8 @@ def of_recipe(given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if plan["logits_budget_mb"] is None:  # by what is free, which a plan is to find out
         plan["logits_budget_mb"] = STANDARD_MB
     plan["optim"] = getattr(plan["optim"], "value", plan["optim"])
+    if given.gradient_checkpointing_layers is not None:
+        plan["gradient_checkpointing_layers"] = given.gradient_checkpointing_layers
     losses = given.loss_type
     plan["method"] = losses[0] if isinstance(losses, list) else losses or "dpo"
     every = given.ref_model_sync_steps

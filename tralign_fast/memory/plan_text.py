@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tralign_fast.memory.live import MemoryReport
-from tralign_fast.memory.plan_answer import GIB, HEADROOM, NOTE, Alternative, Plan, fits
+from tralign_fast.memory.plan_answer import GIB, HEADROOM, NOTE, Alternative, Fewer, Plan, fits
 from tralign_fast.memory.plan_options import PlanOptions, hub_id
 from tralign_fast.memory.time_model import DEFAULT_CARD, Layout
 from tralign_fast.memory.time_model import as_text as time_text
@@ -80,6 +80,7 @@ def as_json(options: PlanOptions, plan: Plan) -> dict[str, Any]:
         "remedy": remedy and {
             "change": remedy.change, "tralign_fast": dataclasses.asdict(remedy.report)
         },
+        "fewer_checkpointed": plan.fewer and dataclasses.asdict(plan.fewer),
         "alternatives": {a.change: a.report.peak for a in plan.tried[1:]},
         "cards": {str(card): a and (a.change or "as asked") for card, a in by_card(plan).items()},
         "time": plan.time and dataclasses.asdict(plan.time),
@@ -103,6 +104,8 @@ def as_text(options: PlanOptions, plan: Plan) -> str:
     if plan.why:
         parts.append(plan.why)
     parts += ["", _bars(plan), "", _cards(plan), "", _answer(options, plan)]
+    if plan.fewer is not None:
+        parts.append(_room(plan.fewer))
     if plan.time is not None:
         layout, card = Layout(options.gpus, options.nodes), options.card or DEFAULT_CARD
         parts += ["", time_text(plan.time, layout, card)]
@@ -182,6 +185,17 @@ def _cards(plan: Plan) -> str:
         peak = "" if found is None else f" ({found.report.peak / GIB:.1f} GiB)"
         lines.append(f"{card:>3} GiB  {text}{peak}")
     return "\n".join(lines)
+
+
+def _room(fewer: Fewer) -> str:
+    """What the memory that is left over is good for."""
+    line = f"room for activations: {fewer.change} holds {fewer.report.peak / GIB:.2f} GiB"
+    if fewer.seconds is None or fewer.asked is None:
+        return line
+    return (
+        f"{line}; a step takes {fewer.seconds:.3f} s in place of {fewer.asked:.3f} ({fewer.card}, "
+        "a model: docs/scaling.md)"
+    )
 
 
 def _answer(options: PlanOptions, plan: Plan) -> str:

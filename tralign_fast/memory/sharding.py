@@ -15,7 +15,7 @@ from tralign_fast.memory.workload import Workload
 
 # What versions of PyTorch, transformers and accelerate that are put together otherwise than those
 # that were tested may end in. A ValueError is none of it: the work cannot be trained.
-_OTHERWISE = (
+OTHERWISE = (
     RuntimeError, AttributeError, TypeError, KeyError, AssertionError, ImportError,
 )  # fmt: skip
 
@@ -30,7 +30,7 @@ def trace_rank(work: Workload) -> tuple[MemoryReport, str | None]:
         return trace_deep(work), None
     try:
         return trace_deep(work), None
-    except _OTHERWISE as error:
+    except OTHERWISE as error:
         lines = str(error).strip().splitlines()
         why = lines[0] if lines else type(error).__name__
     return per_gpu(trace_deep(dataclasses.replace(work, gpus=1)), work), why

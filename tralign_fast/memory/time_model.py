@@ -17,6 +17,7 @@ from typing import Any
 
 from tralign_fast.memory.step_flops import Sizes, flops_of, small_kernel_bytes
 from tralign_fast.memory.workload import Workload
+from tralign_fast.model.checkpointed_layers import how_many
 
 # Shares of the data sheets' rates. The first two were fitted to seven steps of an H200
 # (docs/scaling.md); the third is assumed: nothing here was run on several cards.
@@ -141,7 +142,7 @@ class _Step:
         self.layer_bytes = sizes.layer * few / layout.tensor
         self.outside_bytes = sizes.outside * self.width / layout.tensor
         self.moves = bool(work.options.get("sync_ref_model", True))
-        self.checkpoints = bool(work.options.get("gradient_checkpointing", True))
+        self.again = _share_computed_again(work, sizes.layers)
         self.full = work.lora_rank is None
 
     def time(self) -> StepTime:
@@ -149,7 +150,7 @@ class _Step:
         past = self.past if not self.full else 0
         flops = flops_of(self.sizes, work.pairs, work.tokens, work.lora_rank, past)
         small = small_kernel_bytes(self.sizes, work.tokens, 2, not self.full) / rates.memory / share
-        again = 1.0 if self.checkpoints else 0.0
+        again = self.again
         compute = {
             "reference": self.moves * flops.reference / rates.products / share,
             "forward": flops.forward / rates.products / share,
@@ -259,6 +260,14 @@ class _Step:
         ranks = self.layout.gpus if self.layout.parallel == "fsdp2" else self.layout.tensor
         count = self.sizes.parameters / ranks
         return count * self.width * (sweeps + clips) / self.rates.memory
+
+
+def _share_computed_again(work: Workload, count: int) -> float:
+    """Of the layers, those that gradient checkpointing runs a second time."""
+    if not work.options.get("gradient_checkpointing", True):
+        return 0.0
+    layers = work.options.get("gradient_checkpointing_layers")
+    return 1.0 if layers is None else how_many(layers, count, type(work.model).__name__) / count
 
 
 def _past_adapters(work: Workload) -> int:

@@ -53,7 +53,10 @@ def make_trl_trainer(work: Workload, folder: str, *, on_gpu: bool = False) -> An
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 
-    ours = ("reference", "gradient_release", "logits_budget_mb", "adapter_tolerance")
+    ours = (
+        "reference", "gradient_release", "logits_budget_mb", "adapter_tolerance",
+        "gradient_checkpointing_layers",
+    )  # fmt: skip
     options = {k: v for k, v in work.arguments(folder, on_gpu).items() if k not in ours}
     # TRL refuses a moving reference with PEFT: its reference is the base then
     options["sync_ref_model"] = work.lora_rank is None

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tralign_fast.data.layout import PrefixLayout
+from tralign_fast.model.checkpointed_layers import FirstLayers
 from tralign_fast.model.fused_lora import FUSED, PLAIN, lora_without_value
 from tralign_fast.model.patching import Patches, causal_lm_of, has_forward, runs_own_forward
 from tralign_fast.ops.backend import device_kind
@@ -40,8 +41,11 @@ _KNOWN = ("torch.nn.", "transformers.", "peft.tuners.lora.", "bitsandbytes.nn.",
 _CONSTANTS = (types.NoneType, bool, int, float, str, PrefixLayout)
 
 
-def lean_checkpoints(model: nn.Module) -> Callable[[], None]:
+def lean_checkpoints(model: nn.Module, layers: float | None = None) -> Callable[[], None]:
     """Makes layers that transformers checkpoints one node of autograd each; returns its undo.
+
+    With `layers` only so many of the decoder's layers are checkpointed, from the first on (under 1:
+    that share of them); the others keep their activations.
 
     It holds for those that are checkpointed now, and for later calls of
     `gradient_checkpointing_enable`. What a layer is, is asked at every call. PyTorch's own function
@@ -49,8 +53,12 @@ def lean_checkpoints(model: nn.Module) -> Callable[[], None]:
     parameters have hooks (FSDP, ZeRO-3, gradient release, router logits), in compiled layers, under
     hooks on saved tensors (offloading), and for modules that are not transformers', PyTorch's or
     PEFT's LoRA.
+
+    Raises:
+        ValueError: `layers` of a model that has fewer, or no list of them.
     """
     causal_lm = causal_lm_of(model)
+    first = None if layers is None else FirstLayers(causal_lm, layers)
     own = getattr(type(causal_lm), "_set_gradient_checkpointing", None)
     patches = Patches()
     if own is None or "value" in signature(own).parameters:  # code on the hub from before 4.35
@@ -59,9 +67,9 @@ def lean_checkpoints(model: nn.Module) -> Callable[[], None]:
     @functools.wraps(own)
     def enable(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         own(self, *args, **kwargs)
-        _install(self)
+        _install(self, first)
 
-    _install(causal_lm)
+    _install(causal_lm, first)
     # bound: a deep copy of the model finds it bound to itself
     bound = types.MethodType(enable, causal_lm)
     patches.attribute(causal_lm, "_set_gradient_checkpointing", bound)
@@ -70,6 +78,8 @@ def lean_checkpoints(model: nn.Module) -> Callable[[], None]:
     def undo() -> None:
         patches.undo()
         kept = held()
+        if kept is not None and first is not None:
+            first.undo(kept)
         if kept is not None and not _is_lean(kept):
             for layer in _layers(kept):
                 function = layer.__dict__.get("_gradient_checkpointing_func")
@@ -84,7 +94,9 @@ def _is_lean(model: nn.Module) -> bool:
     return "_set_gradient_checkpointing" in model.__dict__
 
 
-def _install(model: nn.Module) -> None:
+def _install(model: nn.Module, first: FirstLayers | None) -> None:
+    if first is not None:
+        first.apply(model)
     for layer in _layers(model):
         function = layer.__dict__.get("_gradient_checkpointing_func")
         if (

@@ -69,6 +69,7 @@ def prepare_model(
     fused_lora: bool = True,
     cuda_graphs: bool | None = False,
     layer_kernels: str | Collection[str] = "auto",
+    checkpointed_layers: float | None = None,
     probe: bool = True,
 ) -> PreparedModel:
     """Makes `sequence_logps` work on `model`, and finds out whether it can run packed rows.
@@ -85,12 +86,14 @@ def prepare_model(
     "auto" takes Liger's on a GPU, where it is installed, each that is as good as the model's own
     code on its own modules (which is tried without `probe` too); "liger" says so where it cannot;
     "none" takes none; a collection of "norm", "mlp" and "rotary" is "liger" for those alone.
-    `logits_budget_mb`, `vocab_filter`, `kept` and `backend` are those of `linear_logprobs`.
+    `checkpointed_layers` is how many layers gradient checkpointing is of, from the first on, or
+    under 1 which share; None: all. `logits_budget_mb`, `vocab_filter`, `kept` and `backend` are
+    those of `linear_logprobs`.
 
     Raises:
         ValueError: the model's head is not `softcap(scale · (W h + b))`, its 4-bit weights were
-            repacked for inference, its PEFT type cannot be scored, or `layer_kernels` or `kept` is
-            unknown. The model is as it was.
+            repacked for inference, its PEFT type cannot be scored, `layer_kernels` or `kept` is
+            unknown, or it has fewer layers than `checkpointed_layers`. The model is as it was.
     """
     _check_peft_type(model)
     options: dict[str, Any] = {"vocab_filter": vocab_filter, "kept": kept, "backend": backend}
@@ -101,7 +104,7 @@ def prepare_model(
         undo.callback(speed_up_linears(model))
         if fused_lora:
             undo.callback(fuse_lora(model))
-        undo.callback(lean_checkpoints(model))
+        undo.callback(lean_checkpoints(model, checkpointed_layers))
         is_there = next(model.parameters()).device.type != "meta"
         probe = probe and is_there
         with _evaluating(model):

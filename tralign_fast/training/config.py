@@ -27,9 +27,9 @@ from tralign_fast.training.option_types import (
     SHARE,
     UNDER_ONE,
     Checked,
+    CountOrShare,
     NotEmpty,
     OneOf,
-    StepsOrShare,
     bounds_of,
     check_types,
 )
@@ -94,11 +94,18 @@ class TRConfig(TrainingArguments):
     learning_rate: Annotated[float, NOT_NEGATIVE] = _option(
         1e-6, "Initial learning rate of the optimizer."
     )
-    logging_steps: Annotated[float, StepsOrShare()] = _option(
+    logging_steps: Annotated[float, CountOrShare()] = _option(
         10, "Optimizer steps between two logs."
     )
     gradient_checkpointing: bool = _option(
         True, "Compute activations again in the backward instead of keeping them."
+    )
+    gradient_checkpointing_layers: Annotated[
+        float | None, CountOrShare(zero=True, what="layers", of="them")
+    ] = _option(
+        None,
+        "Decoder layers that gradient checkpointing is of, from the first on; the others keep "
+        "their activations and run once. None: all.",
     )
     bf16: bool | None = _option(
         None, "bf16 mixed precision. None: on an accelerator, unless fp16 is set."
@@ -160,7 +167,7 @@ class TRConfig(TrainingArguments):
     ref_model_mixup_alpha: Annotated[float, SHARE] = _option(
         0.6, "α, the policy's weight in the new reference (1: hard update)."
     )
-    ref_model_sync_steps: Annotated[float, StepsOrShare()] = _option(
+    ref_model_sync_steps: Annotated[float, CountOrShare()] = _option(
         512, "τ, optimizer steps between two updates."
     )
     reference: Annotated[str, OneOf("auto", registry=REFERENCES)] = _option(
@@ -290,6 +297,9 @@ class TRConfig(TrainingArguments):
             self.sync_ref_model = not self.precompute_ref_log_probs
         every = self.ref_model_sync_steps
         self.ref_model_sync_steps = every if every < 1 else int(every)
+        layers = self.gradient_checkpointing_layers
+        if layers is not None and (layers == 0 or layers >= 1):
+            self.gradient_checkpointing_layers = int(layers)
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
         if self.use_liger_kernel:
             self._take_over_liger()

@@ -77,7 +77,8 @@ class RunModels:
         if kind.needs_second_model and start is None:
             start = _copy(policy)
         self.initial = _copy(policy).eval() if args.log_kl_initial else None
-        packs = self._prepare(policy)
+        checkpointed = args.gradient_checkpointing_layers if args.gradient_checkpointing else None
+        packs = self._prepare(policy, checkpointed)
         self.prepared.callback(quick_parameters(policy))
         if isinstance(collator, PreferenceCollator):
             shared = "shared" if args.prefix_sharing else "packed"
@@ -89,13 +90,14 @@ class RunModels:
             self._prepare(self.initial)
         self.reference = build_reference(place, policy, wrapped, args)
 
-    def _prepare(self, model: PreTrainedModel) -> bool:
+    def _prepare(self, model: PreTrainedModel, checkpointed: float | None = None) -> bool:
         """Lets the model return log-probs; whether it can take packed rows."""
         names = ("packing", "logits_budget_mb", "vocab_filter")
         options = {name: getattr(self._args, name) for name in names}
         options["cuda_graphs"] = _cuda_graphs(self._accelerator, self._args)
         options["layer_kernels"] = self._args.kinds_of_layer_kernels
         options["kept"] = _kept(self._args, model)
+        options["checkpointed_layers"] = checkpointed
         prepared = prepare_on_all(self._accelerator, model, **options)
         self.prepared.callback(prepared.undo)
         if self._compile_options is not None:

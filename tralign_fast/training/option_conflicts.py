@@ -58,6 +58,13 @@ def _contradictions(config: Any) -> Iterator[str]:
     other = next((n for n in UNGRAPHED if getattr(config, n)), None)
     if config.cuda_graphs and other is not None:
         yield f"cuda_graphs=True: expected no {other}, which no graph can replay; drop one of them"
+    kwargs = config.gradient_checkpointing_kwargs
+    layers = config.gradient_checkpointing_layers
+    if layers is not None and isinstance(kwargs, dict) and "every_n_layers" in kwargs:
+        yield (
+            f"gradient_checkpointing_layers={layers:g}: expected no every_n_layers in "
+            "gradient_checkpointing_kwargs, which chooses other layers; drop one of them"
+        )
     if config.gradient_release and config.deepspeed:
         yield (
             "gradient_release=True: expected no deepspeed, whose engine keeps the gradients; leave "
@@ -172,7 +179,8 @@ def _of_the_loop(config: Any) -> Iterator[tuple[str, str]]:
         for name in ("save_total_limit", "save_only_model"):
             yield name, 'save_strategy is "no"'
     if not config.gradient_checkpointing:
-        yield "gradient_checkpointing_kwargs", "gradient_checkpointing is False"
+        for name in ("gradient_checkpointing_kwargs", "gradient_checkpointing_layers"):
+            yield name, "gradient_checkpointing is False"
 
 
 def _is_set(config: Any, field: dataclasses.Field) -> bool:

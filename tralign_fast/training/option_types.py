@@ -52,10 +52,12 @@ class OneOf:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepsOrShare:
+class CountOrShare:
     """Whole steps, or under 1 a share of the run's; 0 where that means something."""
 
     zero: bool = False
+    what: str = "steps"
+    of: str = "the run"
 
     def __contains__(self, value: float) -> bool:
         if value == 0:
@@ -63,7 +65,7 @@ class StepsOrShare:
         return 0 < value < 1 or (value >= 1 and value == int(value))
 
     def __str__(self) -> str:
-        return f"of whole steps ≥ {1 - self.zero}, or a share of the run in (0, 1)"
+        return f"of whole {self.what} ≥ {1 - self.zero}, or a share of {self.of} in (0, 1)"
 
 
 class NotEmpty:
@@ -113,11 +115,11 @@ TAKEN: dict[str, tuple[Any, str]] = {
     ),
     "fp16": (bool, "fp16 mixed precision."),
     "eval_steps": (
-        Annotated[float | None, StepsOrShare(zero=True)],
+        Annotated[float | None, CountOrShare(zero=True)],
         "Steps between two evaluations; None and 0: logging_steps.",
     ),
     "save_steps": (
-        Annotated[float, StepsOrShare(zero=True)],
+        Annotated[float, CountOrShare(zero=True)],
         "Steps between two checkpoints; 0: none.",
     ),
     "save_total_limit": (

@@ -45,7 +45,10 @@ def _work_of(trainer: Any) -> Any:
     ranks = [getattr(c, "r", None) for c in getattr(model, "peft_config", {}).values()]
     base = causal_lm_of(model)
     pairs = args.per_device_train_batch_size
-    names = ("gradient_checkpointing", "gradient_release", "max_grad_norm")
+    names = (
+        "gradient_checkpointing", "gradient_checkpointing_layers", "gradient_release",
+        "max_grad_norm",
+    )  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     return Workload(
         base.config,
