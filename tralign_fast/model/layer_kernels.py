@@ -26,6 +26,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tralign_fast.model import kernel_probe
 from tralign_fast.model.kernel_probe import Unlike
 from tralign_fast.model.patching import Patches, has_forward, runs_only
+from tralign_fast.model.rotary import (
+    FEWER_OPERATORS,
+    rotary_of,
+    unless_compiled,
+    with_rotary,
+)
 from tralign_fast.ops.backend import device_kind, warn_once
 
 LAYER_KERNELS = ("auto", "liger", "none")
@@ -295,8 +301,6 @@ def _mlp_forward(
 
 # --- rotary embeddings ----------------------------------------------------------------------------
 
-_ROTARY = "apply_rotary_pos_emb"  # what transformers' attention layers look up and call
-
 
 def _attentions(
     model: nn.Module, run: Callable[[], Any]
@@ -308,7 +312,8 @@ def _attentions(
     """
     found = (
         m for m in model.modules()
-        if _ROTARY in _globals_of(type(m).forward) and _is_own(m, "rotary")
+        if rotary_of(type(m).forward) is not None
+        and (_is_own(m, "rotary") or runs_only(m, FEWER_OPERATORS))
     )  # fmt: skip
     groups = _groups(found, lambda m: None)
     calls = _record([end for group in groups for end in (group[0], group[-1])], run)
@@ -317,12 +322,13 @@ def _attentions(
         if group[0] not in calls or group[-1] not in calls:
             continue  # of another part of the model, which preference data does not reach
         own = type(group[0]).forward
-        original = _globals_of(own)[_ROTARY]
+        original = rotary_of(own)
+        assert original is not None
         kernel = _rotary_in_place_of(original, next(group[0].parameters()).is_cuda)
-        forward_with = functools.partial(_with_rotary, own)
+        forward_with = functools.partial(with_rotary, own)
         for module in (group[0], group[-1]):
             kernel_probe.check_rotary(module, calls[module], kernel, forward_with, original)
-        changed += [(module, _attention_forward(forward_with(kernel))) for module in group]
+        changed += [(module, unless_compiled(forward_with(kernel))) for module in group]
     yield from changed
 
 
@@ -360,51 +366,3 @@ def _rotary_in_place_of(original: Callable[..., Any], on_gpu: bool) -> Callable[
         return original(q, k, cos, sin, *args, **kwargs)
 
     return turn
-
-
-def _attention_forward(fast: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(own_forward: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return own_forward(attention, *args, **kwargs)
-        return fast(attention, *args, **kwargs)
-
-    return forward
-
-
-class _Globals(dict):
-    """A module's globals as they are at every moment, but for one name."""
-
-    def __init__(self, below: dict[str, Any], name: str, value: Any) -> None:
-        super().__init__({name: value, "__builtins__": below["__builtins__"]})
-        self._below = below
-
-    def __missing__(self, name: str) -> Any:
-        return self._below[name]
-
-
-def _globals_of(forward: Any) -> dict[str, Any]:
-    """The globals of the function that looks up the rotary embedding, or of what it decorates."""
-    while isinstance(forward, types.FunctionType):
-        if _ROTARY in forward.__code__.co_names:
-            return forward.__globals__
-        forward = getattr(forward, "__wrapped__", None)
-    return {}
-
-
-def _with_rotary(forward: Any, rotary: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward with another function where it looks the rotary embedding up: no module of Python
-    is changed, and no other instance or thread sees it."""
-    inner, closure = getattr(forward, "__wrapped__", None), forward.__closure__
-    scope = forward.__globals__
-    if _ROTARY in forward.__code__.co_names:
-        scope = _Globals(scope, _ROTARY, rotary)
-    else:  # a decorator
-        closure = tuple(
-            types.CellType(_with_rotary(inner, rotary)) if cell.cell_contents is inner else cell
-            for cell in closure or ()
-        )
-    copied = types.FunctionType(
-        forward.__code__, scope, forward.__name__, forward.__defaults__, closure
-    )
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return copied
