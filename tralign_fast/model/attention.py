@@ -230,7 +230,11 @@ def _attend_one(
     elif queries == keys and window is None and softcap is None:
         mask, causal = None, True
     else:
-        mask, causal = layout.mask(queries, keys, window, query.device), False
+        causal = False
+        if softcap is None:
+            mask = layout.bias(queries, keys, window, query.device, query.dtype)
+        else:
+            mask = layout.mask(queries, keys, window, query.device)
     repeats = query.shape[1] // key.shape[1]
     # a GPU's fused kernels want all heads where there is a mask, or fp32
     if repeats > 1 and (softcap is not None or device_kind(query.device) == "cuda"):
