@@ -27,7 +27,8 @@ rows "one call" have a single call in its place, as a GPU has: its host work, ot
 **Layer kernels.** Where Liger is installed, a GPU runs norms, gated MLPs and rotary embeddings by
 its kernels. In the rows of that name Liger's own Python runs, and one small operator (a norm's
 backward: two) in place of each launch; what Triton's launcher takes is left out. TRL runs there as
-it comes, and with the same kernels.
+it comes, and with the same kernels. "Torch's norm kernel": no Liger, where a GPU runs norms by
+PyTorch's own operator, in whose place stands one that a CPU has; TRL as it comes.
 
 **The gate.** The mean losses of the warm-up agree (not where values are others).
 """
@@ -67,6 +68,7 @@ class Case:
     alpha: float = 1.0
     one_call: bool = False
     layer_kernels: bool = False
+    torch_norms: bool = False
     layers: int = 32
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -76,6 +78,7 @@ CASES = {
     "full, one call": Case(one_call=True),
     "lora": Case(1, 0.6),
     "lora, one call": Case(1, 0.6, one_call=True),
+    "full, torch's norm kernel": Case(one_call=True, torch_norms=True),
     "full, layer kernels": Case(one_call=True, layer_kernels=True),
     "lora, layer kernels": Case(1, 0.6, one_call=True, layer_kernels=True),
 }
@@ -224,6 +227,8 @@ def as_asked(case: Case) -> Iterator[None]:
             stack.enter_context(mock.patch.object(prepare, "_why_not_packed", always(None)))
         if case.layer_kernels:
             stack.enter_context(_kernels_without_a_gpu())
+        if case.torch_norms:
+            stack.enter_context(_torch_norm_without_a_gpu())
         yield
 
 
@@ -246,6 +251,26 @@ def _kernels_without_a_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+@contextlib.contextmanager
+def _torch_norm_without_a_gpu() -> Iterator[None]:
+    """A norm of other values in place of the kernel: one operator forward and one backward too."""
+    import torch
+
+    from tralign_fast.model import kernel_probe, layer_kernels
+
+    def layer_norm(x: Any, shape: Any, weight: Any, eps: float) -> Any:
+        return torch.native_layer_norm(x, shape, weight, None, eps)
+
+    with (
+        mock.patch.object(layer_kernels, "_can_run", return_value=True),
+        mock.patch.object(layer_kernels, "_liger", return_value=None),
+        mock.patch.object(layer_kernels, "_has_fused_norm", return_value=True),
+        mock.patch.object(kernel_probe, "best_norm", lambda norms, kernels: kernels[0]),
+        mock.patch.object(torch, "_fused_rms_norm", layer_norm),
+    ):
         yield
 
 

@@ -134,6 +134,21 @@ def test_mask_is_causal_at_the_bottom_right_and_slides():
     assert mask.int().tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
+def test_a_short_mask_is_made_into_what_is_added_to_scores_once_and_a_long_one_never(monkeypatch):
+    cpu, inf = torch.device("cpu"), float("inf")
+    layout = collate(PAIRS, paired=True).layout
+    assert layout is not None
+    with torch.inference_mode():
+        bias = layout.bias(2, 5, None, cpu, torch.bfloat16)
+    assert bias.tolist() == [[0, 0, 0, 0, -inf], [0, 0, 0, 0, 0]]
+    assert bias.dtype == torch.bfloat16
+    assert not bias.is_inference()
+    assert layout.bias(2, 5, None, cpu, torch.bfloat16) is bias
+    assert layout.bias(2, 5, None, cpu, torch.float32).dtype == torch.float32
+    monkeypatch.setattr("tralign_fast.data.layout._LONGEST_BIAS", 9)
+    assert layout.bias(2, 5, 3, cpu, torch.float32) is layout.mask(2, 5, 3, cpu)
+
+
 def test_batches_travel_between_processes_and_dtypes_stay():
     batch = pickle.loads(pickle.dumps(collate(ROWS, paired=False)))
     moved = batch.to("cpu")

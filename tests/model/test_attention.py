@@ -240,6 +240,28 @@ def test_an_attention_that_shares_wrongly_is_found_out(dtype, monkeypatch, smoll
         assert not prepare_model(model).packs
 
 
+def test_no_layer_makes_of_a_mask_what_it_adds_to_its_scores():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    model = build("llama")
+    prepare_model(model)
+    batch = collate().to(DEVICE)
+    sequence_logps(model, batch)  # makes one for each shape
+    with Calls() as calls:
+        sequence_logps(model, batch)
+    assert any("scaled_dot_product" in name for name in calls.seen)
+    assert not {"aten::where", "aten::scalar_tensor"} & set(calls.seen)
+
+
 def test_generation_is_as_before():
     model = build("llama").eval()
     prompt = torch.tensor([[0, 5, 6, 7], [5, 6, 7, 8]])

@@ -458,6 +458,55 @@ def test_a_library_that_cannot_be_imported_is_one_warning(monkeypatch, recwarn):
     assert "cannot be imported (no driver)" in said
 
 
+def norms_of_torch(name: str, monkeypatch, choice: str = "auto", has: bool = True) -> Any:
+    """A model prepared on a GPU without Liger; on a CPU PyTorch's operator is a composition."""
+    warn_once.cache_clear()
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setattr(layer_kernels, "_has_fused_norm", lambda: has)
+    model = build(name)
+    prepare_model(model, layer_kernels="none")
+    with pretend_gpu():
+        undo = layer_kernels.use_layer_kernels(model, choice, lambda: None)
+    return model, undo
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_library_norms_run_by_pytorchs_kernel(dtype, monkeypatch, recwarn):
+    model, undo = norms_of_torch("llama", monkeypatch)
+    called = []
+    own = torch._fused_rms_norm
+    monkeypatch.setattr(torch, "_fused_rms_norm", lambda *a: called.append(a) or own(*a))
+    assert kinds(model) == {"norm": 2 * LAYERS + 1}
+    (said,) = [str(w.message) for w in recwarn if "Liger" in str(w.message)]
+    assert said.endswith("PyTorch's operators run")
+    model = model.to(dtype)
+    found = outcome(model, torch.device("cpu"))
+    assert len(called) == 2 * LAYERS + 1
+    undo()
+    assert not kinds(model)
+    expected = outcome(model, torch.device("cpu"))
+    exact = outcome(copy.deepcopy(model).double(), torch.device("cpu"))
+    for key, value in exact.items():
+        ours, theirs = ((t[key].double() - value).norm() for t in (found, expected))
+        assert ours <= 1.5 * theirs + 1e-7 * value.norm(), key
+
+
+def test_norms_of_pytorch_are_taken_where_they_are_one_kernel_by_default_alone(
+    monkeypatch,
+):
+    assert not kinds(norms_of_torch("llama", monkeypatch, has=False)[0])
+    assert not kinds(norms_of_torch("llama", monkeypatch, choice="liger")[0])
+    assert not kinds(norms_of_torch("llama", monkeypatch, choice="none")[0])
+
+
+def test_a_norm_that_pytorchs_kernel_does_not_compute_is_said(monkeypatch, recwarn):
+    model, _ = norms_of_torch("gemma2", monkeypatch)  # multiplies with 1 + weight
+    assert not kinds(model)
+    (said,) = [str(w.message) for w in recwarn if "RMSNorm" in str(w.message)]
+    assert said.startswith("PyTorch ")
+    assert "its kernel for RMSNorm is left out (other numbers than Gemma2RMSNorm)" in said
+
+
 def test_none_looks_for_nothing(monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     assert said_of(recwarn, "none") == []

@@ -49,6 +49,19 @@ def test_the_mode_is_set_once_and_again_after_an_evaluation():
     assert step(once, model)
 
 
+def test_the_models_of_transformers_are_not_walked_either(tiny_llama):
+    """In 5.24 they have a `train` of their own."""
+    once, model = OncePerRun(), tiny_llama.eval()
+    walked = []
+    for _ in range(3):
+        with once.training_mode(model, model):
+            before = "train" in vars(model)
+            assert model.train() is model
+            walked.append(not before)
+            assert all(m.training for m in model.modules())
+    assert walked == [True, False, False]
+
+
 def test_a_policy_that_was_evaluated_inside_of_its_wrapper_is_switched_back():
     once, model = OncePerRun(), make()
     step(once, model)

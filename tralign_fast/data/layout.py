@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LONGEST_BIAS = 1 << 16  # numbers that are kept for the layers of a step
+
 Pair = list[list[int]]  # token ids of the completions of one example, or of their prompts
 
 
@@ -167,6 +169,21 @@ class PrefixLayout:
             if window is not None:
                 mask &= mask.new_ones(queries, keys).triu(keys - queries - window + 1)
             self._cache[key] = mask
+        return self._cache[key]
+
+    def bias(
+        self, queries: int, keys: int, window: int | None, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """`mask` as what is added to the scores, (queries, keys) of that dtype: attention would
+        make it of a mask in every layer. A long one is left a mask, which takes less memory."""
+        mask = self.mask(queries, keys, window, device)
+        if mask.numel() > _LONGEST_BIAS:
+            return mask
+        key = (queries, keys, window, device, dtype)
+        if key not in self._cache:
+            with torch.inference_mode(False):  # what an evaluation makes, training may save
+                none = torch.zeros((), dtype=dtype, device=device)
+                self._cache[key] = torch.where(mask, none, float("-inf"))
         return self._cache[key]
 
 

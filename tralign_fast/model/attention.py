@@ -18,8 +18,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tralign_fast.data.layout import PrefixLayout, VarlenArguments
 from tralign_fast.model.cut_attention import attend_pieces
-from tralign_fast.model.key_gather import GatherKeys
+from tralign_fast.model.key_gather import GatherKeys, by_token
 from tralign_fast.model.masks import check_mask, make_mask
 from tralign_fast.model.patching import Patches
 from tralign_fast.ops.backend import device_kind, is_pretending, warn_once
@@ -118,22 +117,22 @@ def prefix_shared_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
             sliding_window=sliding_window, softcap=softcap, **kwargs,
         )  # fmt: skip
-    unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in _KNOWN]
     if unknown or not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"attention with {', '.join(unknown) or 'is_causal=False'}")
+        raise NotImplementedError(
+            f"attention with {', '.join(sorted(unknown)) or 'is_causal=False'}"
+        )
     scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = _Options(scale, dropout, sliding_window, softcap)
     varlen = _varlen_function(query, options)
-    attend = functools.partial(_attend, varlen, prefix_layout, options)
     if varlen is not None or device_kind(query.device) != "cuda":
-        return attend(query, key, value), None
+        return _attend(varlen, prefix_layout, options, query, key, value), None
     # cuDNN plans every new pair of lengths anew, which takes longer than a whole step
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return attend(query, key, value), None
+        return _attend(varlen, prefix_layout, options, query, key, value), None
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     """What a layer asks of its attention, beside causality."""
 
     scaling: float  # of the scores
@@ -151,6 +150,22 @@ def _attend(
     value: Tensor,
 ) -> Tensor:
     """(1, T, A, D), by a variable-length kernel where one is given."""
+    if layout.cut is not None:
+        return _attend_cut(varlen, layout, options, query, key, value)
+    if varlen is not None:
+        return _attend_varlen(varlen, query, key, value, layout.varlen(query.device), options)
+    return _attend_segments(query, key, value, layout, options)
+
+
+def _attend_cut(
+    varlen: Callable[..., Tensor] | None,
+    layout: PrefixLayout,
+    options: _Options,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """(1, T, A, D) of a row that begins with pieces of groups."""
 
     def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if varlen is not None:
@@ -163,8 +178,7 @@ def _attend(
             return _attend_varlen(varlen, query, key, value, bounds, options)
         return _attend_one(query, key, value, layout, options).transpose(1, 2)
 
-    if layout.cut is None:
-        return whole(query, key, value)
+    assert layout.cut is not None
     return attend_pieces(query, key, value, layout.cut, whole, one)
 
 
@@ -216,7 +230,11 @@ def _attend_one(
     elif queries == keys and window is None and softcap is None:
         mask, causal = None, True
     else:
-        mask, causal = layout.mask(queries, keys, window, query.device), False
+        causal = False
+        if softcap is None:
+            mask = layout.bias(queries, keys, window, query.device, query.dtype)
+        else:
+            mask = layout.mask(queries, keys, window, query.device)
     repeats = query.shape[1] // key.shape[1]
     # a GPU's fused kernels want all heads where there is a mask, or fp32
     if repeats > 1 and (softcap is not None or device_kind(query.device) == "cuda"):
@@ -247,12 +265,12 @@ def _attend_varlen(
     options: _Options,
 ) -> Tensor:
     """Queries stay in place; keys are gathered so that every sequence has its prompt before it."""
-    # `squeeze`: its backward is a view, where that of an index fills zeros and copies
-    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
     window = (-1 if options.window is None else options.window - 1, 0)
-    if arguments.again:  # else the keys are the row's tokens as they stand
-        k, v = GatherKeys.apply(arguments, k, v)  # pyright: ignore[reportGeneralTypeIssues]
-    return function(q, k, v, arguments, window, options)[None]
+    if arguments.again:
+        k, v = GatherKeys.apply(arguments, key, value)  # pyright: ignore[reportGeneralTypeIssues]
+    else:  # the keys are the row's tokens as they stand
+        k, v = by_token(key), by_token(value)
+    return function(by_token(query), k, v, arguments, window, options).unsqueeze(0)
 
 
 def _flash_attn(q, k, v, arguments, window: tuple[int, int], options: _Options) -> Tensor:

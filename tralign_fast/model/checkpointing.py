@@ -180,7 +180,8 @@ def _is_known(kind: type) -> bool:
 def _held(layer: nn.Module) -> tuple[list[Tensor], list[int]] | None:
     """The parameters that a layer trains, and its modules' identities; None: they are not what a
     node can stand for."""
-    found: dict[Tensor, None] = {}  # a set that keeps its order
+    found: list[Tensor] = []
+    met: set[int] = set()  # a tensor's own hash is a function of Python
     seen: list[int] = []
     modules: list[nn.Module | None] = [layer]
     while modules:
@@ -200,7 +201,7 @@ def _held(layer: nn.Module) -> tuple[list[Tensor], list[int]] | None:
         ):
             return None
         for parameter in own["_parameters"].values():
-            if parameter is None or not parameter.requires_grad:
+            if parameter is None or not parameter.requires_grad or id(parameter) in met:
                 continue
             # a hook on the tensor would see its gradient twice, one on what is accumulated all of
             # a layer's at once
@@ -211,9 +212,11 @@ def _held(layer: nn.Module) -> tuple[list[Tensor], list[int]] | None:
                 or getattr(parameter, "_post_accumulate_grad_hooks", None)
             ):
                 return None
-            found[parameter] = None
-        modules.extend(own["_modules"].values())
-    return list(found), seen
+            met.add(id(parameter))
+            found.append(parameter)
+        if own["_modules"]:
+            modules.extend(own["_modules"].values())
+    return found, seen
 
 
 class _NotOneTensor(Exception):
@@ -305,6 +308,9 @@ class _Run:
     def _no_cached_casts(self) -> Iterator[None]:
         """Inside, autocast does not keep its copies of weights, which nobody reads again; without
         gradient, as PyTorch before 2.11 makes them here, they would have none in the backward."""
+        if self._autocast is None:
+            yield
+            return
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:

@@ -1,9 +1,10 @@
 """Kernels that other libraries have for a model's layers: norms, gated MLPs, rotary embeddings.
 
 Where a library is installed its kernels run by default on a GPU, each where it was tried out on the
-model's own modules first (`kernel_probe`). What a kernel may stand for is decided by what a module
-computes, not by its model's name; only single modules are changed, no class and no module of
-Python. While PyTorch compiles, the modules' own forwards run: there the compiler fuses.
+model's own modules first (`kernel_probe`); without one, PyTorch's own kernel for norms. What a
+kernel may stand for is decided by what a module computes, not by its model's name; only single
+modules are changed, no class and no module of Python. While PyTorch compiles, the modules' own
+forwards run: there the compiler fuses.
 
 Letters: H hidden, I intermediate size, T tokens, D head size.
 """
@@ -26,6 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tralign_fast.model import kernel_probe
 from tralign_fast.model.kernel_probe import Unlike
 from tralign_fast.model.patching import Patches, has_forward, runs_only
+from tralign_fast.model.rotary import (
+    FEWER_OPERATORS,
+    rotary_of,
+    unless_compiled,
+    with_rotary,
+)
 from tralign_fast.ops.backend import device_kind, warn_once
 
 LAYER_KERNELS = ("auto", "liger", "none")
@@ -58,9 +65,12 @@ def use_layer_kernels(
     if not kinds or not _can_run(parameter, asked=choice != "auto"):
         return patches.undo
     library = _liger()
-    if library is None:
-        return patches.undo
     find = {"norm": _norms, "mlp": _mlps, "rotary": functools.partial(_attentions, run=run)}
+    if library is None:
+        if choice != "auto" or not _has_fused_norm():
+            return patches.undo
+        library, kinds = f"PyTorch {torch.__version__}", ("norm",)
+        find = {"norm": functools.partial(_norms, kernels=_torch_norm)}
     for kind in kinds:
         try:
             for module, forward in find[kind](model):
@@ -138,19 +148,19 @@ def _liger() -> str | None:
     if version is None or importlib.util.find_spec("liger_kernel") is None:
         warn_once(
             "Liger is not installed (pip install liger-kernel), whose kernels would make the "
-            "model's layers faster: their own code runs"
+            "model's layers faster: PyTorch's operators run"
         )
         return None
     if Version(version) < Version(OLDEST_LIGER):
         warn_once(
-            f"Liger {version} is too old for layer_kernels, which wants {OLDEST_LIGER}: the "
-            "layers' own code runs"
+            f"Liger {version} is too old for layer_kernels, which wants {OLDEST_LIGER}: "
+            "PyTorch's operators run"
         )
         return None
     try:
         importlib.import_module("tralign_fast.model.liger_ops")
     except Exception as error:  # of another version of Triton or torch: no import may end a run
-        warn_once(f"Liger {version} cannot be imported ({error}): the layers' own code runs")
+        warn_once(f"Liger {version} cannot be imported ({error}): PyTorch's operators run")
         return None
     return f"Liger {version}"
 
@@ -182,23 +192,44 @@ def _runs(x: Tensor, on_gpu: bool) -> bool:
 # --- norms ----------------------------------------------------------------------------------------
 
 
-def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-    """(module, forward) of every RMSNorm.
-
-    Raises:
-        Unlike: of a kind that the kernel does not compute.
-    """
+def _liger_norms(eps: float) -> list[Callable[..., Tensor]]:
     from tralign_fast.model.liger_ops import rms_norm
 
+    return [
+        functools.partial(rms_norm, eps=eps, offset=offset, casting=casting)
+        for casting, offset in (("llama", 0.0), ("gemma", 0.0), ("gemma", 1.0))
+    ]
+
+
+def _torch_norm(eps: float) -> list[Callable[..., Tensor]]:
+    """PyTorch's own kernel, which is one operator forward and one backward."""
+    # not `F.rms_norm`: autocast may give that another dtype
+    return [lambda x, weight: torch._fused_rms_norm(x, weight.shape, weight, eps)[0]]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _has_fused_norm() -> bool:
+    """Whether this PyTorch has a GPU's kernel for RMSNorm; elsewhere it is a composition."""
+    name = "_fused_rms_norm"
+    return hasattr(torch, name) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"aten::{name}", "CUDA"
+    )
+
+
+def _norms(
+    model: nn.Module, kernels: Callable[[float], list[Callable[..., Tensor]]] = _liger_norms
+) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    """(module, forward) of every RMSNorm.
+
+    Args:
+        kernels: eps -> `kernel(x (..., H), weight (H,))`, of which the nearest is taken.
+
+    Raises:
+        Unlike: of a kind that no kernel computes.
+    """
     found: Any = (m for m in model.modules() if _is_norm(m))
     changed = []
     for group in _groups(found, lambda m: (m.weight.shape, m.weight.dtype, _eps(m))):
-        eps = _eps(group[0])
-        made = [
-            functools.partial(rms_norm, eps=eps, offset=offset, casting=casting)
-            for casting, offset in (("llama", 0.0), ("gemma", 0.0), ("gemma", 1.0))
-        ]
-        kernel = kernel_probe.best_norm((group[0], group[-1]), made)
+        kernel = kernel_probe.best_norm((group[0], group[-1]), kernels(_eps(group[0])))
         changed += [(module, _norm_forward(kernel, module.weight.is_cuda)) for module in group]
     yield from changed
 
@@ -295,8 +326,6 @@ def _mlp_forward(
 
 # --- rotary embeddings ----------------------------------------------------------------------------
 
-_ROTARY = "apply_rotary_pos_emb"  # what transformers' attention layers look up and call
-
 
 def _attentions(
     model: nn.Module, run: Callable[[], Any]
@@ -308,7 +337,8 @@ def _attentions(
     """
     found = (
         m for m in model.modules()
-        if _ROTARY in _globals_of(type(m).forward) and _is_own(m, "rotary")
+        if rotary_of(type(m).forward) is not None
+        and (_is_own(m, "rotary") or runs_only(m, FEWER_OPERATORS))
     )  # fmt: skip
     groups = _groups(found, lambda m: None)
     calls = _record([end for group in groups for end in (group[0], group[-1])], run)
@@ -317,12 +347,13 @@ def _attentions(
         if group[0] not in calls or group[-1] not in calls:
             continue  # of another part of the model, which preference data does not reach
         own = type(group[0]).forward
-        original = _globals_of(own)[_ROTARY]
+        original = rotary_of(own)
+        assert original is not None
         kernel = _rotary_in_place_of(original, next(group[0].parameters()).is_cuda)
-        forward_with = functools.partial(_with_rotary, own)
+        forward_with = functools.partial(with_rotary, own)
         for module in (group[0], group[-1]):
             kernel_probe.check_rotary(module, calls[module], kernel, forward_with, original)
-        changed += [(module, _attention_forward(forward_with(kernel))) for module in group]
+        changed += [(module, unless_compiled(forward_with(kernel))) for module in group]
     yield from changed
 
 
@@ -360,51 +391,3 @@ def _rotary_in_place_of(original: Callable[..., Any], on_gpu: bool) -> Callable[
         return original(q, k, cos, sin, *args, **kwargs)
 
     return turn
-
-
-def _attention_forward(fast: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(own_forward: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return own_forward(attention, *args, **kwargs)
-        return fast(attention, *args, **kwargs)
-
-    return forward
-
-
-class _Globals(dict):
-    """A module's globals as they are at every moment, but for one name."""
-
-    def __init__(self, below: dict[str, Any], name: str, value: Any) -> None:
-        super().__init__({name: value, "__builtins__": below["__builtins__"]})
-        self._below = below
-
-    def __missing__(self, name: str) -> Any:
-        return self._below[name]
-
-
-def _globals_of(forward: Any) -> dict[str, Any]:
-    """The globals of the function that looks up the rotary embedding, or of what it decorates."""
-    while isinstance(forward, types.FunctionType):
-        if _ROTARY in forward.__code__.co_names:
-            return forward.__globals__
-        forward = getattr(forward, "__wrapped__", None)
-    return {}
-
-
-def _with_rotary(forward: Any, rotary: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward with another function where it looks the rotary embedding up: no module of Python
-    is changed, and no other instance or thread sees it."""
-    inner, closure = getattr(forward, "__wrapped__", None), forward.__closure__
-    scope = forward.__globals__
-    if _ROTARY in forward.__code__.co_names:
-        scope = _Globals(scope, _ROTARY, rotary)
-    else:  # a decorator
-        closure = tuple(
-            types.CellType(_with_rotary(inner, rotary)) if cell.cell_contents is inner else cell
-            for cell in closure or ()
-        )
-    copied = types.FunctionType(
-        forward.__code__, scope, forward.__name__, forward.__defaults__, closure
-    )
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return copied

@@ -23,6 +23,7 @@ from tralign_fast.model.last_mlp import LAST_MLP, leave_prompts_out_of_last_mlp
 from tralign_fast.model.layer_kernels import use_layer_kernels
 from tralign_fast.model.masks import watch_masks
 from tralign_fast.model.patching import Patches, causal_lm_of, has_forward
+from tralign_fast.model.rotary import fewer_rotary_operators
 from tralign_fast.model.router import record_router_logits
 from tralign_fast.model.scoring import enable_logprobs, sequence_logps
 from tralign_fast.ops.backend import warn_once
@@ -85,7 +86,8 @@ def prepare_model(
     `layer_kernels` are those of another library for norms, gated MLPs and rotary embeddings:
     "auto" takes Liger's on a GPU, where it is installed, each that is as good as the model's own
     code on its own modules (which is tried without `probe` too); "liger" says so where it cannot;
-    "none" takes none; a collection of "norm", "mlp" and "rotary" is "liger" for those alone.
+    "none" takes none; a collection of "norm", "mlp" and "rotary" is "liger" for those alone. Rotary
+    embeddings without a kernel run in fewer operators with the same bits, but for "none".
     `checkpointed_layers` is how many layers gradient checkpointing is of, from the first on, or
     under 1 which share; None: all. `logits_budget_mb`, `vocab_filter`, `kept` and `backend` are
     those of `linear_logprobs`.
@@ -111,6 +113,8 @@ def prepare_model(
             if is_there:
                 run = functools.partial(_run, model)
                 undo.callback(use_layer_kernels(model, layer_kernels, run))
+            if layer_kernels != "none":
+                undo.callback(fewer_rotary_operators(model))
             if probe:
                 _check_head(model)
             packs = packing and _enable_packing(model, undo, probe)

@@ -250,7 +250,8 @@ class TRConfig(TrainingArguments):
     layer_kernels: Annotated[str, OneOf(*LAYER_KERNELS)] = _option(
         "auto",
         "Kernels for norms, gated MLPs and rotary embeddings: auto takes Liger's on a GPU, each "
-        "that is as good as the model's own code; liger says so where it cannot.",
+        "that is as good as the model's own code, without Liger PyTorch's for norms; liger says so "
+        "where it cannot.",
     )
     logits_budget_mb: Annotated[float | None, NOT_NEGATIVE] = _option(
         None,

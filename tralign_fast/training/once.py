@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from tralign_fast.model.patching import Patches
+
+_TRAIN = (nn.Module.train, PreTrainedModel.train)
 
 
 class OncePerRun:
@@ -50,7 +53,7 @@ class OncePerRun:
         """
         known = self._mode_was_set and model.training and policy.training
         self._mode_was_set = True
-        if not known or type(model).train is not nn.Module.train or "train" in vars(model):
+        if not known or type(model).train not in _TRAIN or "train" in vars(model):
             yield
             return
 
