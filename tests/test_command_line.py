@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 
 import pytest
 
@@ -19,6 +20,24 @@ def last(text):
     assert "Traceback" not in text
     assert "usage:" not in text
     return line
+
+
+def test_a_warning_of_a_command_is_one_line(monkeypatch):
+    """Without this package's file and line of code; those of others keep theirs."""
+    from tralign_fast import __main__
+
+    seen, usual = [], warnings.formatwarning
+
+    def run(arguments):
+        for file in (cli.__file__, os.__file__):
+            seen.append(warnings.formatwarning("it is\nso", UserWarning, file, 1))
+        return 0
+
+    monkeypatch.setattr(cli, "main", run)
+    assert __main__.main(["env"]) == 0
+    assert seen[0] == "tralign-fast: warning: it is so\n"
+    assert seen[1] == usual("it is\nso", UserWarning, os.__file__, 1)
+    assert warnings.formatwarning is usual
 
 
 BEFORE_LOADING = {

@@ -5,7 +5,11 @@ A command wants the packages of the extra "train". Without them the help and the
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 from tralign_fast.extras import missing, needed
 
@@ -20,7 +24,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from tralign_fast.cli import main as run
 
-    return run(arguments)
+    with warnings_in_one_line():
+        return run(arguments)
+
+
+@contextlib.contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """What this package warns of, without the place and the line of code that a program would want:
+    who runs a command has written neither."""
+    usual, package = warnings.formatwarning, str(Path(__file__).parent)
+
+    def brief(message, category, filename, lineno, line=None) -> str:
+        if not issubclass(category, UserWarning) or not filename.startswith(package):
+            return usual(message, category, filename, lineno, line)
+        return f"tralign-fast: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = brief
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 
 from tralign_fast import TRConfig, TRTrainer, cli
 from tralign_fast.command_line import Given, parse
-from tralign_fast.commands.train import renamed
+from tralign_fast.commands.train import load_sets, renamed
 from tralign_fast.training.train_options import (
     TrainOptions,
     adapter_of,
@@ -139,6 +140,31 @@ def test_an_evaluation_set_is_evaluated_on(trained, tmp_path):
     )
     assert not [log for log in trainer.state.log_history if "eval_loss" in log]
     assert len(trainer.eval_dataset) == 4
+
+
+def test_an_evaluation_on_the_rows_of_the_training_is_said(tmp_path, recwarn):
+    """A file is one split, whatever its name: `--eval_split test` alone reads all of it again."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"chosen": "a", "rejected": "b"}\n' * 10)
+
+    def warned(source: object, *arguments: str) -> int:
+        recwarn.clear()
+        warnings.simplefilter("always")
+        given = ["--model", "m", "--dataset", str(source), "--eval_dataset", str(source)]
+        train, held_out = load_sets(parse("train", [TrainOptions], [*given, *arguments])[0])
+        assert len(train)
+        assert len(held_out)
+        return sum("rows of" in str(w.message) and "trained on" in str(w.message) for w in recwarn)
+
+    assert warned(rows, "--eval_split", "test") == 1
+    assert warned(rows, "--eval_split", "tset", "--dataset_split", "train") == 1
+    assert warned(rows, "--eval_split", "train[:4]", "--dataset_split", "train[4:]") == 0
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text(rows.read_text())
+    assert warned(folder) == 0
+    assert warned(folder, "--eval_split", "train") == 1
 
 
 def test_a_configuration_is_of_the_hub(recipe, refused):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from importlib.metadata import version
 
 import pytest
@@ -29,6 +30,19 @@ def adapter(run, tmp_path_factory):
         "--lora_r", "4",
     ]) == 0  # fmt: skip
     return folder
+
+
+def test_a_full_disk_leaves_no_half_of_a_merged_model(adapter, tmp_path, refused):
+    output = tmp_path / "merged"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        line = refused("merge", str(adapter), "--output", str(output))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"--output {output} cannot be written (Error while serializing" in line
+    assert not output.exists()
+    assert cli.main(["merge", str(adapter), "--output", str(output)]) == 0
 
 
 def test_a_merged_model_computes_what_base_and_adapter_do(adapter, run, tmp_path, refused, capsys):

@@ -288,6 +288,15 @@ def test_lines_of_json_are_named(name, body, reason, tmp_path):
     assert f"{name}: {reason}" in fails(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("ends", ["le", "be"])
+def test_utf_16_is_told_from_latin_1(name, ends, tmp_path):
+    """What PowerShell's `>` writes."""
+    (tmp_path / name).write_bytes(("\ufeff" + GOOD + "\n").encode(f"utf-16-{ends}"))
+    assert "line 1: the byte 0xf" in (line := fails(tmp_path / name))
+    assert "is not UTF-8; expected UTF-8 (is it UTF-16?)" in line
+
+
 def test_the_file_of_a_folder_is_named(tmp_path):
     write(tmp_path / "train" / "a.jsonl", ROWS)
     (tmp_path / "train" / "b.jsonl").write_text(GOOD + "\n{")

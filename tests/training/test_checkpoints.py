@@ -420,6 +420,20 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(
             make("no-such-model", small_tokenizer, folder)
 
 
+def test_a_full_disk_at_the_end_says_so(tiny_llama, small_tokenizer, tmp_path):
+    trainer = make(tiny_llama, small_tokenizer, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    message = r"end: the model could not be written: the weights: .* MiB are free\); make room"
+    try:
+        with pytest.raises(ValueError, match=message):
+            trainer.save_model(str(tmp_path / "end"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    trainer.save_model(str(tmp_path / "end"))
+    assert (tmp_path / "end" / "model.safetensors").stat().st_size > 50_000
+
+
 def test_a_full_disk_names_file_and_checkpoint(tiny_llama, small_tokenizer, tmp_path):
     trainer = make(tiny_llama, small_tokenizer, tmp_path, **SAVING)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from tralign_fast.command_line import PositionalParser
 from tralign_fast.commands.models import (
@@ -40,7 +43,9 @@ def run_merge(arguments: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
-    except OSError as error:
-        raise ValueError(f"--output {output} cannot be written ({error.strerror})") from error
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(output, ignore_errors=True)  # it was new, and what is in it is not a model
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--output {output} cannot be written ({reason})") from error
     print(f"{output}/: {given.adapter} merged into {given.base or base_of(given.adapter)}")
     return 0

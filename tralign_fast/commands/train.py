@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,25 @@ def load_sets(options: Any) -> tuple[Any, Any]:
     if not options.eval_dataset:
         return rows, None
     same = options.eval_dataset == options.dataset
+    if same and _is_one_split(options):
+        warnings.warn(
+            f"eval_split: the evaluation reads the rows of {options.dataset} that are trained on, "
+            "so it tells nothing of new ones; expected other rows, e.g. dataset_split=train[:90%] "
+            "and eval_split=train[90%:]",
+            stacklevel=2,
+        )
     config = options.dataset_config if same else None
     held_out = load_rows(options.eval_dataset, options.eval_split, config)
     if same or {*columns.values()} <= {*held_out.column_names}:
         held_out = renamed(held_out, columns, options.eval_dataset)
     return rows, held_out
+
+
+def _is_one_split(options: Any) -> bool:
+    """Whether both splits of the dataset are the same: a file is one split, whatever its name."""
+    splits = (options.dataset_split, options.eval_split)
+    is_file = Path(options.dataset).expanduser().is_file()
+    return splits[0] == splits[1] or (is_file and not any("[" in split for split in splits))
 
 
 def renamed(rows: Any, columns: dict[str, str], source: str) -> Any:

@@ -32,6 +32,7 @@ _DEEP = 64  # levels that a table of Arrow can hold
 _BEGIN = re.compile(rb"\s*\{\s*[^\s}]")  # of an object that is not empty
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _BOM = b"\xef\xbb\xbf"
+_BOMS_OF_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # as PowerShell's > writes it
 
 
 class Fault(ValueError):
@@ -201,7 +202,9 @@ def _text(line: bytes, file: Path, number: int) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        what = f"the byte 0x{line[error.start]:02x} is not UTF-8; expected UTF-8 (is it Latin-1?)"
+        guess = "UTF-16" if line.startswith(_BOMS_OF_UTF16) else "Latin-1"
+        byte = f"0x{line[error.start]:02x}"
+        what = f"the byte {byte} is not UTF-8; expected UTF-8 (is it {guess}?)"
         raise Fault(file, f"line {number}", what) from None
 
 

@@ -342,7 +342,17 @@ class ResumableTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         reshard(self.model)  # an evaluation leaves the head's weights gathered, under other names
-        super().save_model(output_dir, _internal_call)
+        try:
+            super().save_model(output_dir, _internal_call)
+        except (*_WRITE_ERRORS, RuntimeError) as error:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            fault = None if _internal_call else _fault_of_disk(error, folder)
+            if fault is None:
+                raise
+            raise ValueError(
+                f"{folder}: the model could not be written: {fault}; make room and save it again "
+                "(save_model), or take the run's last checkpoint"
+            ) from error
         joins = is_sharded_by_transformers(self.model) and not self.args.should_save
         if joins and not hasattr(self, "is_distributed_loading_by_transformers"):
             # the other processes have to send their parts, which transformers before 5.24 forgets
@@ -446,18 +456,26 @@ def _rng_file(process: int, processes: int) -> str:
 
 def _write_error(error: BaseException, written: Path, final: Path) -> BaseException:
     """One line with the file's name; the error itself if it is not of the disk."""
+    fault = _fault_of_disk(error, written)
+    if fault is None:
+        return error
+    shutil.rmtree(written, ignore_errors=True)  # room for those that are whole
+    return ValueError(f"{final} could not be written: {fault}; checkpoints before it are whole")
+
+
+def _fault_of_disk(error: BaseException, folder: Path) -> str | None:
+    """Which file of `folder` could not be written, and why; None: the error is not of the disk."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     of_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
     if not isinstance(error, _WRITE_ERRORS) and not of_torch:
-        return error
-    files = [f for f in written.rglob("*") if f.is_file()] if written.exists() else []
-    name = getattr(error, "filename", None)
-    if name is None and files:
+        return None
+    weights = isinstance(error, SafetensorError)  # which leaves nothing of the file behind
+    pattern = "*.safetensors" if weights else "*"
+    files = [f for f in folder.rglob(pattern) if f.is_file()] if folder.exists() else []
+    name = getattr(error, "filename", None) or ("the weights" if weights else None)
+    if files and getattr(error, "filename", None) is None:
         # a tick of the clock may hold several files: of those the one that took the room
         name = max(files, key=lambda file: (file.stat().st_mtime_ns, file.stat().st_size))
-    free = shutil.disk_usage(final.parent).free
-    shutil.rmtree(written, ignore_errors=True)  # room for those that are whole
-    return ValueError(
-        f"{final} could not be written: {Path(name).name if name else 'its folder'}: {text} "
-        f"({free / 2**20:.0f} MiB are free); checkpoints before it are whole"
-    )
+    here = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    free = shutil.disk_usage(here).free / 2**20
+    return f"{Path(name).name if name else 'its folder'}: {text} ({free:.0f} MiB are free)"
