@@ -121,8 +121,9 @@ def test_a_plan_traces_the_standard():
     given = SimpleNamespace(
         model="m", dataset="d", reference="auto", optim="adamw_torch", ref_model_mixup_alpha=0.6,
         per_device_train_batch_size=2, gradient_release=False, gradient_checkpointing=True,
-        logits_budget_mb=None, loss_type="dpo", ref_model_sync_steps=512, sync_ref_model=True,
-        max_length=None, token_budget=None, model_init_kwargs=None, load_in_4bit=False, dtype=None,
-        use_peft=False, num_processes=None, parallel=None, bf16=None, names=set(),
+        gradient_checkpointing_layers=None, logits_budget_mb=None, loss_type="dpo",
+        ref_model_sync_steps=512, sync_ref_model=True, max_length=None,
+        token_budget=None, model_init_kwargs=None, load_in_4bit=False, dtype=None, use_peft=False,
+        num_processes=None, parallel=None, bf16=None, names=set(),
     )  # fmt: skip
     assert of_recipe(given)[0]["logits_budget_mb"] == logits_budget.STANDARD_MB == 1024

@@ -114,7 +114,7 @@ def _signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
     made = cos.unsqueeze(1), signed.unsqueeze(1)
     if keeps:
-        sin.__dict__[_SIGNED] = (sin._version, cos._version), cos, made
+        setattr(sin, _SIGNED, ((sin._version, cos._version), cos, made))
     return made
 
 

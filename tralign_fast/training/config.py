@@ -98,15 +98,11 @@ class TRConfig(TrainingArguments):
         10, "Optimizer steps between two logs."
     )
     gradient_checkpointing: bool = _option(
-        True, "Compute activations again in the backward instead of keeping them."
+        True, "Compute activations again in the backward, and keep none."
     )
     gradient_checkpointing_layers: Annotated[
         float | None, CountOrShare(zero=True, what="layers", of="them")
-    ] = _option(
-        None,
-        "Decoder layers that gradient checkpointing is of, from the first on; the others keep "
-        "their activations and run once. None: all.",
-    )
+    ] = _option(None, "Checkpoint the first decoder layers alone. None: all.")
     bf16: bool | None = _option(
         None, "bf16 mixed precision. None: on an accelerator, unless fp16 is set."
     )

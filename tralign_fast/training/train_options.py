@@ -68,7 +68,7 @@ class TrainOptions:
         None, "Of the weights. None: bfloat16 where they are quantised, else float32, as in TRL."
     )
     attn_implementation: Annotated[str | None, NotEmpty()] = _option(
-        None, "Attention of transformers: sdpa, flash_attention_2, … None: its own choice."
+        None, "Attention: sdpa, flash_attention_2, … None: transformers' choice."
     )
 
     # adapters and few bits
