@@ -26,6 +26,7 @@ from tralign_fast.memory.plan_text import as_text, recipe_of
 from tralign_fast.memory.presets import MODELS, PRESETS
 from tralign_fast.memory.sharding import per_gpu
 from tralign_fast.memory.trace import _young_garbage as young_garbage
+from tralign_fast.memory.trace import count_training, traced
 from tralign_fast.model import attention
 from tralign_fast.ops import backend, tiles
 
@@ -333,8 +334,24 @@ for _layers in (6, 15, 0.5):
         )
 
 
+# past adapters that a sweep brings in: 3 or 6 of them, and until they are matrices
+SOFT = {
+    "3 past adapters": {"adapter_tolerance": 0.1},
+    "6 past adapters": {"adapter_tolerance": 1e-2},
+    "past adapters": {},
+}
+for _name, _few in SOFT.items():
+    for _checkpointing in (True, False):
+        _options = {**_few, "ref_model_mixup_alpha": 0.6, "gradient_checkpointing": _checkpointing}
+        DEEP[f"{_name}{'' if _checkpointing else ', all kept'}"] = dataclasses.replace(
+            DEEP["lora"], tokens=64, options=_options
+        )
+DEEP["lora, checkpointed"] = dataclasses.replace(DEEP["lora"], options=HARD)
+
+
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[] if c == "lora" else pytest.mark.matrix) for c in DEEP]
+    "case",
+    [pytest.param(c, marks=[] if c == "6 past adapters" else pytest.mark.matrix) for c in DEEP],
 )
 def test_two_shallow_models_say_what_a_deep_one_holds(case, monkeypatch):
     from tralign_fast.memory import layers
@@ -344,6 +361,17 @@ def test_two_shallow_models_say_what_a_deep_one_holds(case, monkeypatch):
 
     monkeypatch.setattr(layers, "trace", whole)
     assert trace_deep(DEEP[case]) == trace(DEEP[case])
+
+
+@pytest.mark.skipif(not find_spec("peft"), reason="PEFT")
+def test_a_trace_has_as_many_past_adapters_as_a_long_run():
+    """One of which fills less than a piece of the memory that they are cut from."""
+    options = {"ref_model_mixup_alpha": 0.6, "adapter_tolerance": 1e-2}  # no matrices by then
+    work = Workload(tiny(), tokens=64, lora_rank=4, options=options)
+    with traced(work, True, True) as (live, trainer):
+        count_training(live, trainer)
+    assert trainer.reference._weights == pytest.approx([0.6, 0.24, 0.096, 0.0384, 0.01536, 0.01024])
+    assert not trainer.reference.grows
 
 
 def test_the_room_that_is_left_over_keeps_activations(monkeypatch):

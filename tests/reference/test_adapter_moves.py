@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference.test_adapter import lora, shake
 from tralign_fast import TrustRegion
+from tralign_fast.ops.backend import pretend_gpu
 from tralign_fast.reference import room
 from tralign_fast.reference.adapter import AdapterReference
 from tralign_fast.reference.deltas import LayerDelta
@@ -130,6 +131,27 @@ def test_a_sweep_brings_the_factors_in_few_copies(moves, tiny_llama, made):
         assert held == 3 * own
         assert 6 <= groups < len(deltas)
         assert sent <= 2 * groups * (moves + 2)  # each set's part, once more where a piece ends
+
+
+def test_a_trace_brings_the_factors_in_as_a_gpu_does(tiny_llama):
+    """Its one device is both: what is on the host is copied, by groups."""
+    reference = AdapterReference(lora(tiny_llama, r=1), TrustRegion(0.6, 2))
+    deltas = list(reference._deltas.values())
+    own = sum(p.nbytes for d in deltas for p in d.factors)
+    with pretend_gpu():
+        stage = reference._stage()
+        there = stage.get(deltas[0], torch.device("cpu"), LayerDelta._join)
+    assert len(stage._groups) == 1
+    for kept, moved in zip(deltas[0].held(), there, strict=True):
+        assert torch.equal(kept, moved)
+        assert kept.untyped_storage().data_ptr() != moved.untyped_storage().data_ptr()
+    reference.sync()
+    with pretend_gpu():
+        groups = reference._stage()._groups
+    sizes = [sum(t.nbytes for held in group.values() for t in held) for group in groups]
+    assert len(groups) > 8
+    assert all(s <= own // 8 or len(g) == 1 for s, g in zip(sizes, groups, strict=True))
+    assert len(reference._stage()._groups) == 1  # on a CPU
 
 
 def test_tensors_side_by_side_are_one_piece_of_bytes():

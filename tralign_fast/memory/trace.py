@@ -209,22 +209,20 @@ class _TagReference(TrainerCallback):
             reference.schedule = dataclasses.replace(schedule, every=1)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        held = -1
-        # past adapters on the device pile up until their weight is negligible
-        while held < (held := self._tag()) and self.reference.grows:
+        self._tag()
+        # past adapters pile up until their weight is negligible; their bytes do not say when, for
+        # they are cut from pieces that one or several of them fill
+        while self.reference.grows:
             self.reference.sync()
+            self._tag()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self._tag()
 
-    def _tag(self) -> int:
-        """Bytes that the reference holds itself."""
+    def _tag(self) -> None:
         shared = {id(p) for p in self.reference.policy.parameters()}
         held = [t for t in _tensors_of(self.reference) if id(t) not in shared]
         self.live.tag(held, self.place)
-        return sum(
-            {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values()
-        )
 
 
 def _tensors_of(owner: Any) -> Iterator[Tensor]:

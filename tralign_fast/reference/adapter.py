@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tralign_fast.model.graphs import without_graphs
+from tralign_fast.ops.backend import device_kind, is_pretending
 from tralign_fast.reference.base import ReferenceOptions, ReferencePolicy
 from tralign_fast.reference.deltas import (
     DoraDelta,
@@ -78,7 +79,6 @@ class AdapterReference(OffloadedReference):
 
     name = "adapter"
     can_be_sharded = frozenset({"FSDP2", "ZeRO-3"})
-    grows = True
 
     def __init__(
         self,
@@ -121,6 +121,12 @@ class AdapterReference(OffloadedReference):
     def on_device(self) -> bool:
         return self._moves_always
 
+    @property
+    def grows(self) -> bool:
+        more = len(self._moved(self._weights)) > len(self._weights)
+        moves = not self.schedule.is_frozen
+        return moves and more and not all(delta.is_matrix for delta in self._deltas.values())
+
     def mixed_parameters(self) -> dict[str, Tensor]:
         factors = {id(p) for delta in self._deltas.values() for p in delta.factors}
         trained = {n: p for n, p in named_parameters(self.policy).items() if p.requires_grad}
@@ -148,8 +154,12 @@ class AdapterReference(OffloadedReference):
         held = {delta: delta.held() for delta in deltas}
         own = sum(p.nbytes for delta in deltas for p in delta.factors)
         total = sum(t.nbytes for tensors in held.values() for t in tensors)
-        on_host = all(not t.is_cuda for d in deltas for t in (*d.factors, *held[d]))
-        stage = Stage(math.inf if on_host else own if total <= own else own // 8)
+        tensors = (t for d in deltas for t in (*d.factors, *held[d]))
+        on_host = all(device_kind(t.device) != "cuda" for t in tensors)
+        stage = Stage(
+            math.inf if on_host else own if total <= own else own // 8,
+            copies=is_pretending() and not self._moves_always,
+        )
         for delta, tensors in held.items():
             stage.add(delta, tensors)
         return stage
@@ -217,9 +227,8 @@ class AdapterReference(OffloadedReference):
 
     def _make_room(self) -> None:
         """Beside a GPU, starts to pin what one more adapter takes, if the next move keeps one."""
-        terms, apart = len(self._moved(self._weights)), not self._moves_always
-        deltas = self._deltas.values()
-        if apart and not self.schedule.is_frozen and terms > len(self._weights):
+        if self.grows and not self._moves_always:
+            terms, deltas = len(self._moved(self._weights)), self._deltas.values()
             more = [d for d in deltas if d.is_apart and not d.becomes_matrix(terms)]
             self._room.reserve(sum(t.nbytes for d in more for t in d.held()[:2]))
 

@@ -56,8 +56,6 @@ class ReferencePolicy(ABC):
     runs_start: ClassVar[bool] = False
     # what may shard the weights that it moves: of "FSDP2", "ZeRO-3" and "tensor parallelism"
     can_be_sharded: ClassVar[frozenset[str]] = frozenset({"FSDP2", "ZeRO-3", "tensor parallelism"})
-    # an update adds to what it holds, until past weights are negligible
-    grows: ClassVar[bool] = False
     # it holds no weights and is the policy as it stands: whoever replaces that asks it first
     is_policy = False
 
@@ -68,6 +66,11 @@ class ReferencePolicy(ABC):
         self.folder: Path | None = None  # the run's, while it trains
         self._asked_every = schedule.every  # a share of the run, perhaps
         self._saved_steps: float | None = None  # τ of the checkpoint that was read
+
+    @property
+    def grows(self) -> bool:
+        """Whether the next update adds to what it holds: past weights that are not negligible."""
+        return False
 
     @classmethod
     def starts_from_policy(cls, lora: bool) -> bool:

@@ -62,10 +62,14 @@ class LayerDelta:
     def is_apart(self) -> bool:
         return self.factors[0].is_cuda
 
+    @property
+    def is_matrix(self) -> bool:
+        return self._matrix is not None
+
     def becomes_matrix(self, terms: int) -> bool:
         """Whether so many adapters are held as one matrix; its sums are the host's."""
-        if self._matrix is not None or terms == 1:
-            return self._matrix is not None
+        if self.is_matrix or terms == 1:
+            return self.is_matrix
         down, up = self._sets[0]
         factors = terms * (up.numel() + down.numel())
         return factors > up[..., :1].numel() * down.shape[-1]

@@ -101,10 +101,12 @@ class Stage:
 
     Args:
         limit: bytes of a group, if it has more than one layer.
+        copies: tensors that are on the device already are copied: where a trace has one device,
+            and takes it for both.
     """
 
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
+    def __init__(self, limit: float, *, copies: bool = False) -> None:
+        self._limit, self._copies = limit, copies
         self._groups: list[dict[Any, list[Tensor]]] = []
         self._group_of: dict[Any, int] = {}
         self._bytes = 0
@@ -127,25 +129,33 @@ class Stage:
         if key not in self._here:
             self._here = {}  # first, so that its memory can be had again
             group = self._groups[self._group_of[owner]]
-            moved = iter(to_device([t for own in group.values() for t in own], device))
+            held = [tensor for own in group.values() for tensor in own]
+            moved = iter(to_device(held, device, copies=self._copies))
             for member, own in group.items():
                 self._here[member, device] = join(member, [next(moved) for _ in own])
         return self._here[key]
 
 
-def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors there; those that a `Room` has laid side by side come in one copy."""
-    if all(tensor.device == device for tensor in tensors):
+def to_device(
+    tensors: Sequence[Tensor], device: torch.device, *, copies: bool = False
+) -> list[Tensor]:
+    """The tensors there; those that a `Room` has laid side by side come in one copy.
+
+    Args:
+        copies: as of `Stage`.
+    """
+    if not copies and all(tensor.device == device for tensor in tensors):
         return list(tensors)
     found = list(tensors)
     for run in _runs(tensors):
         begin, there = _begin(tensors[run[0]]), None
         if len(run) > 1:
-            there = _bytes_from(tensors[run[0]], tensors[run[-1]]).to(device, non_blocking=True)
+            piece = _bytes_from(tensors[run[0]], tensors[run[-1]])
+            there = piece.to(device, non_blocking=True, copy=copies)
         for index in run:
             own = tensors[index]
             if there is None:
-                found[index] = own.to(device, non_blocking=True)
+                found[index] = own.to(device, non_blocking=True, copy=copies)
             else:
                 offset = _begin(own) - begin
                 cut = there[offset : offset + own.nbytes]
@@ -166,7 +176,7 @@ def _bytes_from(first: Tensor, last: Tensor) -> Tensor:
 
 def _runs(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of contiguous tensors that follow each other in one storage, but for alignment."""
-    places = [(t.untyped_storage().data_ptr(), _begin(t)) for t in tensors]
+    places = [(t.untyped_storage()._cdata, _begin(t)) for t in tensors]  # a fake one has no address
     runs: list[list[int]] = []
     for index in sorted(range(len(tensors)), key=places.__getitem__):
         own = tensors[index]
