@@ -146,11 +146,15 @@ def test_an_evaluation_on_the_rows_of_the_training_is_said(tmp_path, recwarn):
     """A file is one split, whatever its name: `--eval_split test` alone reads all of it again."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"chosen": "a", "rejected": "b"}\n' * 10)
+    folder = tmp_path / "folder"
+    folder.mkdir()
 
     def warned(source: object, *arguments: str) -> int:
         recwarn.clear()
         warnings.simplefilter("always")
-        given = ["--model", "m", "--dataset", str(source), "--eval_dataset", str(source)]
+        given = ["--model", "m", "--dataset", str(source)]
+        if "--eval_dataset" not in arguments:
+            given += ["--eval_dataset", str(source)]
         train, held_out = load_sets(parse("train", [TrainOptions], [*given, *arguments])[0])
         assert len(train)
         assert len(held_out)
@@ -159,12 +163,22 @@ def test_an_evaluation_on_the_rows_of_the_training_is_said(tmp_path, recwarn):
     assert warned(rows, "--eval_split", "test") == 1
     assert warned(rows, "--eval_split", "tset", "--dataset_split", "train") == 1
     assert warned(rows, "--eval_split", "train[:4]", "--dataset_split", "train[4:]") == 0
-    folder = tmp_path / "folder"
-    folder.mkdir()
+    # a slice of what is trained on whole, and the whole of what is trained on in part
+    assert warned(rows, "--eval_split", "train[90%:]") == 1
+    assert warned(rows, "--eval_split", "test[90%:]") == 1
+    assert warned(rows, "--dataset_split", "train[:90%]") == 1
+    # the same file by another path
+    other = tmp_path / "." / "folder" / ".." / "rows.jsonl"
+    assert warned(rows, "--eval_dataset", str(other)) == 1
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").write_text(rows.read_text())
     assert warned(folder) == 0
     assert warned(folder, "--eval_split", "train") == 1
+    assert warned(folder, "--eval_split", "train[:4]") == 1
+    assert warned(folder, "--eval_split", "test[:4]") == 0
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(rows)
+    assert warned(rows, "--eval_dataset", str(link)) == 1
 
 
 def test_a_configuration_is_of_the_hub(recipe, refused):

@@ -49,6 +49,7 @@ def build(name):
         ),
         "cohere": (t.CohereForCausalLM, t.CohereConfig, {}),
         "granite": (t.GraniteForCausalLM, t.GraniteConfig, {"logits_scaling": 3.0}),
+        "olmo2": (t.Olmo2ForCausalLM, t.Olmo2Config, {}),
         "gpt-oss": (
             t.GptOssForCausalLM,
             t.GptOssConfig,

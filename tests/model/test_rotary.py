@@ -31,7 +31,7 @@ def outcome(model: Any, autocast: bool = False) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "granite"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "granite", "olmo2"])
 def test_losses_and_gradients_are_the_same_to_the_bit(name, kind):
     model = build(name).train()
     if kind == "bf16":
@@ -118,6 +118,33 @@ def test_embeddings_of_another_kind_keep_their_own_code():
 
     assert not rotary.turns_by_halves(almost)
     assert not rotary.turns_by_halves(of_two)
+
+
+def test_a_function_that_returns_the_dtype_of_the_queries_is_left_to_itself():
+    def own(q, k, cos, sin):  # OLMo, whose cosines are fp32 whatever the weights are
+        made = rotary._in_place_of(None)(q.float(), k.float(), cos.float(), sin.float())
+        return tuple(a.to(b.dtype) for a, b in zip(made, (q, k), strict=True))
+
+    def of_one_dtype(q, k, cos, sin):
+        if q.dtype == cos.dtype:
+            return rotary._in_place_of(None)(q, k, cos, sin)
+        return own(q, k, cos, sin)
+
+    q, k = (torch.randn(1, heads, 5, 8, dtype=torch.bfloat16) for heads in (2, 1))
+    cos, sin = torch.randn(2, 1, 5, 8)
+    assert rotary.turns_by_halves(of_one_dtype)
+    found = rotary._in_place_of(of_one_dtype)(q, k, cos, sin)
+    for a, b in zip(found, own(q, k, cos, sin), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
+
+
+def test_fewer_tokens_of_queries_than_of_keys_reach_the_models_function():
+    called = []
+    rotate = rotary._in_place_of(lambda *args: called.append(args))
+    cos = torch.randn(1, 5, 8)
+    rotate(torch.randn(1, 2, 1, 8), torch.randn(1, 1, 5, 8), cos, cos + 0)
+    assert len(called) == 1
 
 
 def test_calls_of_another_kind_reach_the_models_function():

@@ -108,7 +108,7 @@ def load_sets(options: Any) -> tuple[Any, Any]:
     if not options.eval_dataset:
         return rows, None
     same = options.eval_dataset == options.dataset
-    if same and _is_one_split(options):
+    if _share_rows(options):
         warnings.warn(
             f"eval_split: the evaluation reads the rows of {options.dataset} that are trained on, "
             "so it tells nothing of new ones; expected other rows, e.g. dataset_split=train[:90%] "
@@ -122,11 +122,17 @@ def load_sets(options: Any) -> tuple[Any, Any]:
     return rows, held_out
 
 
-def _is_one_split(options: Any) -> bool:
-    """Whether both splits of the dataset are the same: a file is one split, whatever its name."""
-    splits = (options.dataset_split, options.eval_split)
-    is_file = Path(options.dataset).expanduser().is_file()
-    return splits[0] == splits[1] or (is_file and not any("[" in split for split in splits))
+def _share_rows(options: Any) -> bool:
+    """Whether an evaluation reads rows of the training, as far as the splits' names tell: two
+    slices are taken for different ones. A file is one split, whatever its name."""
+    paths = [Path(source).expanduser() for source in (options.dataset, options.eval_dataset)]
+    on_disk = all(path.exists() for path in paths)
+    if options.dataset != options.eval_dataset and not (on_disk and paths[0].samefile(paths[1])):
+        return False
+    trained, read = options.dataset_split, options.eval_split
+    names = [split.partition("[")[0] for split in (trained, read)]
+    one_split = paths[0].is_file() or names[0] == names[1]
+    return one_split and (trained == read or "[" not in trained or "[" not in read)
 
 
 def renamed(rows: Any, columns: dict[str, str], source: str) -> Any:

@@ -47,31 +47,39 @@ def _attention_with(forward: Any, original: Callable[..., Any]) -> Callable[...,
     return unless_compiled(with_rotary(forward, _in_place_of(original)))
 
 
-@functools.cache
 def turns_by_halves(original: Callable[..., Any]) -> bool:
     """Whether `original(q, k, cos, sin)` is `turn` of both, to the bit, with its gradients."""
+    return all(_same_bits(original, dtype, dtype) for dtype in (torch.float32, torch.bfloat16))
+
+
+@functools.cache
+def _same_bits(original: Callable[..., Any], of_tokens: torch.dtype, of_cos: torch.dtype) -> bool:
+    """The same for queries and keys of one dtype, cosines and sines of another."""
     with _disable_current_modes():  # real numbers in a traced step too
         try:
-            return all(_same_bits(original, dtype) for dtype in (torch.float32, torch.bfloat16))
+            return _is_turn(original, of_tokens, of_cos)
         except Exception:  # it takes something else
             return False
 
 
-def _same_bits(original: Callable[..., Any], dtype: torch.dtype) -> bool:
+def _is_turn(original: Callable[..., Any], of_tokens: torch.dtype, of_cos: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
 
-    def made(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+    def made(*shape: int, dtype: torch.dtype = of_tokens) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
 
-    cos, sin = made(1, 5, 8), made(1, 5, 8)  # halves that differ
-    q, k = made(1, 5, 3, 8).requires_grad_(), made(1, 5, 1, 8).requires_grad_()
-    slopes = [made(1, heads, 5, 8) for heads in (3, 1)]
-    found = []
     with torch.enable_grad(), torch.inference_mode(False):
-        for function in (original, _in_place_of(None)):
-            outputs = function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-            found.append([*outputs, *torch.autograd.grad(outputs, (q, k), slopes)])
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
+        cos, sin = made(2, 5, 8, dtype=of_cos), made(2, 5, 8, dtype=of_cos)  # halves that differ
+        q, k = made(2, 5, 3, 8).requires_grad_(), made(2, 5, 1, 8).requires_grad_()
+        views = q.transpose(1, 2), k.transpose(1, 2)
+        expected = original(*views, cos, sin)
+        found = [turn(x, *_signed(cos, sin)) for x in views]
+        if any(a.dtype != b.dtype for a, b in zip(expected, found, strict=True)):
+            return False
+        slopes = [made(*output.shape, dtype=output.dtype) for output in found]
+        expected = *expected, *torch.autograd.grad(expected, (q, k), slopes)
+        found += torch.autograd.grad(found, (q, k), slopes)
+    return all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def _in_place_of(original: Any) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -83,10 +91,14 @@ def _in_place_of(original: Any) -> Callable[..., tuple[Tensor, Tensor]]:
             or kwargs
             or not PLAIN.issuperset((type(q), type(k), type(cos), type(sin)))
             or sin.dim() != 3
-            or not q.shape[-1] == k.shape[-1] == sin.shape[-1] == cos.shape[-1]
+            or not q.shape[-2:] == k.shape[-2:] == sin.shape[-2:] == cos.shape[-2:]
             or sin.shape[-1] % 2
             or cos.requires_grad
             or sin.requires_grad
+            or k.dtype != q.dtype
+            or sin.dtype != cos.dtype
+            # autocast; or a model's own, whose function may give back the dtype of the queries
+            or (q.dtype != cos.dtype and not _same_bits(original, q.dtype, cos.dtype))
         ):
             return original(q, k, cos, sin, *args, **kwargs)
         cos, sin = _signed(cos, sin)
