@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.model.test_layer_kernels import build, collate
 from tralign_fast.model import rotary
@@ -177,3 +178,13 @@ def test_a_copy_of_the_model_turns_by_itself_and_an_undo_gives_the_own_code_back
         expected = outcome(model)
     found = outcome(twin)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_cosine_of_inference_mode_is_not_remembered():
+    with torch.inference_mode():
+        cos = torch.randn(1, 5, 8)
+    sin, q, k = torch.randn(1, 5, 8), torch.randn(1, 3, 5, 8), torch.randn(1, 1, 5, 8)
+    for mine, own in zip(
+        rotary._in_place_of(None)(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True
+    ):
+        torch.testing.assert_close(mine, own, rtol=0, atol=0)

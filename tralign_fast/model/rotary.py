@@ -117,7 +117,7 @@ def turn(
 
 def _signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """(1 or B, 1, T, D) of (1 or B, T, D), made once for all layers that get the same tensors."""
-    keeps = not (sin.is_inference() or torch.is_inference_mode_enabled())
+    keeps = not (cos.is_inference() or sin.is_inference() or torch.is_inference_mode_enabled())
     if keeps:
         held = sin.__dict__.get(_SIGNED)
         if held is not None and held[1] is cos and held[0] == (sin._version, cos._version):
