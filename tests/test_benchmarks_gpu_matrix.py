@@ -257,7 +257,7 @@ def test_results_and_logs_are_packed_after_every_part(session, tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["card.tar.gz"]
 
 
-def test_the_stages_of_a_card_in_their_order(monkeypatch, tmp_path):
+def test_the_stages_of_a_card_in_their_order(monkeypatch, tmp_path, capsys):
     ran = []
     monkeypatch.setattr(matrix, "card", lambda: "NVIDIA H100")
     monkeypatch.setattr(matrix, "main", lambda given: ran.append(given[4:]) or 0)
@@ -269,6 +269,9 @@ def test_the_stages_of_a_card_in_their_order(monkeypatch, tmp_path):
     stages = [[], everything.HEAD, cases_of, everything.OTHER]
     assert ran == [everything.TESTS, *stages, arms]
     del ran[:]
+    assert everything.main([*given[:2], "--stages", "evidence"]) == 0
+    assert not ran
+    assert "expected --data FILE" in capsys.readouterr().err
     assert everything.main(given) == 0
     assert ran == stages
     cases.choose(everything.CASES)  # each matches some

@@ -226,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             session.run({"tests": TESTS, "head": HEAD, "other": OTHER}[stage], minutes)
         elif options.data:
             session.run([evidence(options.data)], minutes)
+        else:
+            print("evidence: left out; expected --data FILE", file=sys.stderr)
     if session.left:
         names = "; ".join(part.command for part in session.left)
         print(f"left, the minutes are spent: {names}", file=sys.stderr)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch._library import simple_registry
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3Config, LlamaConfig, LlamaForCausalLM
 
 from tralign_fast import ema_update_, linear_logprobs
 from tralign_fast.cli import main
 from tralign_fast.memory import LiveTensors, MemoryReport, Workload, measure, trace, trace_trl
 from tralign_fast.memory.as_on_gpu import as_on_gpu
-from tralign_fast.memory.layers import trace_deep
+from tralign_fast.memory.layers import checkpointed_of, trace_deep
 from tralign_fast.memory.plan_answer import GIB, Alternative, Plan
 from tralign_fast.memory.plan_options import PlanOptions, load_config, parse_memory, workload
 from tralign_fast.memory.plan_text import as_text, recipe_of
@@ -74,6 +74,12 @@ def test_a_trace_thaws_nothing_that_was_frozen():
         assert gc.get_freeze_count() > 0
     assert gc.get_freeze_count() == 0
     gc.freeze()
+
+
+def test_checkpointed_layers_of_a_model_that_sees_pictures_are_its_texts():
+    config = Gemma3Config(text_config={"num_hidden_layers": 4}, vision_config={})
+    work = Workload(config, options={"gradient_checkpointing_layers": 0.5})
+    assert checkpointed_of(work) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

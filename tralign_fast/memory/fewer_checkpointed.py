@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tralign_fast.memory.changes import floor_of, weights_of
+from tralign_fast.memory.changes import depth_of, floor_of, weights_of
 from tralign_fast.memory.layers import by_layers, checkpointing, trace_deep
 from tralign_fast.memory.plan_answer import HEADROOM, Fewer, fits
 from tralign_fast.memory.sharding import OTHERWISE
@@ -32,7 +32,7 @@ def fewest_checkpointed(
         return None
     if peaks is None:
         return None
-    layers = next(n for n in range(1, work.model.num_hidden_layers) if fits(peaks(n), memory))
+    layers = next(n for n in range(1, depth_of(work)) if fits(peaks(n), memory))
     report, change = peaks(layers), f"--gradient_checkpointing_layers {layers}"
     if layers == 1 and fits(none := trace_deep(checkpointing(work, 0)), memory):
         layers, report, change = 0, none, "--gradient_checkpointing false"

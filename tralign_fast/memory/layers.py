@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tralign_fast.memory.changes import with_options
+from tralign_fast.memory.changes import depth_of, with_options
 from tralign_fast.memory.live import MemoryReport
 from tralign_fast.memory.trace import trace, trace_segments
 from tralign_fast.memory.workload import Workload
@@ -37,8 +37,8 @@ def trace_deep(work: Workload) -> MemoryReport:
     Raises:
         ValueError: as `trace`.
     """
-    layers, depth = checkpointed_of(work), _depth(work)
-    if layers in (0, depth):
+    layers = checkpointed_of(work)
+    if layers is not None and layers in (0, depth_of(work)):
         work = checkpointing(work, layers)
     elif layers is not None:
         peaks = by_layers(work)
@@ -56,12 +56,12 @@ def checkpointed_of(work: Workload) -> int | None:
     layers = work.options.get("gradient_checkpointing_layers")
     if layers is None or not work.options.get("gradient_checkpointing", True):
         return None
-    return how_many(layers, _depth(work), type(work.model).__name__)
+    return how_many(layers, depth_of(work), type(work.model).__name__)
 
 
 def checkpointing(work: Workload, layers: int) -> Workload:
     """The work with so many layers checkpointed, in the plainest words."""
-    some = None if layers in (0, _depth(work)) else layers
+    some = None if layers in (0, depth_of(work)) else layers
     options = {"gradient_checkpointing": layers > 0, "gradient_checkpointing_layers": some}
     return with_options(work, options)
 
@@ -90,16 +90,12 @@ def by_layers(
         return None
 
     def peak(count: int) -> MemoryReport:
-        share = (count - 1) / (_depth(work) - 2)
+        share = (count - 1) / (depth_of(work) - 2)
         lines = [_drawn(least[key], most[key], share) for key in most]
         again = (r for key, r in most.items() if key[1] == "last" and key[2] <= count)
         return _peak([*lines, *again])
 
     return peak
-
-
-def _depth(work: Workload) -> int:
-    return getattr(work.model, "num_hidden_layers", 0)
 
 
 def _deep_moments(
@@ -110,7 +106,7 @@ def _deep_moments(
     Args:
         checkpointed: how many layers are, of so many; None: as the work says.
     """
-    depth = _depth(work)
+    depth = getattr(work.model, "num_hidden_layers", 0)
     shallow = SHALLOW.get(_period(work.model))
     if depth < _LEAST or shallow is None:
         return None

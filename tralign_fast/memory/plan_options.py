@@ -14,7 +14,7 @@ from tralign_fast.memory.workload import Workload
 from tralign_fast.ops.logits_budget import STANDARD_MB
 from tralign_fast.ops.losses import LOSSES
 from tralign_fast.reference import REFERENCES
-from tralign_fast.training.option_types import AT_LEAST_ONE, CountOrShare
+from tralign_fast.training.option_types import AT_LEAST_ONE, LAYERS
 
 
 def _option(default: Any, help: str, *aliases: str) -> Any:
@@ -54,9 +54,9 @@ class PlanOptions:
     gradient_release: bool = _option(False, "Free every gradient inside the backward.")
     dtype: str = _option("bfloat16", "Of the weights: bfloat16, or float32 under bf16 autocast.")
     gradient_checkpointing: bool = _option(True, "Compute activations again in the backward.")
-    gradient_checkpointing_layers: Annotated[
-        float | None, CountOrShare(zero=True, what="layers", of="them")
-    ] = _option(None, "Layers that it is of, from the first on. None: all.")
+    gradient_checkpointing_layers: Annotated[float | None, LAYERS] = _option(
+        None, "Layers that it is of, from the first on. None: all."
+    )
     lora_rank: int | None = _option(
         None, "Adapters on every linear layer; None: full fine-tuning.", "--lora_r"
     )

@@ -23,6 +23,7 @@ from tralign_fast.training.gradient_release import check_releasable
 from tralign_fast.training.option_conflicts import check_best_model, check_conflicts
 from tralign_fast.training.option_types import (
     AT_LEAST_ONE,
+    LAYERS,
     NOT_NEGATIVE,
     SHARE,
     UNDER_ONE,
@@ -100,9 +101,9 @@ class TRConfig(TrainingArguments):
     gradient_checkpointing: bool = _option(
         True, "Compute activations again in the backward, and keep none."
     )
-    gradient_checkpointing_layers: Annotated[
-        float | None, CountOrShare(zero=True, what="layers", of="them")
-    ] = _option(None, "Checkpoint the first decoder layers alone. None: all.")
+    gradient_checkpointing_layers: Annotated[float | None, LAYERS] = _option(
+        None, "Checkpoint the first decoder layers alone. None: all."
+    )
     bf16: bool | None = _option(
         None, "bf16 mixed precision. None: on an accelerator, unless fp16 is set."
     )

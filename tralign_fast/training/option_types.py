@@ -68,6 +68,9 @@ class CountOrShare:
         return f"of whole {self.what} ≥ {1 - self.zero}, or a share of {self.of} in (0, 1)"
 
 
+LAYERS = CountOrShare(zero=True, what="layers", of="them")
+
+
 class NotEmpty:
     """Names that are there: a shell's unset variable is an empty word."""
 
