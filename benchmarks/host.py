@@ -30,6 +30,11 @@ backward: two) in place of each launch; what Triton's launcher takes is left out
 it comes, and with the same kernels. "Torch's norm kernel": no Liger, where a GPU runs norms by
 PyTorch's own operator, in whose place stands one that a CPU has; TRL as it comes.
 
+**Graphs.** Where launches hold a GPU up, the decoder of packed rows is replayed as CUDA graphs, one
+launch forward and one back. In the rows of that name all that the host does for that runs, and one
+small operator in place of each replay, so the gradients are zeros; what a graph's launch takes is
+left out. TRL as it comes.
+
 **The gate.** The mean losses of the warm-up agree (not where values are others).
 """
 
@@ -48,6 +53,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -69,6 +75,7 @@ class Case:
     one_call: bool = False
     layer_kernels: bool = False
     torch_norms: bool = False
+    graphs: bool = False
     layers: int = 32
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -81,6 +88,8 @@ CASES = {
     "full, torch's norm kernel": Case(one_call=True, torch_norms=True),
     "full, layer kernels": Case(one_call=True, layer_kernels=True),
     "lora, layer kernels": Case(1, 0.6, one_call=True, layer_kernels=True),
+    "full, graphs": Case(one_call=True, graphs=True),
+    "lora, graphs": Case(1, 0.6, one_call=True, graphs=True),
 }
 # TRL with the same layer kernels, which it has by an option
 ARMS = {False: ("trl", "ours"), True: ("trl", "trl, layer kernels", "ours")}
@@ -209,8 +218,9 @@ def as_asked(case: Case) -> Iterator[None]:
     from tralign_fast.ops.cpu import onednn
 
     def function(q: Any, k: Any, v: Any, arguments: Any, window: Any, options: Any) -> Any:
-        # a pair's queries see a pair's keys, so that a sweep's long row is no long sequence
-        rows = q.shape[0] // PAIR
+        # a pair's queries see a pair's keys, so that a sweep's long row is no long sequence; a row
+        # that was filled up is one sequence, which warm-ups alone compute
+        rows = 1 if q.shape[0] % PAIR else q.shape[0] // PAIR
         q, k, v = (t.view(rows, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
         out = attend(q, k, v, scale=options.scaling, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
@@ -229,6 +239,8 @@ def as_asked(case: Case) -> Iterator[None]:
             stack.enter_context(_kernels_without_a_gpu())
         if case.torch_norms:
             stack.enter_context(_torch_norm_without_a_gpu())
+        if case.graphs:
+            stack.enter_context(_graphs_without_a_gpu())
         yield
 
 
@@ -272,6 +284,44 @@ def _torch_norm_without_a_gpu() -> Iterator[None]:
         mock.patch.object(torch, "_fused_rms_norm", layer_norm),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _graphs_without_a_gpu() -> Iterator[None]:
+    """Captures keep what their function returned; replays are one operator."""
+    from tralign_fast.model import graphs
+
+    with (
+        mock.patch.object(graphs, "backend", _Captures()),
+        mock.patch.object(graphs, "_check_same", lambda got, expected: None),
+    ):
+        yield
+
+
+class _Captures:
+    """The surface of `graphs.CudaBackend`, where launches hold the device up."""
+
+    def takes(self, device: Any) -> bool:
+        return True
+
+    has_room = takes
+
+    def pool(self) -> Any:
+        return object()
+
+    @contextlib.contextmanager
+    def timed(self, device: Any) -> Iterator[Any]:
+        yield SimpleNamespace(host=1.0, device=lambda: 1.0)
+
+    def beside(self, device: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def capture(self, function: Callable[[], Any], pool: Any) -> tuple[Any, Any]:
+        import torch
+
+        result = function()
+        launched = torch.zeros(1)
+        return SimpleNamespace(replay=lambda: launched.add_(1.0)), result
 
 
 class _Kernel:

@@ -45,10 +45,12 @@ def counts_of_a_step(case: host.Case, layers: int, folder: str) -> tuple[float, 
         ("full, one call", 1_460, 322),
         ("full, torch's norm kernel", 1_490, 265),
         ("lora, one call", 5_050, 405),
+        ("full, graphs", 536, 0),
+        ("lora, graphs", 2_550, 34),  # a round's sweep and move: graphs leave that to the layers
     ],
 )
 def test_a_layer_adds_no_more_to_a_step_than_it_did(name, calls, operators, tmp_path):
     one, two = (counts_of_a_step(host.CASES[name], n, str(tmp_path)) for n in (1, 2))
     found = two[0] - one[0], two[1] - one[1]
     assert 0.5 * calls < found[0] <= 1.15 * calls
-    assert 0.5 * operators < found[1] <= 1.03 * operators
+    assert 0.5 * operators <= found[1] <= 1.03 * operators
