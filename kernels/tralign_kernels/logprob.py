@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .ema import round_nearest
-from .launch import Launch, backend, device_of
+from .launch import Launch, backend, device_of, exp
 from .statistics import distance_of, fold_statistics, moved_energy
 
 # Both read (and the backward writes) 16 bytes a thread per load in bf16. Forward: one program walks
@@ -55,7 +55,7 @@ def tanh_and_slope(u):
     small = 0.0179977858 * square - 0.0533904273
     small = (small * square + 0.133305059) * square - 0.333333114
     small = a + a * square * small
-    r = 1.0 / (tl.exp(2.0 * a) + 1.0)
+    r = 1.0 / (exp(2.0 * a) + 1.0)
     is_small = a < 0.5  # NaN is not, and exp keeps it
     magnitude = tl.where(is_small, small, 1.0 - 2.0 * r)
     slope = tl.where(is_small, 1.0 - small * small, 4.0 * r * (1.0 - r))
@@ -107,7 +107,7 @@ def fold_logsumexp(logsumexp_ptr, row, peak, mass, mask=None):
     low = tl.load(logsumexp_ptr + 2 * row + 1, mask=mask)
     top = tl.maximum(peak, high)
     pivot = tl.where(top == -float("inf"), 0.0, top)
-    new, old = mass * tl.exp(peak - pivot), tl.exp(high - pivot + low)
+    new, old = mass * exp(peak - pivot), exp(high - pivot + low)
     store_logsumexp(logsumexp_ptr, row, pivot, tl.log(new + old), mask)
     divisor = tl.where(new + old == 0.0, 1.0, new + old)
     return old / divisor, new / divisor
@@ -162,7 +162,7 @@ def _logprob_forward_kernel(
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         # a row of -inf so far: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        scale, power = tl.exp(peak - pivot), tl.exp(z - pivot)
+        scale, power = exp(peak - pivot), exp(z - pivot)
         if STATISTICS:
             own = power * distance_of(z, pivot)
             energy = moved_energy(energy, mass, peak, pivot) + own
@@ -223,7 +223,7 @@ def _logprob_backward_kernel(
     x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
     z, slope = score_and_slope(x, inner, outer, SOFTCAP)
     at_target = tl.where(column == target, 1.0, 0.0)
-    result = grad * (at_target - tl.exp(z - high - low)) * slope
+    result = grad * (at_target - exp(z - high - low)) * slope
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     tl.store(logits_ptr + column, round_nearest(result, dtype), mask=inside)
 

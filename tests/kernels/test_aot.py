@@ -125,6 +125,16 @@ def test_aligned_tensors_move_16_bytes_a_thread(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["logprob_forward bf16 statistics", "logprob_backward bf16", "linear_powers 128x256"]
+)
+def test_exponentials_keep_no_subnormal_numbers(name: str) -> None:
+    """Each of which would take a comparison and two products more."""
+    ptx = compile_configuration(find(name, "sm_90"), TARGETS["sm_90"]).asm["ptx"]
+    assert "ex2.approx.ftz.f32" in ptx
+    assert "ex2.approx.f32" not in ptx
+
+
+@pytest.mark.parametrize(
     ("target", "instructions"),
     [
         ("sm_80", ["cp.async", "mma.sync"]),
