@@ -341,7 +341,7 @@ def linear_logprob_forward_(
     if statistics is not None:
         candidates = [c for c in STATISTICS_LAUNCH[name] if bias is None or is_roomy(c)]
     elif powers is not None:
-        candidates = POWERS_LAUNCH[name]
+        candidates = [c for c in POWERS_LAUNCH[name] if bias is None or is_roomy(c)]
     elif softcap:
         candidates = [c for c in candidates if is_roomy(c)]
     splits = splits_of(W)
@@ -410,7 +410,7 @@ def _check(
 
 def is_roomy(launch: DotLaunch) -> bool:
     """tanh takes more registers than 128 accumulators a thread leave, and so does a bias beside
-    statistics: the tile may have 64."""
+    statistics or powers: the tile may have 64."""
     return launch.rows * launch.columns <= 64 * 32 * launch.num_warps
 
 
