@@ -33,7 +33,7 @@ from .head_tiles import (
     target_of,
     tile_options,
 )
-from .launch import DotLaunch, architecture, device_of, pick
+from .launch import DotLaunch, architecture, device_of, exp, pick
 from .logprob import (
     DTYPES,
     check_logsumexp,
@@ -136,13 +136,13 @@ def _fold_scores(
             is_first_peak = (highest > peak) & (first == target)
             target = tl.where(is_here & (is_first_peak == 0), _BEATEN, target)
         energy = moved_energy(energy, mass, peak, pivot)
-    scale, power = tl.exp(peak - pivot), tl.exp(z - pivot[:, None])
+    scale, power = exp(peak - pivot), exp(z - pivot[:, None])
     mass = mass * scale + tl.sum(power, axis=1)
     if STATISTICS:
         energy += tl.sum(power * distance_of(z, pivot[:, None]), axis=1)
         squares = squares * (scale * scale) + tl.sum(power * power, axis=1)
     if POWERS:
-        power *= tl.exp(pivot)[:, None]
+        power *= exp(pivot)[:, None]
         store_tile(powers, first_row, first_column, N, W, powers_stride, power, TMA)
     return target, target_logit, new_peak, mass, energy, squares, total
 
@@ -279,7 +279,7 @@ def _combine_kernel(
         other_mass = tl.load(partial_ptr + part, mask=inside, other=0.0)
         new_peak = tl.maximum(peak, other_peak)
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        scale, other_scale = tl.exp(peak - pivot), tl.exp(other_peak - pivot)
+        scale, other_scale = exp(peak - pivot), exp(other_peak - pivot)
         if STATISTICS:
             more = tl.load(partial_ptr + 2 * part, mask=inside, other=0.0)
             energy = moved_energy(energy, mass, peak, pivot)
@@ -341,7 +341,7 @@ def linear_logprob_forward_(
     if statistics is not None:
         candidates = [c for c in STATISTICS_LAUNCH[name] if bias is None or is_roomy(c)]
     elif powers is not None:
-        candidates = POWERS_LAUNCH[name]
+        candidates = [c for c in POWERS_LAUNCH[name] if bias is None or is_roomy(c)]
     elif softcap:
         candidates = [c for c in candidates if is_roomy(c)]
     splits = splits_of(W)
@@ -410,7 +410,7 @@ def _check(
 
 def is_roomy(launch: DotLaunch) -> bool:
     """tanh takes more registers than 128 accumulators a thread leave, and so does a bias beside
-    statistics: the tile may have 64."""
+    statistics or powers: the tile may have 64."""
     return launch.rows * launch.columns <= 64 * 32 * launch.num_warps
 
 

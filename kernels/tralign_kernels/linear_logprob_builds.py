@@ -42,10 +42,12 @@ def aot_configurations(backend: str) -> list[dict[str, Any]]:
                     )
                     configurations.append(configuration)
         for launch in POWERS_LAUNCH[name]:
-            for bias in (False, True):
+            roomy = is_roomy(launch)
+            for bias in (False, True) if roomy else (False,):
                 configuration = _configuration(name, "bf16", launch, True, bias, False, True)
-                configuration["representative"] = bias and launch == POWERS_LAUNCH[name][0]
+                configuration["representative"] = bias or not roomy
                 configurations.append(configuration)
+            for bias in (False, True):
                 configurations.append(_powers_configuration(name, launch, bias, repair=False))
             if launch == POWERS_LAUNCH[name][-1]:
                 configurations += [

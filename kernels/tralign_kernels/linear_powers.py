@@ -39,7 +39,7 @@ from .head_tiles import (
     target_of,
     tile_options,
 )
-from .launch import DotLaunch, Launch, architecture, backend, device_of, pick
+from .launch import DotLaunch, Launch, architecture, backend, device_of, exp, pick
 from .linear_logprob import POWERS_LAUNCH
 from .logprob import check_logsumexp, check_vector, fold
 
@@ -95,7 +95,7 @@ def _linear_powers_kernel(
         low = tl.load(logsumexp_ptr + 2 * row + 1, mask=row_inside, other=0.0)
         is_moderate, shift = _shift_of(high)
         logp = tl.load(logps_ptr + row, mask=own, other=0.0)
-        own_power = tl.exp(high - shift + low) * (tl.exp(logp) - 1.0)
+        own_power = exp(high - shift + low) * (exp(logp) - 1.0)
         wrong, count = row_inside, 1
         if REPAIR:
             own_place = powers_ptr + row.to(tl.int64) * powers_stride + target
@@ -111,7 +111,11 @@ def _linear_powers_kernel(
                 column = first_column + tl.arange(0, COLUMNS)
                 z = scores_of(x, column, W, inner, outer, dtype, False)
                 at_target = column[None, :] == target[:, None]
-                power = tl.where(at_target, own_power[:, None], tl.exp(z - shift[:, None]))
+                if REPAIR:  # rare; `exp` spills there on sm_100, at 128 registers
+                    power = tl.exp(z - shift[:, None])
+                else:
+                    power = exp(z - shift[:, None])
+                power = tl.where(at_target, own_power[:, None], power)
                 if REPAIR:
                     tl.store(
                         powers_ptr + row.to(tl.int64)[:, None] * powers_stride + column[None, :],
@@ -140,7 +144,7 @@ def _scale_rows_kernel(
     inside = column < H
     high, low = tl.load(logsumexp_ptr + 2 * row), tl.load(logsumexp_ptr + 2 * row + 1)
     _, shift = _shift_of(high)
-    factor = -tl.load(grad_ptr + row) * tl.exp(shift - high - low) * slope
+    factor = -tl.load(grad_ptr + row) * exp(shift - high - low) * slope
     x = tl.load(source_ptr + row * source_stride + column, mask=inside, other=0.0).to(tl.float32)
     scaled = round_nearest(x * factor, scaled_ptr.dtype.element_ty)
     tl.store(scaled_ptr + row * scaled_stride + column, scaled, mask=inside)

@@ -22,15 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .ema import round_nearest
-from .launch import Launch, backend, device_of
+from .launch import Launch, backend, device_of, exp
 from .statistics import distance_of, fold_statistics, moved_energy
 
 # Both read (and the backward writes) 16 bytes a thread per load in bf16. Forward: one program walks
 # a row, so a block must be wide enough to hide the one reduction over warps per block: 32 columns a
 # thread. Backward: nothing is reduced; 16 columns a thread leave room for tanh. On an H200 at
-# N = 4,096, V = 128,256 they move 3.3 and 4.2 TB/s (3.0 and 4.0 with twice the warps), a copy 4.2.
+# N = 4,096, V = 128,256 they moved 3.3 and 4.2 TB/s (3.0 and 4.0 with twice the warps), a copy 4.2,
+# when the forward's loop took 13 instructions a column. It takes 10 since.
 FORWARD_LAUNCH = {"cuda": Launch(block=4096, num_warps=4), "hip": Launch(block=4096, num_warps=8)}
-# Four more numbers a column: a quarter of the columns a thread (half spills on sm_100).
+# Three more numbers a column: a quarter of the columns a thread (80 registers on sm_90 with Triton
+# 3.6; with half of them 138, which leave an SM 12 warps in place of 24).
 STATISTICS_LAUNCH = {
     "cuda": Launch(block=2048, num_warps=8),
     "hip": Launch(block=4096, num_warps=8),
@@ -55,7 +57,7 @@ def tanh_and_slope(u):
     small = 0.0179977858 * square - 0.0533904273
     small = (small * square + 0.133305059) * square - 0.333333114
     small = a + a * square * small
-    r = 1.0 / (tl.exp(2.0 * a) + 1.0)
+    r = 1.0 / (exp(2.0 * a) + 1.0)
     is_small = a < 0.5  # NaN is not, and exp keeps it
     magnitude = tl.where(is_small, small, 1.0 - 2.0 * r)
     slope = tl.where(is_small, 1.0 - small * small, 4.0 * r * (1.0 - r))
@@ -107,7 +109,7 @@ def fold_logsumexp(logsumexp_ptr, row, peak, mass, mask=None):
     low = tl.load(logsumexp_ptr + 2 * row + 1, mask=mask)
     top = tl.maximum(peak, high)
     pivot = tl.where(top == -float("inf"), 0.0, top)
-    new, old = mass * tl.exp(peak - pivot), tl.exp(high - pivot + low)
+    new, old = mass * exp(peak - pivot), exp(high - pivot + low)
     store_logsumexp(logsumexp_ptr, row, pivot, tl.log(new + old), mask)
     divisor = tl.where(new + old == 0.0, 1.0, new + old)
     return old / divisor, new / divisor
@@ -115,11 +117,27 @@ def fold_logsumexp(logsumexp_ptr, row, peak, mass, mask=None):
 
 @triton.jit
 def _target_of(logits_ptr, targets_ptr, row, start, W, inner, outer, SOFTCAP: tl.constexpr):
-    """(column in the tile, whether it lies there, score)"""
+    """(column in the tile or -1, whether it lies there, score)"""
     column = tl.load(targets_ptr + row) - start
     inside = (column >= 0) & (column < W)
+    column = tl.where(inside, column, -1).to(tl.int32)
     x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
     return column, inside, score(x, inner, outer, SOFTCAP)
+
+
+@triton.jit
+def _beats(z, highest, column, first, target, target_score, BLOCK: tl.constexpr):
+    """1 where an argmax would take a column of the block before the target, else 0.
+
+    The block's highest score tells, but where columns on either side of the target are.
+    """
+    if (target >= first) & (target < first + BLOCK):
+        better = (z > target_score) | ((z == target_score) & (column < target))
+        found = tl.max(better.to(tl.int32), axis=0)
+    else:
+        same = (highest == target_score) & (first < target)
+        found = ((highest > target_score) | same).to(tl.int32)
+    return found
 
 
 @triton.jit(do_not_specialize=["start", "statistics_stride"])
@@ -152,24 +170,26 @@ def _logprob_forward_kernel(
         energy = tl.zeros((BLOCK,), tl.float32)  # Σ exp(z - pivot) · (z - pivot)
         squares = tl.zeros((BLOCK,), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
-        beaten = tl.zeros((BLOCK,), tl.int32)  # by columns that an argmax takes before the target
+        beaten = 0  # not 0 once an argmax would take another column before the target
     for first in range(0, W, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < W
         x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(inside, score(x, inner, outer, SOFTCAP), -float("inf"))
+        z = score(x, inner, outer, SOFTCAP)
+        if STATISTICS:
+            total += z  # 0 beside the tile
+        z = tl.where(inside, z, -float("inf"))
         # maxima skip NaN, the sum below does not
-        new_peak = tl.maximum(peak, tl.max(z, axis=0))
+        highest = tl.max(z, axis=0)
+        new_peak = tl.maximum(peak, highest)
         # a row of -inf so far: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        scale, power = tl.exp(peak - pivot), tl.exp(z - pivot)
+        scale, power = exp(peak - pivot), exp(z - pivot)
         if STATISTICS:
             own = power * distance_of(z, pivot)
             energy = moved_energy(energy, mass, peak, pivot) + own
             squares = squares * (scale * scale) + power * power
-            total += tl.where(inside, z, 0.0)
-            is_before = (z == target_score) & (column < target)
-            beaten |= ((z > target_score) | is_before).to(tl.int32)
+            beaten |= _beats(z, highest, column, first, target, target_score, BLOCK)  # pyright: ignore[reportOperatorIssue]
         mass = mass * scale + power
         peak = new_peak
 
@@ -192,7 +212,7 @@ def _logprob_forward_kernel(
             tl.sum(energy, axis=0),
             tl.sum(squares, axis=0),
             peak,
-            has_target & (tl.max(beaten, axis=0) == 0),  # pyright: ignore[reportOperatorIssue]
+            has_target & (beaten == 0),
             tl.sum(total, axis=0),
         )
 
@@ -223,7 +243,7 @@ def _logprob_backward_kernel(
     x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
     z, slope = score_and_slope(x, inner, outer, SOFTCAP)
     at_target = tl.where(column == target, 1.0, 0.0)
-    result = grad * (at_target - tl.exp(z - high - low)) * slope
+    result = grad * (at_target - exp(z - high - low)) * slope
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     tl.store(logits_ptr + column, round_nearest(result, dtype), mask=inside)
 

@@ -15,18 +15,24 @@ negative, and Σ p² is squares / mass². The names of the running statistics ar
 import triton
 import triton.language as tl
 
+from .launch import exp
+
 
 @triton.jit
 def distance_of(z, pivot):
-    """Of scores from the pivot; 0 of a masked column, which has no power and an infinite one."""
-    return tl.where(z == -float("inf"), 0.0, z - pivot)
+    """Of scores from the pivot, finite: a masked column has no power, and 0 times infinity is NaN.
+
+    A maximum, which has no predicate to keep, where `tl.where` has one of every column. It passes
+    over a NaN, which the score's power keeps.
+    """
+    return tl.maximum(z - pivot, -3e38)
 
 
 @triton.jit
 def moved_energy(energy, mass, peak, pivot):
     """Energy about a pivot that is no lower, of that about `peak`, with its mass."""
     shift = tl.where(peak == -float("inf"), 0.0, peak - pivot)
-    return (energy + mass * shift) * tl.exp(peak - pivot)
+    return (energy + mass * shift) * exp(peak - pivot)
 
 
 @triton.jit

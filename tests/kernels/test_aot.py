@@ -8,7 +8,6 @@ import re
 
 import pytest
 import triton
-from packaging.version import Version
 
 from benchmarks.report import TARGETS, compile_configuration, configurations, measure
 from tests.kernels.conftest import INTERPRETED
@@ -16,6 +15,21 @@ from tralign_kernels import linear_logprob
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel cannot be compiled")
 
+# What older compilers spill, by Triton's version, in the unit of `measure`; nothing else may.
+KNOWN_SPILLS = {
+    "3.6": {
+        "sm_100-adafactor_statistics_8192_fp32_split_scaled": 8,
+        "sm_100-preference_sigmoid_alpha_divergence": 8,
+        "sm_100-preference_sigmoid_bco_pair_sft_weights": 8,
+        "gfx942-linear_logprob_bf16_128x128_bias_powers_statistics": 1,
+    },
+    "3.7": {
+        "sm_100-adamw_bf16_fp32_alone": 8,
+        "sm_100-linear_logprob_bf16_128x128_bias_powers": 16,
+        "gfx942-linear_logprob_bf16_128x128_bias_powers_statistics": 3,
+    },
+}
+KNOWN = KNOWN_SPILLS.get(".".join(triton.__version__.split(".")[:2]), {})
 LIMIT = {"cuda": 227 * 1024, "hip": 64 * 1024}  # shared memory a program: H100, MI300
 CASES = [
     pytest.param(configuration, target, id=f"{name}-{configuration['name'].replace(' ', '_')}")
@@ -31,13 +45,18 @@ def find(name: str, target: str) -> dict:
 
 
 @pytest.mark.parametrize(("configuration", "target"), CASES)
-def test_no_spill(configuration, target) -> None:
+def test_no_spill(configuration, target, request) -> None:
     row = measure(configuration, target)
-    if row["spills"] and Version(triton.__version__) < Version("3.9"):
-        pytest.xfail(f"Triton {triton.__version__} spills {row['spills']} here")
-    assert row["spills"] == 0, row
+    assert row["spills"] == KNOWN.get(request.node.callspec.id, 0), row
     assert 0 < row["registers"] < 256, row
     assert row["shared"] <= LIMIT[target.backend], row
+
+
+def test_known_spills_are_of_cases() -> None:
+    """A renamed or removed configuration leaves the list."""
+    cases = {case.id for case in CASES}
+    for known in KNOWN_SPILLS.values():
+        assert set(known) <= cases
 
 
 def test_every_kernel_is_listed() -> None:
@@ -50,15 +69,15 @@ def test_every_kernel_is_listed() -> None:
         # ref × θ dtypes × alignment, the halves in two roundings
         assert listed.count("_ema_kernel") == 3 * 3 * 2 + 2 * 3 * 2
         # tile candidates and the unaligned tile × plain or not; fp32 has one candidate. With powers
-        # each candidate × bias; with statistics each × powers, × bias where it has room for one
-        powers = len(linear_logprob.POWERS_LAUNCH[target])
-        statistics = [
-            1 + linear_logprob.is_roomy(c) for c in linear_logprob.STATISTICS_LAUNCH[target]
-        ]
-        kinds = 2 * (2 + 1) + 1 + 1 + powers + sum(statistics)
-        assert listed.count("_linear_logprob_kernel") == kinds * 2
-        # as many, and the last to repair
-        assert listed.count("_linear_powers_kernel") == (powers + 1) * 2
+        # each candidate × bias where it has room for one; with statistics each × powers, likewise
+        launches = linear_logprob.POWERS_LAUNCH[target], linear_logprob.STATISTICS_LAUNCH[target]
+        powers, statistics = (
+            sum(1 + linear_logprob.is_roomy(c) for c in table) for table in launches
+        )
+        kinds = 2 * (2 + 1) + 1 + 1 + statistics
+        assert listed.count("_linear_logprob_kernel") == kinds * 2 + powers
+        # each candidate × bias, and the last to repair
+        assert listed.count("_linear_powers_kernel") == (len(launches[0]) + 1) * 2
         assert listed.count("_scale_rows_kernel") == 2  # aligned or not
         assert listed.count("_combine_kernel") == 2  # with statistics or without
         # losses, two in the other normalisation, lengths, KL given, sums, f-divergence and weights
@@ -122,6 +141,16 @@ def test_aligned_tensors_move_16_bytes_a_thread(name: str) -> None:
     if "forward" not in name:  # whose output is two numbers a row
         assert "st.global.v4.b32" in ptx
         assert "st.global.b16" not in ptx
+
+
+@pytest.mark.parametrize(
+    "name", ["logprob_forward bf16 statistics", "logprob_backward bf16", "linear_powers 128x256"]
+)
+def test_exponentials_keep_no_subnormal_numbers(name: str) -> None:
+    """Each of which would take a comparison and two products more."""
+    ptx = compile_configuration(find(name, "sm_90"), TARGETS["sm_90"]).asm["ptx"]
+    assert "ex2.approx.ftz.f32" in ptx
+    assert "ex2.approx.f32" not in ptx
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.diagonal import diagonal
-from tralign_kernels import logprob_backward_, logprob_forward_, logprob_naive
+from tralign_kernels import logprob, logprob_backward_, logprob_forward_, logprob_naive
+from tralign_kernels.launch import Launch
 from tralign_kernels.logprob import BACKWARD_LAUNCH, FORWARD_LAUNCH, tanh_and_slope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -387,3 +388,25 @@ def test_statistics(dtype, options, device):
     torch.testing.assert_close(peak, z.amax(1), rtol=1e-5, atol=1e-5)
     assert top1.bool().equal(z.argmax(1) == targets)
     torch.testing.assert_close(total, z.sum(1), rtol=1e-5, atol=1e-2)
+
+
+def test_an_argmax_is_the_first_of_the_largest(monkeypatch, device):
+    """Wherever, by blocks of 16 columns, the target stands and another one a little lower, as high
+    or higher; the last target is of another tile."""
+    launches = dict.fromkeys(logprob.STATISTICS_LAUNCH, Launch(block=16, num_warps=1))
+    monkeypatch.setattr(logprob, "STATISTICS_LAUNCH", launches)
+    places = (0, 1, 15, 16, 17, 31, 32, 40, 49)
+    cases = [(a, b, more) for a in places for b in places for more in (-1, 0, 1) if a != b]
+    targets = torch.tensor([a for a, _, _ in cases] + [60])
+    logits = torch.zeros(len(targets), 50)
+    for row, (target, other, more) in zip(logits, cases, strict=False):
+        row[target], row[other] = 5, 5 + more
+    rows = len(targets)
+    statistics = torch.zeros(5, rows, device=device)
+    statistics[2] = -INF
+    logprob_forward_(
+        logits.to(device), targets.to(device), 0, no_column(rows, device),
+        torch.full((rows,), NAN, device=device), statistics=statistics,
+    )  # fmt: skip
+    expected = [more < 0 or (more == 0 and a < b) for a, b, more in cases]
+    assert statistics[3].bool().tolist() == [*expected, False]
