@@ -96,13 +96,16 @@ def parsed(verb: str, arguments: list[str]) -> None:
     from tralign_fast import TRConfig
     from tralign_fast.command_line import parse
     from tralign_fast.memory.plan_options import PlanOptions
+    from tralign_fast.memory.plan_recipe import plan_arguments
     from tralign_fast.migrate.command import migration_options
     from tralign_fast.training.train_options import TrainOptions
 
     if verb == "migrate":
         migration_options(arguments)
-    elif verb in ("train", "plan"):
-        parse(verb, [TrainOptions, TRConfig] if verb == "train" else [PlanOptions], arguments)
+    elif verb == "plan":
+        parse(verb, [PlanOptions], plan_arguments(arguments)[0])
+    elif verb == "train":
+        parse(verb, [TrainOptions, TRConfig], arguments)
 
 
 def commands() -> list[tuple[str, str]]:
@@ -113,6 +116,11 @@ def commands() -> list[tuple[str, str]]:
         for command in re.findall(r"^(?:.* )?tralign-fast ([a-z].*)$", code, re.M):
             found.append((str(snippet), command.partition("&&")[0].partition("#")[0]))
     return found
+
+
+def test_every_shell_block_is_looked_at():
+    """`commands` reads blocks of "sh" alone."""
+    assert not snippets("bash", "shell", "console")
 
 
 @pytest.mark.parametrize(("where", "command"), commands(), ids=lambda value: value[:40])
