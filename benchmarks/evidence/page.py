@@ -9,6 +9,8 @@ A test compares both with the CSVs.
 from __future__ import annotations
 
 import csv
+import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -26,8 +28,15 @@ HEADER = (
 
 SHORT = "| arm | highest gold, each seed | end: √KL | end: gold | end: second gold |"
 
-PAIRED = "| at the last step, mean of three seeds | √KL | gold | second gold | held-out accuracy |"
-STUDENT = {3: 4.303}  # 97.5% quantile of Student's t at one degree of freedom less than seeds
+PAIRED = "| at the last step, mean of seeds | √KL | gold | second gold | held-out accuracy |"
+
+EQUAL = (
+    "| at equal distance, mean of seeds (seeds above) | gold | at 0.8 | at 0.6 | second gold | at "
+    "0.8 | at 0.6 |"
+)
+
+# 97.5% quantile of Student's t at one degree of freedom less than seeds
+STUDENT = {3: 4.303, 5: 2.776, 8: 2.365}
 
 
 def read(path: Path) -> Curves:
@@ -126,13 +135,14 @@ def differences(seeds: Sequence[list[Row]], others: Sequence[list[Row]], key: st
 
 
 def pairings(curves: Curves) -> list[tuple[str, str]]:
-    """Every moving arm with every frozen one of its loss and pairs, both of three seeds."""
+    """Every moving arm with every frozen one of its loss and pairs, of as many seeds."""
     whole = {name: seeds[0][0] for name, seeds in curves.items() if len(seeds) in STUDENT}
     return [
         (one, other)
         for (one, row), (other, frozen) in product(whole.items(), whole.items())
         if row["schedule"] != "frozen" and frozen["schedule"] == "frozen"
         and (row["loss"], row["pairs"]) == (frozen["loss"], frozen["pairs"])
+        and len(curves[one]) == len(curves[other])
     ]  # fmt: skip
 
 
@@ -153,6 +163,44 @@ def paired_table(curves: Curves) -> str:
     return "\n".join([PAIRED, "|" + "---|" * 5, *lines]) if lines else ""
 
 
+def at_equal_distance(text: str) -> dict[str, list[list[float]]]:
+    """Every moving arm less every frozen one: each seed's differences, as a text file of
+    `overoptimize` has them; by the gold at the farthest shared distance, at 0.8 and at 0.6 of it,
+    then by the second gold. What the file lacks is an empty list."""
+    found: dict[str, list[list[list[float]]]] = {}
+    for row in text.splitlines():
+        first, *cells = re.split(r"\s{2,}", row.strip())
+        if match := re.fullmatch(r"(.+) - \w+ frozen β=(\S+)( people)?", first):
+            loss, schedule, *rest = match[1].removesuffix(" people").split()
+            arm = ", ".join([f"{loss.upper()} {schedule}", *(f.replace("=", " = ") for f in rest)])
+            golds = [
+                [float(value) for value in re.findall(r"([+-]\d+\.\d\d) ±", cell)]
+                for cell in cells[1:3]
+            ]
+            found.setdefault(f"{arm} less frozen, β = {match[2]}", []).append(golds)
+    return {
+        name: [rows[i][gold] if i < len(rows) else [] for gold in (0, 1) for i in range(3)]
+        for name, rows in found.items()
+    }
+
+
+def equal_line(name: str, differences: Sequence[Sequence[float]]) -> str:
+    cells = [
+        f"{over_seeds(values)} ({sum(math.copysign(1, v) > 0 for v in values)})" if values else ""
+        for values in differences
+    ]
+    return f"| {name} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+
+
+def equal_table(text: str) -> str:
+    lines = [
+        equal_line(name, differences)
+        for name, differences in at_equal_distance(text).items()
+        if len(differences[0]) in STUDENT
+    ]
+    return "\n".join([EQUAL, "|" + "---|" * 7, *lines]) if lines else ""
+
+
 MASSES = "| change at the last step, training answers, nats | chosen | rejected | other |"
 
 
@@ -168,16 +216,18 @@ def document(paths: Sequence[Path]) -> str:
     for path in paths:
         curves = read(path)
         parts += [f"## {path.name}", table(curves), paired_table(curves),
+                  equal_table(path.with_suffix(".txt").read_text()),
                   table(curves, MASSES, masses_line)]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 EXPLAINED = (
-    "Each value is a seed's, seeds 0, 1, 2; other numbers are means of seeds. Turns: the step of "
+    "Each value is a seed's, from seed 0 on; other numbers are means of seeds. Turns: the step of "
     "the highest gold. Gold: deviations of the SFT's answers. Win rate: against the SFT's answers. "
     "Repeats: share of an answer's runs of three words that stood in it before. Lag: mean Δ to the "
-    "reference over the run. Less: paired by seeds, mean and Student's 95% interval over three "
-    "seeds."
+    "reference over the run. Less: paired by seeds, mean and Student's 95% interval over seeds. At "
+    "equal distance: the farthest that all arms of a seed have reached, 0.8 and 0.6 of it; each "
+    "seed stands in the text file beside the CSV."
 )
 
 

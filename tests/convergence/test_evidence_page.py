@@ -267,6 +267,51 @@ def test_over_seeds_only_the_distance_of_kto_is_beyond_its_interval():
             sure += [line for middle, half in cells if abs(float(middle)) > float(half)]
     assert len(sure) == 1
     assert sure[0].startswith("| KTO soft")
+    assert (
+        "one difference is beyond Student's interval at the last step, how far KTO goes with soft"
+        in PAGE
+    )
+
+
+def test_tables_of_eight_seeds_beside_arms_that_have_fewer():
+    """Student's interval of eight seeds; an arm of three seeds is not paired with one of eight."""
+    values = [0.1, -0.2, 0.3, 0.4, 0.0, 0.6, 0.7, 0.9]
+    cell = ", ".join(f"{value:+.2f} ± 0.20" for value in values)
+    arm = "dpo soft α=0.6 τ=1 β=0.1 people - dpo frozen β=0.01 people"
+    text = f"{arm}  0: 7.0, 1: 5.7  {cell}  {cell}  7 of 8\n"
+    (row,) = page.equal_table(text).splitlines()[2:]
+    name = "DPO soft, α = 0.6, τ = 1, β = 0.1 less frozen, β = 0.01"
+    half = 2.3646 * numpy.std(values, ddof=1) / 8**0.5
+    over = f"+0.35 ± {half:.2f} (7)"  # no difference is not below
+    assert row == f"| {name} | {over} | | | {over} | | |"
+    people = curves("_people")
+    names = list(people)
+    assert set(page.pairings(people)) == set(itertools.product(names[2:], names[:2]))
+    people[names[0]] = 8 * people[names[0]][:1]
+    assert set(page.pairings(people)) == set(itertools.product(names[2:], names[1:2]))
+
+
+def test_means_over_seeds_at_equal_distance_are_hardly_ever_beyond_their_interval():
+    """Counted in the tables beside the CSVs, which are those of the text files."""
+    text = (RESULTS / "overoptimize_tables.md").read_text()
+    cells = []
+    for part in text.split(page.EQUAL)[1:]:
+        for row in part.split("\n\n")[0].splitlines()[2:]:
+            cells += re.findall(r"([+-]\d+\.\d\d) ± (\d+\.\d\d) \(\d\)", row)
+    sure = [half for middle, half in cells if abs(float(middle)) > float(half)]
+    assert f"at equal distance {len(sure)} of {len(cells)}, about chance" in PAGE
+    expected = 0.05 * len(cells)  # "about chance"
+    assert len(sure) == pytest.approx(expected, abs=0.5)
+    soft = over_seeds_of_people()
+    equal = text.split("people.csv")[1].split(page.EQUAL)[1]
+    for beta in ("0.1", "0.01"):
+        row = re.search(rf"^\| DPO soft.* less frozen, β = {beta} \| (.*) \|$", equal, re.M)
+        assert row
+        middles = [cell.rsplit(" ", 1)[0] for cell in row[1].split(" | ")]
+        shares = (1.0, 0.8, 0.6)
+        assert middles == [soft[beta, s, gold] for gold in ("gold", "second") for s in shares]
+    middle, half = map(float, soft["0.1", 1.0, "gold"].split(" ± "))
+    assert middle < half  # "which holds 0"
 
 
 def cells_of_people():
