@@ -108,7 +108,9 @@ SPEC = {
     # of TrainingArguments
     "output_dir": place, "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT, "gradient_accumulation_steps": COUNT,
-    "num_train_epochs": AMOUNT, "max_steps": ("int", -1, INF, "[)"), "weight_decay": AMOUNT,
+    "num_train_epochs": POSITIVE,
+    "max_steps": lambda v: is_number(v) and (v == -1 or (v >= 1 and steps(v))),
+    "weight_decay": AMOUNT,
     "adam_beta1": ("float", 0, 1, "[)"), "adam_beta2": ("float", 0, 1, "[)"),
     "adam_epsilon": AMOUNT, "max_grad_norm": ("float?", 0, INF, "[)"), "warmup_steps": AMOUNT,
     "seed": SEED, "data_seed": ("int?", 0, 2**32 - 1, "[]"), "fp16": "bool",
@@ -262,6 +264,8 @@ def read_as(name, value):
     spec = SPEC[name]
     if name in ("logging_steps", "ref_model_sync_steps", "eval_steps", "save_steps"):
         spec = AMOUNT
+    if name == "max_steps":
+        spec = COUNT
     if not isinstance(value, str) or callable(spec) or isinstance(spec, list):
         return value
     words = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False,
@@ -425,6 +429,8 @@ def test_nothing_is_said_of_defaults(tmp_path):
 def test_a_wrong_value_is_named(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+        ({"max_steps": 0}, "max_steps: expected a whole number ≥ 1, or -1, got 0"),
+        ({"num_train_epochs": 0}, "num_train_epochs: expected a number > 0, got 0"),
 
 
 def test_whole_floats_are_whole_numbers(tmp_path):
