@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tralign_fast.data.jobs import tokenizer_in
+from tralign_fast.data.overlap import count_shared
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.data.tokenization import (
     add_lengths,
@@ -68,3 +70,31 @@ def tokenized(
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         rows = add_lengths(rows, args.length_column_name)
     return rows
+
+
+def held_out(
+    dataset: Any,
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    args: TRConfig,
+) -> Any:
+    """The rows of a run's evaluations as token ids; one warning for a dataset with rows that are
+    trained on, too.
+
+    Args:
+        dataset: a dataset, or a dict of them.
+        rows: those of the training, tokenised; a stream is not looked at, nor are streams held out.
+    """
+    found = tokenized(dataset, tokenizer, args, "eval")
+    if not hasattr(rows, "__len__") or args.process_index > 0:
+        return found
+    for name, part in (found if isinstance(found, dict) else {"eval": found}).items():
+        shared = count_shared(rows, part) if hasattr(part, "__len__") else 0
+        if shared:
+            warnings.warn(
+                f"{name}: {shared} of {len(part)} rows are trained on, too, so that an evaluation "
+                "tells nothing new of them; expected other rows (of one file or split "
+                "dataset_split=train[:90%] and eval_split=train[90%:])",
+                stacklevel=3,
+            )
+    return found

@@ -53,7 +53,7 @@ from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import GradientRelease, releases
-from tralign_fast.training.inputs import collator_of, tokenized
+from tralign_fast.training.inputs import collator_of, held_out, tokenized
 from tralign_fast.training.load_balance import add_balance
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.method import settle_method
@@ -159,7 +159,7 @@ class TRTrainer(ResumableTrainer):
             args=args,
             data_collator=collator,  # pyright: ignore[reportArgumentType]
             train_dataset=train_dataset,
-            eval_dataset=tokenized(eval_dataset, tokenizer, args, "eval"),
+            eval_dataset=held_out(eval_dataset, train_dataset, tokenizer, args),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
