@@ -93,7 +93,7 @@ def test_options_that_do_not_go_together(message):
     options, config = options_of(*WRONG[message])
 
     def check():
-        adapter_of(options, config)
+        adapter_of(options)
         quantization_of(options)
         loading_of(options, config)
         columns_given(options.columns)

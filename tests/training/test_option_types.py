@@ -369,6 +369,14 @@ NO_EFFECT = {
     "checkpoints never": (
         {"save_strategy": "no", "save_steps": 12}, "save_steps=12 has no effect"
     ),
+    "checkpoints beside none": (
+        {"save_strategy": "no", "async_save": True}, "async_save=True has no effect"
+    ),
+    "logs never": ({"logging_strategy": "no", "logging_steps": 3}, "logging_steps=3 has no effect"),
+    "a warm-up of a constant": (
+        {"lr_scheduler_type": "constant", "warmup_steps": 9}, "warmup_steps=9 has no effect"
+    ),
+    "graphs of no GPU": ({"cuda_graphs": True}, "cuda_graphs=True has no effect: graphs are of a"),
     "how many of none": (
         {"save_strategy": "no", "save_total_limit": 2}, "save_total_limit=2 has no effect"
     ),
@@ -421,6 +429,8 @@ def test_nothing_is_said_of_defaults(tmp_path):
         ({"reference": "residnet"}, "got 'residnet'; did you mean 'resident'?"),
         ({"loss_type": 3}, "loss_type: expected a list of words or .*, got 3"),
         ({"ref_model_mixup_alpha": True}, r"ref_model_mixup_alpha: expected a number in \[0, 1\]"),
+        ({"max_steps": 0}, "max_steps: expected a whole number ≥ 1, or -1, got 0"),
+        ({"num_train_epochs": 0}, "num_train_epochs: expected a number > 0, got 0"),
         ({"seed": -1}, r"seed: expected a whole number in \[0, 4294967295\], got -1"),
         ({"model_init_kwargs": "{a"}, "model_init_kwargs: expected JSON"),
         ({"lr_scheduler_kwargs": "{a"}, "lr_scheduler_kwargs: expected JSON"),
@@ -429,8 +439,6 @@ def test_nothing_is_said_of_defaults(tmp_path):
 def test_a_wrong_value_is_named(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
-        ({"max_steps": 0}, "max_steps: expected a whole number ≥ 1, or -1, got 0"),
-        ({"num_train_epochs": 0}, "num_train_epochs: expected a number > 0, got 0"),
 
 
 def test_whole_floats_are_whole_numbers(tmp_path):

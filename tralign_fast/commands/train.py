@@ -65,7 +65,7 @@ def _run(options: TrainOptions, config: Any) -> int:
     check_trackers(config.report_to)
     check_evaluation(config, options.eval_dataset)
     check_writable(config.output_dir)
-    bits, adapter = quantization_of(options), adapter_of(options, config)
+    bits, adapter = quantization_of(options), adapter_of(options)
     config.model_init_kwargs = loading_of(options, config)
     goes_on = resume_of(Path(config.output_dir or "."), checkpoint)
     if not goes_on and not config.overwrite_output_dir:

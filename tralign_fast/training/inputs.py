@@ -16,13 +16,19 @@ from tralign_fast.data.tokenization import (
     tokenize_pairs,
     tokenize_unpaired,
 )
+from tralign_fast.ops.backend import warn_once
 from tralign_fast.training.config import TRConfig
 
 
 def collator_of(
-    args: TRConfig, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, vocab_size: int | None
-) -> PreferenceCollator:
-    return PreferenceCollator(
+    args: TRConfig,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    vocab_size: int | None,
+    given: Any = None,
+) -> Any:
+    """The collator of a run, or the one that was given, with a warning for each option that it does
+    not follow."""
+    made = PreferenceCollator(
         paired=args.objective.paired,
         mismatched=args.objective.needs_kl,
         ld_alpha=args.ld_alpha,
@@ -33,6 +39,11 @@ def collator_of(
         pad_token_id=tokenizer_in(tokenizer).pad_token_id or 0,  # pyright: ignore[reportArgumentType]
         vocab_size=vocab_size,
     )
+    for name in () if given is None else ("ld_alpha", "token_budget", "pad_to_multiple_of"):
+        asked = getattr(made, name)
+        if asked is not None and getattr(given, name, None) != asked:
+            warn_once(f"{name}={asked} has no effect: the data_collator that is given decides it")
+    return made if given is None else given
 
 
 def tokenized(
@@ -53,6 +64,17 @@ def tokenized(
             "rows cannot be scored once for all; pass a Dataset, or leave the option out: a "
             "reference still scores ahead as far as it stands still"
         )
+    order = args.train_sampling_strategy
+    by_length = order in ("group_by_length", "batch_rebalance")
+    if training and not hasattr(dataset, "__len__"):
+        if by_length:
+            warn_once(
+                f"train_sampling_strategy={order!r} has no effect: a stream's rows come as they are"
+            )
+        if args.dataloader_drop_last:
+            warn_once(
+                "dataloader_drop_last=True has no effect: a stream's last batch is trained on"
+            )
     paired = args.objective.paired
     tokenize: Any = tokenize_pairs if paired else tokenize_unpaired
     rows = tokenize(
@@ -67,7 +89,7 @@ def tokenized(
     if not training and args.objective.needs_kl and hasattr(rows, "__len__"):
         # a row's KL term is the same in batches of any size: those of training decide, as in TRL
         rows = lend_in_groups(rows, args.per_device_train_batch_size)
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+    if by_length:
         rows = add_lengths(rows, args.length_column_name)
     return rows
 

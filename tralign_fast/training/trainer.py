@@ -153,7 +153,7 @@ class TRTrainer(ResumableTrainer):
             train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
         # accelerate would cut up the batches of a stream, of training or of evaluation
         args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        collator = data_collator or collator_of(args, tokenizer, vocabulary_size(policy))
+        collator = collator_of(args, tokenizer, vocabulary_size(policy), data_collator)
         super().__init__(
             model=policy,
             args=args,
@@ -331,6 +331,9 @@ class TRTrainer(ResumableTrainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """`compute_loss` has counted them, whatever `include_num_input_tokens_seen` is."""
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Any) -> Any:
         return contextlib.nullcontext, inputs  # batches come divided, and long rows cut
