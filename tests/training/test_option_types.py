@@ -376,6 +376,7 @@ NO_EFFECT = {
     "a warm-up of a constant": (
         {"lr_scheduler_type": "constant", "warmup_steps": 9}, "warmup_steps=9 has no effect"
     ),
+    "fp16 of no GPU": ({"fp16": True}, "fp16=True has no effect"),
     "graphs of no GPU": ({"cuda_graphs": True}, "cuda_graphs=True has no effect: graphs are of a"),
     "how many of none": (
         {"save_strategy": "no", "save_total_limit": 2}, "save_total_limit=2 has no effect"

@@ -38,6 +38,7 @@ def run_train(arguments: list[str]) -> int:
     _follow(given)
     if launch.is_asked_for(given.num_processes, given.parallel):
         return launch.launch(given.num_processes or 1, given.parallel or "ddp", arguments)
+    launch.check_processes(given.num_processes, given.parallel)
     for name, value in launch.options_of(given.parallel).items():
         given.default(name, value)
     options, config = given.built()

@@ -164,8 +164,10 @@ def _of_the_batches(config: Any) -> Iterator[tuple[str, str]]:
     if all("nll" in spec.inputs for spec in config.objective.specs):
         names = " + ".join(config.objective.names)
         yield "length_normalized", f"{names} has no log-ratios that are divided"
-    if config.cuda_graphs and device_kind(config.device) == "cpu":
-        yield "cuda_graphs", "graphs are of a GPU"
+    if device_kind(config.device) == "cpu":
+        yield "fp16", "a CPU computes in the dtype of the weights"
+        if config.cuda_graphs:
+            yield "cuda_graphs", "graphs are of a GPU"
     if config.layer_kernels != "liger":
         yield "liger_kernel_config", f'layer_kernels is "{config.layer_kernels}", not "liger"'
 
