@@ -128,7 +128,7 @@ RECIPES = {
     "[" * 1200: "maximum recursion depth exceeded",
     "yes: 1\n": "line 1: True: no such option",
     "beta:\n": "line 1: beta: expected a finite number, got None",
-    "num_train_epochs: {a: 1}\n": "num_train_epochs: expected a number ≥ 0, got {'a': 1}",
+    "num_train_epochs: {a: 1}\n": "num_train_epochs: expected a number > 0, got {'a': 1}",
     "output_dir: 5\n": "line 1: output_dir: expected a word that is not empty or nothing, got 5",
     "model: off\n": "line 1: model: expected a word",
     "beta: 2024-01-01\n": "line 1: beta: expected a finite number, got datetime.date",

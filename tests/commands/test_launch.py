@@ -17,6 +17,7 @@ from tests.processes import fork
 from tralign_fast import TRConfig, cli
 from tralign_fast.command_line import Given
 from tralign_fast.commands import launch
+from tralign_fast.ops.backend import warn_once
 from tralign_fast.training.train_options import PARALLEL, TrainOptions
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,20 @@ def test_what_both_refuse_is_said_once(recipe):
     assert "no such file or folder" in out.stderr
     assert "Traceback" not in out.stderr
     assert "ChildFailedError" not in out.stderr
+
+
+def test_what_one_process_cannot_do_is_said_before_anything_is_loaded(recipe, refused, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for alone in ([], ["--num_processes", "1"]):
+        line = refused("train", "--config", str(recipe), "--parallel", "fsdp2", *alone)
+        assert "parallel=fsdp2: expected several processes to shard weights over, got one" in line
+    warn_once.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch.check_processes(2, "fsdp2")
+    launch.check_processes(None, "fsdp2")
+    with pytest.warns(UserWarning, match="num_processes=4 has no effect: a launcher has started 2"):
+        launch.check_processes(4, None)
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)

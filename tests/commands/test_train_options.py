@@ -10,6 +10,7 @@ import pytest
 from tralign_fast import TRConfig, TRTrainer, cli
 from tralign_fast.command_line import Given, parse
 from tralign_fast.commands.train import load_sets, renamed
+from tralign_fast.training.inputs import held_out, tokenized
 from tralign_fast.training.train_options import (
     TrainOptions,
     adapter_of,
@@ -92,7 +93,7 @@ def test_options_that_do_not_go_together(message):
     options, config = options_of(*WRONG[message])
 
     def check():
-        adapter_of(options, config)
+        adapter_of(options)
         quantization_of(options)
         loading_of(options, config)
         columns_given(options.columns)
@@ -142,10 +143,11 @@ def test_an_evaluation_set_is_evaluated_on(trained, tmp_path):
     assert len(trainer.eval_dataset) == 4
 
 
-def test_an_evaluation_on_the_rows_of_the_training_is_said(tmp_path, recwarn):
+def test_an_evaluation_on_the_rows_of_the_training_is_said(tmp_path, recwarn, small_tokenizer):
     """A file is one split, whatever its name: `--eval_split test` alone reads all of it again."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"chosen": "a", "rejected": "b"}\n' * 10)
+    line = '{{"chosen": "{0} a", "rejected": "{0} b"}}\n'
+    rows.write_text("".join(line.format(i) for i in range(10)))
     folder = tmp_path / "folder"
     folder.mkdir()
 
@@ -155,30 +157,35 @@ def test_an_evaluation_on_the_rows_of_the_training_is_said(tmp_path, recwarn):
         given = ["--model", "m", "--dataset", str(source)]
         if "--eval_dataset" not in arguments:
             given += ["--eval_dataset", str(source)]
-        train, held_out = load_sets(parse("train", [TrainOptions], [*given, *arguments])[0])
-        assert len(train)
-        assert len(held_out)
-        return sum("rows of" in str(w.message) and "trained on" in str(w.message) for w in recwarn)
+        train, test = load_sets(parse("train", [TrainOptions], [*given, *arguments])[0])
+        held_out(
+            test, tokenized(train, small_tokenizer, args, "train", True), small_tokenizer, args
+        )
+        said = [str(w.message) for w in recwarn if "trained on" in str(w.message)]
+        assert all(f"of {len(test)} rows" in message for message in said)
+        return sum(int(message.split()[1]) for message in said)
 
-    assert warned(rows, "--eval_split", "test") == 1
-    assert warned(rows, "--eval_split", "tset", "--dataset_split", "train") == 1
+    args = TRConfig(str(tmp_path / "out"), use_cpu=True, report_to=[])
+
+    assert warned(rows, "--eval_split", "test") == 10
+    assert warned(rows, "--eval_split", "tset", "--dataset_split", "train") == 10
     assert warned(rows, "--eval_split", "train[:4]", "--dataset_split", "train[4:]") == 0
     # a slice of what is trained on whole, and the whole of what is trained on in part
     assert warned(rows, "--eval_split", "train[90%:]") == 1
     assert warned(rows, "--eval_split", "test[90%:]") == 1
-    assert warned(rows, "--dataset_split", "train[:90%]") == 1
+    assert warned(rows, "--dataset_split", "train[:90%]") == 9
+    # slices that overlap
+    overlapping = ("--dataset_split", "train[:90%]", "--eval_split", "train[60%:]")
+    assert warned(rows, *overlapping) == 3
     # the same file by another path
     other = tmp_path / "." / "folder" / ".." / "rows.jsonl"
-    assert warned(rows, "--eval_dataset", str(other)) == 1
-    for name in ("train", "test"):
-        (folder / f"{name}.jsonl").write_text(rows.read_text())
-    assert warned(folder) == 0
-    assert warned(folder, "--eval_split", "train") == 1
-    assert warned(folder, "--eval_split", "train[:4]") == 1
-    assert warned(folder, "--eval_split", "test[:4]") == 0
-    link = tmp_path / "link.jsonl"
-    link.symlink_to(rows)
-    assert warned(rows, "--eval_dataset", str(link)) == 1
+    assert warned(rows, "--eval_dataset", str(other)) == 10
+    (folder / "train.jsonl").write_text(rows.read_text())
+    (folder / "test.jsonl").write_text("".join(line.format(i) for i in range(8, 28)))
+    assert warned(folder) == 2  # which another file may have, too
+    assert warned(folder, "--eval_split", "train") == 10
+    assert warned(folder, "--eval_split", "train[:4]") == 4
+    assert warned(folder, "--eval_split", "test[2:]") == 0
 
 
 def test_a_configuration_is_of_the_hub(recipe, refused):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
+from transformers import TrainerCallback
 
 from tests.conftest import words
 from tests.training.test_trl_parity import history, kto_rows, options, pair_rows, run_both
 from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.data import overlap
 from tralign_fast.data.sampling import EpochLengthSampler
 
 
@@ -189,3 +192,91 @@ def test_an_epoch_knows_its_order_of_lengths():
         )
         assert list(theirs) == seen[epoch]
     assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_rows_that_make_no_batch_are_refused(steps, tiny_llama, small_tokenizer, tmp_path):
+    extra = {"dataloader_drop_last": True, "per_device_train_batch_size": 8, **steps}
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, pair_rows(7), **extra)
+    with pytest.raises(ValueError, match="no whole batch of per_device_train_batch_size=8 for"):
+        trainer.train()
+    trainer = train(tiny_llama, small_tokenizer, tmp_path / "more", pair_rows(8), **extra)
+    trainer.train()
+    assert trainer.state.global_step == abs(steps["max_steps"])
+
+
+@pytest.mark.parametrize(("count", "passes"), [(7, 3), (4, 2), (0, 1)])
+def test_a_stream_without_rows_for_a_step_is_refused(
+    count, passes, tiny_llama, small_tokenizer, tmp_path
+):
+    """transformers reads one that ends inside of a step for ever."""
+    extra = {"max_steps": 2, "gradient_accumulation_steps": passes, "on_bad_rows": "drop"}
+    rows = [{"prompt": "the", "chosen": " cat", "rejected": " cat"}, *pair_rows(count or 1)]
+    rows = stream_of(rows if count else rows[:1])
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, rows, **extra)
+    expected = rf"a pass over the stream .*\(gradient_accumulation_steps={passes}\)"
+    with pytest.raises(ValueError, match=expected):
+        trainer.train()
+
+
+class StopBefore(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_a_stream_that_somebody_stops_is_not_refused(tiny_llama, small_tokenizer, tmp_path):
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, stream_of(pair_rows(8)), max_steps=2)
+    trainer.add_callback(StopBefore())
+    trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(tiny_llama, small_tokenizer, tmp_path):
+    """By their tokens, in each of several datasets, and labels do not count."""
+    rows = pair_rows(40)
+    sets = {
+        "new": rows.select(range(20, 30)),
+        "some": rows.select([25, 3, 4, 3]).remove_columns("prompt").map(
+            lambda row, i: {"prompt": rows[[25, 3, 4, 3][i]]["prompt"]}, with_indices=True
+        ),
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match="trained on") as caught:
+        trainer = train(tiny_llama, small_tokenizer, tmp_path, rows.select(range(20)), sets)
+    said = [str(w.message) for w in caught if "trained on" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].startswith("some: 3 of 4 rows are trained on, too")
+    kto = kto_rows(24)
+    other = kto.map(lambda row: {"label": not row["label"]}).select(range(14, 24))
+    kto = kto.select(range(16))
+    with pytest.warns(UserWarning, match="trained on") as caught:
+        train(tiny_llama, small_tokenizer, tmp_path, kto, other, loss_type="kto")
+    said = [str(w.message) for w in caught if "trained on" in str(w.message)]
+    assert [message.split(" rows")[0] for message in said] == ["eval: 2 of 10"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*trained on")
+        # what is asked for by hand is no news
+        trainer.evaluate(rows.select(range(2)))
+        train(tiny_llama, small_tokenizer, tmp_path, stream_of(rows), rows)
+        train(tiny_llama, small_tokenizer, tmp_path, None, rows)
+
+
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_shared_rows_are_those_of_the_same_tokens(block, monkeypatch):
+    monkeypatch.setattr(overlap, "_BLOCK", block)
+    g = torch.Generator().manual_seed(0)
+
+    def ids():
+        return torch.randint(0, 2, (int(torch.randint(0, 3, (), generator=g)),), generator=g)
+
+    def made(count):
+        names = ("prompt_ids", "completion_ids")
+        table = [{name: ids().tolist() for name in names} for _ in range(count)]
+        return table, Dataset.from_list(table, Features(dict.fromkeys(names, List(Value("int32")))))
+
+    (rows, trained), (others, held_out) = made(20), made(30)  # of 49 that may be
+    shared = [row in rows for row in others]
+    assert 5 < sum(shared) < 25
+    assert overlap.count_shared(trained, held_out) == sum(shared)
+    order = [3, 3, 0, 8, *range(29, 8, -2)]
+    assert overlap.count_shared(trained, held_out.select(order)) == sum(shared[i] for i in order)
+    assert overlap.count_shared(trained.select([]), held_out) == 0

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -15,6 +16,7 @@ from transformers import (
     LlavaConfig,
     Zamba2Config,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.model.test_checkpointing import CASES, SIZES, gradients
 from tralign_fast.model.checkpointed_layers import FirstLayers, how_many
@@ -103,6 +105,84 @@ def test_compiled_layers_behind_the_first_ones_run_once():
         assert torch.equal(found[1][name], gradient), name
     kept = [layer.gradient_checkpointing for layer in model.model.layers]
     assert kept == [True, False, False]
+
+
+def whole_layer():
+    """PEFT puts the layer, and a copy that it trains, into a wrapper."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["v_proj"], modules_to_save=["layers.1"]
+    )
+    model = get_peft_model(CASES["full"](), config)
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def compiled_layer():
+    model = CASES["full"]()
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrapped", [whole_layer, compiled_layer])
+def test_a_layer_in_a_wrapper_is_a_layer(wrapped):
+    model = wrapped()
+    enable(model)
+    loss, wanted = gradients(model)
+    decoder = (model.get_base_model() if wrapped is whole_layer else model).get_decoder()
+    for layers in range(LAYERS + 1):
+        undo = lean_checkpoints(model, layers)
+        flags = [
+            {m.gradient_checkpointing for m in layer.modules() if isinstance(m, LlamaDecoderLayer)}
+            for layer in decoder.layers
+        ]
+        assert flags == [{True}] * layers + [{False}] * (LAYERS - layers)
+        found = gradients(model)
+        undo()
+        assert torch.equal(found[0], loss)
+        assert found[1].keys() == wanted.keys()
+        assert all(torch.equal(found[1][name], wanted[name]) for name in wanted)
+
+
+def test_stages_of_layers_are_no_layers():
+    model = CASES["full"]()
+    layers = model.model.layers
+    stage = torch.nn.Module()
+    stage.blocks = torch.nn.ModuleList(layers)
+    model.model.layers = torch.nn.ModuleList([stage] * 4)
+    lean_checkpoints(model, 1)
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False, False]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2], [1, 2, 0], [0, 2, 1]])
+def test_of_several_callers_the_newest_decides_until_its_undo(order):
+    model = CASES["full"]()
+    counts = [2, None, 1]
+    undos = [lean_checkpoints(model, layers) for layers in counts]
+    left = {0, 1, 2}
+    for index in [None, *order]:
+        if index is not None:
+            undos[index]()
+            left.remove(index)
+        newest = counts[max(left)] if left else None
+        wanted = [i < (LAYERS if newest is None else newest) for i in range(LAYERS)]
+        for _ in range(2):
+            assert [layer.gradient_checkpointing for layer in model.model.layers] == wanted
+            copied = copy.deepcopy(model)
+            enable(copied)
+            assert [layer.gradient_checkpointing for layer in copied.model.layers] == wanted
+            model.gradient_checkpointing_disable()
+            assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+            enable(model)
+
+
+def test_an_undo_leaves_layers_as_they_were_asked_to_be():
+    model = CASES["full"]()
+    model.model.layers[2].gradient_checkpointing = False  # by hand, as every_n_layers does
+    before = [dict(vars(layer)) for layer in model.model.layers]
+    lean_checkpoints(model, 1)()
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, True, False]
+    assert [vars(layer).keys() for layer in model.model.layers] == [b.keys() for b in before]
 
 
 def test_a_share_of_the_layers_is_rounded_up():

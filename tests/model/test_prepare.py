@@ -129,6 +129,28 @@ def test_undo_takes_everything_back(name, tmp_path):
         assert torch.equal(loaded.eval()(input_ids=IDS).logits, logits)
 
 
+@pytest.mark.parametrize("name", ["llama", "peft"])
+def test_a_prepared_model_is_no_pickle_and_says_so(name, tmp_path):
+    model = MODELS[name]().eval()
+    prepared = prepare_model(model)
+    expected = sequence_logps(model, collate())
+    copied = copy.deepcopy(model)
+    for attempt in (
+        lambda: torch.save(model, tmp_path / "model.pt"),
+        lambda: pickle.dumps(model),
+        lambda: torch.save(copied, tmp_path / "model.pt"),
+    ):
+        with pytest.raises(TypeError, match=r"^a prepared model cannot .*take the changes back"):
+            attempt()
+    assert torch.equal(sequence_logps(copied, collate()), expected)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    prepared.undo()
+    if name == "llama":  # transformers' own functions of PEFT's cannot
+        again = pickle.loads(pickle.dumps(model))
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
 def test_leaving_a_block_takes_everything_back():
     model = build("llama").train()
     model.model.layers[0].eval()  # frozen by hand

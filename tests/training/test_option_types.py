@@ -108,7 +108,9 @@ SPEC = {
     # of TrainingArguments
     "output_dir": place, "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT, "gradient_accumulation_steps": COUNT,
-    "num_train_epochs": AMOUNT, "max_steps": ("int", -1, INF, "[)"), "weight_decay": AMOUNT,
+    "num_train_epochs": POSITIVE,
+    "max_steps": lambda v: is_number(v) and (v == -1 or (v >= 1 and steps(v))),
+    "weight_decay": AMOUNT,
     "adam_beta1": ("float", 0, 1, "[)"), "adam_beta2": ("float", 0, 1, "[)"),
     "adam_epsilon": AMOUNT, "max_grad_norm": ("float?", 0, INF, "[)"), "warmup_steps": AMOUNT,
     "seed": SEED, "data_seed": ("int?", 0, 2**32 - 1, "[]"), "fp16": "bool",
@@ -262,6 +264,8 @@ def read_as(name, value):
     spec = SPEC[name]
     if name in ("logging_steps", "ref_model_sync_steps", "eval_steps", "save_steps"):
         spec = AMOUNT
+    if name == "max_steps":
+        spec = COUNT
     if not isinstance(value, str) or callable(spec) or isinstance(spec, list):
         return value
     words = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False,
@@ -365,6 +369,15 @@ NO_EFFECT = {
     "checkpoints never": (
         {"save_strategy": "no", "save_steps": 12}, "save_steps=12 has no effect"
     ),
+    "checkpoints beside none": (
+        {"save_strategy": "no", "async_save": True}, "async_save=True has no effect"
+    ),
+    "logs never": ({"logging_strategy": "no", "logging_steps": 3}, "logging_steps=3 has no effect"),
+    "a warm-up of a constant": (
+        {"lr_scheduler_type": "constant", "warmup_steps": 9}, "warmup_steps=9 has no effect"
+    ),
+    "fp16 of no GPU": ({"fp16": True}, "fp16=True has no effect"),
+    "graphs of no GPU": ({"cuda_graphs": True}, "cuda_graphs=True has no effect: graphs are of a"),
     "how many of none": (
         {"save_strategy": "no", "save_total_limit": 2}, "save_total_limit=2 has no effect"
     ),
@@ -417,6 +430,8 @@ def test_nothing_is_said_of_defaults(tmp_path):
         ({"reference": "residnet"}, "got 'residnet'; did you mean 'resident'?"),
         ({"loss_type": 3}, "loss_type: expected a list of words or .*, got 3"),
         ({"ref_model_mixup_alpha": True}, r"ref_model_mixup_alpha: expected a number in \[0, 1\]"),
+        ({"max_steps": 0}, "max_steps: expected a whole number ≥ 1, or -1, got 0"),
+        ({"num_train_epochs": 0}, "num_train_epochs: expected a number > 0, got 0"),
         ({"seed": -1}, r"seed: expected a whole number in \[0, 4294967295\], got -1"),
         ({"model_init_kwargs": "{a"}, "model_init_kwargs: expected JSON"),
         ({"lr_scheduler_kwargs": "{a"}, "lr_scheduler_kwargs: expected JSON"),

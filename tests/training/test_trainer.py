@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import logging
 import math
 import warnings
 from typing import Any
@@ -11,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.diagonal import diagonal
+from tests.model.test_attention import build
 from tests.processes import check_ended, fork
 from tests.training.test_trl_parity import history, kto_rows, options, pair_rows
 from tralign_fast import TRConfig, TRTrainer
+from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.ops.backend import warn_once
 from tralign_fast.training import digest as digest_module
 from tralign_fast.training.digest import digest
@@ -401,3 +406,93 @@ def test_powers_that_cannot_be_kept_are_said_at_the_start(tmp_path, tiny_llama, 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="linear_logprobs: kept")
         trainer.train()  # says nothing more
+
+
+def said_of(make_one):
+    warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = make_one()
+    return made, [str(w.message) for w in caught if w.category is UserWarning]
+
+
+GIVEN = {
+    "a collator's options": (
+        {"data_collator": PreferenceCollator(paired=True)}, {"token_budget": 64, "ld_alpha": 0.5},
+        ["token_budget=64 has no effect: the data_col", "ld_alpha=0.5 has no effect: the data_col"],
+    ),
+    "a collator that has them": (
+        {"data_collator": PreferenceCollator(paired=True, ld_alpha=0.5)}, {"ld_alpha": 0.5}, []
+    ),
+    "dropout of an adapter": (
+        {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.1)},
+        {"reference": "auto"},
+        ["lora_dropout has no effect: disable_dropout is True"],
+    ),
+    "dropout that is wanted": (
+        {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.1)},
+        {"reference": "auto", "disable_dropout": False}, [],
+    ),
+    "a stream's order": (
+        {"train_dataset": pair_rows().to_iterable_dataset()},
+        {"train_sampling_strategy": "group_by_length", "dataloader_drop_last": True},
+        ["train_sampling_strategy='group_by_length' has no effect: a stream's", "drop_last=True"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_options_that_what_is_given_decides_are_said(case, tiny_llama, small_tokenizer, tmp_path):
+    given, extra, expected = GIVEN[case]
+    given = {"train_dataset": pair_rows(), **given}
+    config = TRConfig(**options(tmp_path, **{"reference": "resident", **extra}))
+    model = copy.deepcopy(tiny_llama)
+    _, said = said_of(
+        lambda: TRTrainer(model, args=config, processing_class=small_tokenizer, **given)
+    )
+    said = [line for line in said if "no effect" in line]
+    assert len(said) == len(expected)
+    assert all(any(words in line for line in said) for words in expected)
+
+
+def test_what_a_model_that_is_not_packed_makes_of_options_is_said(small_tokenizer, tmp_path):
+    extra = {"token_budget": 64, "cuda_graphs": True}
+    make_one = functools.partial(make, build("gpt-oss"), small_tokenizer, tmp_path, **extra)
+    trainer, said = said_of(make_one)
+    assert trainer.data_collator.layout == "padded"
+    for words in ("token_budget=64 counts tokens without", "graphs are of packed rows"):
+        assert sum(words in line for line in said) == 1
+
+
+def test_a_run_that_ends_inside_its_warm_up_says_so(tiny_llama, small_tokenizer, tmp_path):
+    for steps, count in ((2, 0), (3, 1)):
+        trainer = make(tiny_llama, small_tokenizer, tmp_path, max_steps=2, warmup_steps=steps)
+        _, said = said_of(trainer.train)
+        assert sum("warmup_steps=3: the run ends after 2 steps" in line for line in said) == count
+
+
+@pytest.mark.parametrize("norm", [None, 0.0])
+def test_no_norm_is_no_clipping(norm, tiny_llama, small_tokenizer, tmp_path):
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, max_steps=1, max_grad_norm=norm)
+    assert len(history(trainer)) == 1
+    assert trainer.args.max_grad_norm == 0
+
+
+def test_tokens_are_counted_once(tiny_llama, small_tokenizer, tmp_path, caplog):
+    extra = {"max_steps": 2, "include_num_input_tokens_seen": True}
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, **extra)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    counts = history(trainer, "num_input_tokens_seen")
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert counts[:2] == [log["num_tokens"] for log in trainer.state.log_history[:2]]
+    assert "number of tokens seen" not in caplog.text
+
+
+def test_a_run_that_is_resumed_at_its_end_says_so(tiny_llama, small_tokenizer, tmp_path, capsys):
+    extra = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, **extra)
+    trainer.train()
+    assert "nothing was left to train" not in capsys.readouterr().err
+    make(tiny_llama, small_tokenizer, tmp_path, **extra).train(resume_from_checkpoint=True)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("checkpoint-2 is the end of its run: nothing was left to train")

@@ -14,6 +14,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from tralign_fast.distributed.presets import preset
+from tralign_fast.ops.backend import warn_once
+
+# in which launchers say how many processes there are, as accelerate reads them
+_WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def in_rank() -> bool:
@@ -23,6 +27,22 @@ def in_rank() -> bool:
 
 def is_asked_for(processes: int | None, parallel: str | None) -> bool:
     return (processes is not None and processes > 1) and not in_rank()
+
+
+def check_processes(processes: int | None, parallel: str | None) -> None:
+    """Looks at what a process that starts no others was asked for.
+
+    Raises:
+        ValueError: it is alone, and shards were asked for.
+    """
+    world = next((int(os.environ[name]) for name in _WORLDS if name in os.environ), None)
+    if parallel == "fsdp2" and world is None:
+        raise ValueError(
+            "parallel=fsdp2: expected several processes to shard weights over, got one; add "
+            "--num_processes, or leave it out"
+        )
+    if processes is not None and world not in (None, processes):
+        warn_once(f"num_processes={processes} has no effect: a launcher has started {world}")
 
 
 def options_of(parallel: str | None) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def check(name: str) -> str:
 
     given = Given("train", [TrainOptions, TRConfig], ["--config", str(recipe_file(name))])
     options, config = given.built()
-    bits, adapter = quantization_of(options), adapter_of(options, config)
+    bits, adapter = quantization_of(options), adapter_of(options)
     loading_of(options, config)
     columns_given(options.columns)
     what = ["full weights" if adapter is None else f"LoRA of rank {adapter.r}"]

@@ -29,6 +29,8 @@ class Samples:
         rows = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         self.prompts: list[list[int]] = []
+        if "sample_tokens" in options.given and not options.sample_prompts:
+            warn_once("sample_tokens has no effect: sample_prompts is 0")
         if options.sample_prompts and sharded:
             warn_once("sample_prompts has no effect: the weights are sharded")
         elif options.sample_prompts and trainer.is_world_process_zero():

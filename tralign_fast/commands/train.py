@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ def run_train(arguments: list[str]) -> int:
     _follow(given)
     if launch.is_asked_for(given.num_processes, given.parallel):
         return launch.launch(given.num_processes or 1, given.parallel or "ddp", arguments)
+    launch.check_processes(given.num_processes, given.parallel)
     for name, value in launch.options_of(given.parallel).items():
         given.default(name, value)
     options, config = given.built()
@@ -66,7 +66,7 @@ def _run(options: TrainOptions, config: Any) -> int:
     check_trackers(config.report_to)
     check_evaluation(config, options.eval_dataset)
     check_writable(config.output_dir)
-    bits, adapter = quantization_of(options), adapter_of(options, config)
+    bits, adapter = quantization_of(options), adapter_of(options)
     config.model_init_kwargs = loading_of(options, config)
     goes_on = resume_of(Path(config.output_dir or "."), checkpoint)
     if not goes_on and not config.overwrite_output_dir:
@@ -108,31 +108,11 @@ def load_sets(options: Any) -> tuple[Any, Any]:
     if not options.eval_dataset:
         return rows, None
     same = options.eval_dataset == options.dataset
-    if _share_rows(options):
-        warnings.warn(
-            f"eval_split: the evaluation reads the rows of {options.dataset} that are trained on, "
-            "so it tells nothing of new ones; expected other rows, e.g. dataset_split=train[:90%] "
-            "and eval_split=train[90%:]",
-            stacklevel=2,
-        )
     config = options.dataset_config if same else None
     held_out = load_rows(options.eval_dataset, options.eval_split, config)
     if same or {*columns.values()} <= {*held_out.column_names}:
         held_out = renamed(held_out, columns, options.eval_dataset)
     return rows, held_out
-
-
-def _share_rows(options: Any) -> bool:
-    """Whether an evaluation reads rows of the training, as far as the splits' names tell: two
-    slices are taken for different ones. A file is one split, whatever its name."""
-    paths = [Path(source).expanduser() for source in (options.dataset, options.eval_dataset)]
-    on_disk = all(path.exists() for path in paths)
-    if options.dataset != options.eval_dataset and not (on_disk and paths[0].samefile(paths[1])):
-        return False
-    trained, read = options.dataset_split, options.eval_split
-    names = [split.partition("[")[0] for split in (trained, read)]
-    one_split = paths[0].is_file() or names[0] == names[1]
-    return one_split and (trained == read or "[" not in trained or "[" not in read)
 
 
 def renamed(rows: Any, columns: dict[str, str], source: str) -> Any:

@@ -14,6 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tralign_fast.model.patching import decoder_of
 
+FIRST = "_tralign_first_layers"  # of a causal LM: the `FirstLayers` that hold; None or none: all
+_LEFT_OUT = "_tralign_left_out"  # of a layer: a checkpointing of all was switched on, not its own
+
 
 def how_many(layers: float, count: int, name: str) -> int:
     """Layers that are checkpointed of `count`: so many, or under 1 a share of them, rounded up.
@@ -33,6 +36,8 @@ def how_many(layers: float, count: int, name: str) -> int:
 class FirstLayers:
     """Which layers of a causal LM are checkpointed where checkpointing is switched on.
 
+    A layer may be in a wrapper (PEFT's of `modules_to_save`, a compiled module).
+
     Args:
         causal_lm: a transformers model.
         layers: how many of the decoder's layers, from the first on, or under 1 a share of them.
@@ -51,20 +56,9 @@ class FirstLayers:
             )
         self._count = how_many(layers, len(found), name)
 
-    def apply(self, causal_lm: Any) -> None:
-        """Takes the layers behind them out of a checkpointing that was switched on for all."""
-        for module in self._kept(causal_lm):
-            module.gradient_checkpointing = False
-
-    def undo(self, causal_lm: Any) -> None:
-        """Lets the layers behind them do as the others do."""
-        modules = causal_lm.modules()
-        is_on = any(getattr(module, "gradient_checkpointing", False) for module in modules)
-        for module in self._kept(causal_lm):
-            module.gradient_checkpointing = is_on
-
-    def _kept(self, causal_lm: Any) -> list[Any]:
-        """A copy of the model is asked for its own. A layer may hold others, and share them."""
+    def others(self, causal_lm: Any) -> list[Any]:
+        """The layers behind them, those of a copy of the model if it is one. A layer may hold
+        others, and share them."""
         layers = _decoder_layers(causal_lm)
         first = {module for layer in layers[: self._count] for module in layer.modules()}
         return [
@@ -75,6 +69,24 @@ class FirstLayers:
         ]
 
 
+def leave_out(causal_lm: Any) -> None:
+    """Takes the layers behind the first ones that hold now out of a checkpointing that was switched
+    on for all, and no others."""
+    take_in(causal_lm)
+    first = causal_lm.__dict__.get(FIRST)
+    for module in [] if first is None else first.others(causal_lm):
+        if module.gradient_checkpointing:
+            module.gradient_checkpointing = False
+            module.__dict__[_LEFT_OUT] = True
+
+
+def take_in(causal_lm: Any) -> None:
+    """Lets layers that were left out do as they were asked to."""
+    for module in causal_lm.modules():
+        if module.__dict__.pop(_LEFT_OUT, False):
+            module.gradient_checkpointing = True
+
+
 def _decoder_layers(causal_lm: Any) -> list[nn.Module]:
     """The longest list of layers of the language model, without those that look at pictures."""
     decoder = decoder_of(causal_lm)
@@ -83,7 +95,13 @@ def _decoder_layers(causal_lm: Any) -> list[nn.Module]:
     lists = (
         [*module]
         for module in decoder.modules()
-        if isinstance(module, nn.ModuleList)
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+        if isinstance(module, nn.ModuleList) and all(map(_is_layer, module))
     )
     return max(lists, key=len, default=[])
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is one that transformers checkpoints, or a wrapper of it, and no list of them."""
+    if isinstance(module, (GradientCheckpointingLayer, nn.ModuleList)):
+        return isinstance(module, GradientCheckpointingLayer)
+    return any(map(_is_layer, module.children()))

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tralign_fast.data.layout import PrefixLayout
-from tralign_fast.model.checkpointed_layers import FirstLayers
+from tralign_fast.model.checkpointed_layers import FIRST, FirstLayers, leave_out, take_in
 from tralign_fast.model.fused_lora import FUSED, PLAIN, lora_without_value
 from tralign_fast.model.patching import Patches, causal_lm_of, has_forward, runs_own_forward
 from tralign_fast.ops.backend import device_kind
@@ -45,7 +45,8 @@ def lean_checkpoints(model: nn.Module, layers: float | None = None) -> Callable[
     """Makes layers that transformers checkpoints one node of autograd each; returns its undo.
 
     With `layers` only so many of the decoder's layers are checkpointed, from the first on (under 1:
-    that share of them); the others keep their activations.
+    that share of them); the others keep their activations. Of several callers the newest decides,
+    who says None for all, too, until its undo.
 
     It holds for those that are checkpointed now, and for later calls of
     `gradient_checkpointing_enable`. What a layer is, is asked at every call. PyTorch's own function
@@ -66,20 +67,22 @@ def lean_checkpoints(model: nn.Module, layers: float | None = None) -> Callable[
 
     @functools.wraps(own)
     def enable(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        take_in(self)
         own(self, *args, **kwargs)
-        _install(self, first)
+        _install(self)
 
-    _install(causal_lm, first)
     # bound: a deep copy of the model finds it bound to itself
     bound = types.MethodType(enable, causal_lm)
     patches.attribute(causal_lm, "_set_gradient_checkpointing", bound)
+    patches.attribute(causal_lm, FIRST, first)
+    _install(causal_lm)
     held = weakref.ref(causal_lm)
 
     def undo() -> None:
         patches.undo()
         kept = held()
-        if kept is not None and first is not None:
-            first.undo(kept)
+        if kept is not None:
+            leave_out(kept)
         if kept is not None and not _is_lean(kept):
             for layer in _layers(kept):
                 function = layer.__dict__.get("_gradient_checkpointing_func")
@@ -94,9 +97,8 @@ def _is_lean(model: nn.Module) -> bool:
     return "_set_gradient_checkpointing" in model.__dict__
 
 
-def _install(model: nn.Module, first: FirstLayers | None) -> None:
-    if first is not None:
-        first.apply(model)
+def _install(model: nn.Module) -> None:
+    leave_out(model)
     for layer in _layers(model):
         function = layer.__dict__.get("_gradient_checkpointing_func")
         if (

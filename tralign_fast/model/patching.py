@@ -7,6 +7,7 @@ made to one thing stand in a stack: the newest holds, and each can be taken back
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import types
@@ -95,7 +96,24 @@ def _take_back(module: nn.Module, owner: int) -> None:
         module.__dict__.pop(_BOOK, None)
 
 
-class _Attribute:
+class _Change:
+    """An entry of a book."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # functions within functions, which no pickle can name
+        raise TypeError(
+            "a prepared model cannot be pickled, as torch.save(model) does: take the changes back "
+            "first (PreparedModel.undo(), TRTrainer.release_model()), or save its weights "
+            "(save_pretrained, state_dict)"
+        )
+
+
+class _Attribute(_Change):
     """The values that callers gave to one attribute, the newest last, and what it was before."""
 
     def __init__(self, target: Any, name: str) -> None:
@@ -121,7 +139,7 @@ class _Attribute:
         return not self.layers
 
 
-class _Forward:
+class _Forward(_Change):
     """The functions that callers put before a module's forward for one purpose, the newest last.
 
     What is set on the module looks itself up in the module's book at every call: a wrapper that

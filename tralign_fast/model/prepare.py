@@ -89,7 +89,8 @@ def prepare_model(
     "none" takes none; a collection of "norm", "mlp" and "rotary" is "liger" for those alone. Rotary
     embeddings without a kernel run in fewer operators with the same bits, but for "none".
     `checkpointed_layers` is how many layers gradient checkpointing is of, from the first on, or
-    under 1 which share; None: all. `logits_budget_mb`, `vocab_filter`, `kept` and `backend` are
+    under 1 which share; None: all. Of a model that is prepared twice the newest options hold, until
+    their undo. `logits_budget_mb`, `vocab_filter`, `kept` and `backend` are
     those of `linear_logprobs`.
 
     Raises:
@@ -120,6 +121,8 @@ def prepare_model(
             packs = packing and _enable_packing(model, undo, probe)
         if packs and cuda_graphs is not False:
             undo.callback(graph_decoder(model, always=bool(cuda_graphs)))
+        elif cuda_graphs:
+            warn_once("cuda_graphs=True has no effect: graphs are of packed rows")
         return PreparedModel(model, packs, undo.pop_all())
     raise AssertionError  # an ExitStack may swallow exceptions; this one has nothing that does
 

@@ -295,6 +295,7 @@ class TRConfig(TrainingArguments):
             self.sync_ref_model = not self.precompute_ref_log_probs
         every = self.ref_model_sync_steps
         self.ref_model_sync_steps = every if every < 1 else int(every)
+        self.max_grad_norm = self.max_grad_norm or 0.0  # transformers compares it with a number
         layers = self.gradient_checkpointing_layers
         if layers is not None and (layers == 0 or layers >= 1):
             self.gradient_checkpointing_layers = int(layers)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tralign_fast.data.jobs import tokenizer_in
+from tralign_fast.data.overlap import count_shared
 from tralign_fast.data.packing import PreferenceCollator
 from tralign_fast.data.tokenization import (
     add_lengths,
@@ -14,13 +16,19 @@ from tralign_fast.data.tokenization import (
     tokenize_pairs,
     tokenize_unpaired,
 )
+from tralign_fast.ops.backend import warn_once
 from tralign_fast.training.config import TRConfig
 
 
 def collator_of(
-    args: TRConfig, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, vocab_size: int | None
-) -> PreferenceCollator:
-    return PreferenceCollator(
+    args: TRConfig,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    vocab_size: int | None,
+    given: Any = None,
+) -> Any:
+    """The collator of a run, or the one that was given, with a warning for each option that it does
+    not follow."""
+    made = PreferenceCollator(
         paired=args.objective.paired,
         mismatched=args.objective.needs_kl,
         ld_alpha=args.ld_alpha,
@@ -31,6 +39,11 @@ def collator_of(
         pad_token_id=tokenizer_in(tokenizer).pad_token_id or 0,  # pyright: ignore[reportArgumentType]
         vocab_size=vocab_size,
     )
+    for name in () if given is None else ("ld_alpha", "token_budget", "pad_to_multiple_of"):
+        asked = getattr(made, name)
+        if asked is not None and getattr(given, name, None) != asked:
+            warn_once(f"{name}={asked} has no effect: the data_collator that is given decides it")
+    return made if given is None else given
 
 
 def tokenized(
@@ -51,6 +64,17 @@ def tokenized(
             "rows cannot be scored once for all; pass a Dataset, or leave the option out: a "
             "reference still scores ahead as far as it stands still"
         )
+    order = args.train_sampling_strategy
+    by_length = order in ("group_by_length", "batch_rebalance")
+    if training and not hasattr(dataset, "__len__"):
+        if by_length:
+            warn_once(
+                f"train_sampling_strategy={order!r} has no effect: a stream's rows come as they are"
+            )
+        if args.dataloader_drop_last:
+            warn_once(
+                "dataloader_drop_last=True has no effect: a stream's last batch is trained on"
+            )
     paired = args.objective.paired
     tokenize: Any = tokenize_pairs if paired else tokenize_unpaired
     rows = tokenize(
@@ -65,6 +89,34 @@ def tokenized(
     if not training and args.objective.needs_kl and hasattr(rows, "__len__"):
         # a row's KL term is the same in batches of any size: those of training decide, as in TRL
         rows = lend_in_groups(rows, args.per_device_train_batch_size)
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+    if by_length:
         rows = add_lengths(rows, args.length_column_name)
     return rows
+
+
+def held_out(
+    dataset: Any,
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    args: TRConfig,
+) -> Any:
+    """The rows of a run's evaluations as token ids; one warning for a dataset with rows that are
+    trained on, too.
+
+    Args:
+        dataset: a dataset, or a dict of them.
+        rows: those of the training, tokenised; a stream is not looked at, nor are streams held out.
+    """
+    found = tokenized(dataset, tokenizer, args, "eval")
+    if not hasattr(rows, "__len__") or args.process_index > 0:
+        return found
+    for name, part in (found if isinstance(found, dict) else {"eval": found}).items():
+        shared = count_shared(rows, part) if hasattr(part, "__len__") else 0
+        if shared:
+            warnings.warn(
+                f"{name}: {shared} of {len(part)} rows are trained on, too, so that an evaluation "
+                "tells nothing new of them; expected other rows (of one file or split "
+                "dataset_split=train[:90%] and eval_split=train[90%:])",
+                stacklevel=3,
+            )
+    return found

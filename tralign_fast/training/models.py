@@ -83,6 +83,11 @@ class RunModels:
         if isinstance(collator, PreferenceCollator):
             shared = "shared" if args.prefix_sharing else "packed"
             collator.layout = shared if packs else "padded"
+            if args.packing and not packs and args.token_budget is not None:
+                warn_once(
+                    f"token_budget={args.token_budget} counts tokens without padding, and the rows "
+                    "of this model are padded: they are longer"
+                )
         wrapped: nn.Module | None = start
         if start is not None and (kind.needs_second_model or kind.runs_start):
             wrapped = self._prepare_frozen(start, kept=kind.needs_second_model)

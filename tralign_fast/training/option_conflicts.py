@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from tralign_fast.ops.backend import warn_once
+from tralign_fast.ops.backend import device_kind, warn_once
 from tralign_fast.reference.snapshot import SnapshotReference
 from tralign_fast.training.option_types import nearest
 
 # What no graph of the decoder can replay.
 UNGRAPHED = ("torch_compile", "activation_offloading", "neftune_noise_alpha")
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # schedules of transformers
 
 
 def check_conflicts(config: Any) -> None:
@@ -163,6 +164,10 @@ def _of_the_batches(config: Any) -> Iterator[tuple[str, str]]:
     if all("nll" in spec.inputs for spec in config.objective.specs):
         names = " + ".join(config.objective.names)
         yield "length_normalized", f"{names} has no log-ratios that are divided"
+    if device_kind(config.device) == "cpu":
+        yield "fp16", "a CPU computes in the dtype of the weights"
+        if config.cuda_graphs:
+            yield "cuda_graphs", "graphs are of a GPU"
     if config.layer_kernels != "liger":
         yield "liger_kernel_config", f'layer_kernels is "{config.layer_kernels}", not "liger"'
 
@@ -175,8 +180,12 @@ def _of_the_loop(config: Any) -> Iterator[tuple[str, str]]:
         yield "eval_steps", f'eval_strategy is "{evaluated}"'
     if saved != "steps":
         yield "save_steps", f'save_strategy is "{saved}"'
+    if evaluated != "steps" and (logged := _plain(config.logging_strategy)) != "steps":
+        yield "logging_steps", f'logging_strategy is "{logged}"'
+    if (schedule := _plain(config.lr_scheduler_type)) in _WITHOUT_WARMUP:
+        yield "warmup_steps", f'lr_scheduler_type is "{schedule}", which knows no warm-up'
     if saved == "no":
-        for name in ("save_total_limit", "save_only_model"):
+        for name in ("save_total_limit", "save_only_model", "async_save"):
             yield name, 'save_strategy is "no"'
     if not config.gradient_checkpointing:
         for name in ("gradient_checkpointing_kwargs", "gradient_checkpointing_layers"):

@@ -71,6 +71,16 @@ class CountOrShare:
 LAYERS = CountOrShare(zero=True, what="layers", of="them")
 
 
+class CountOrMinusOne:
+    """Whole numbers, and -1 where something else decides."""
+
+    def __contains__(self, value: float) -> bool:
+        return value == -1 or value >= 1
+
+    def __str__(self) -> str:
+        return "≥ 1, or -1"
+
+
 class NotEmpty:
     """Names that are there: a shell's unset variable is an empty word."""
 
@@ -100,8 +110,11 @@ TAKEN: dict[str, tuple[Any, str]] = {
     "per_device_train_batch_size": (_COUNT, "Pairs, or completions, of a batch on a device."),
     "per_device_eval_batch_size": (_COUNT, "The same, in evaluation."),
     "gradient_accumulation_steps": (_COUNT, "Batches of an optimizer step."),
-    "num_train_epochs": (_AMOUNT, "Times that the rows are trained on, where max_steps is -1."),
-    "max_steps": (Annotated[int, Range(-1, math.inf)], "Optimizer steps; -1: by the epochs."),
+    "num_train_epochs": (
+        Annotated[float, Range(0, math.inf, open_low=True)],
+        "Times that the rows are trained on, where max_steps is -1.",
+    ),
+    "max_steps": (Annotated[int, CountOrMinusOne()], "Optimizer steps; -1: by the epochs."),
     "weight_decay": (_AMOUNT, "Weight decay of AdamW."),
     "adam_beta1": (Annotated[float, UNDER_ONE], "β₁ of AdamW."),
     "adam_beta2": (Annotated[float, UNDER_ONE], "β₂ of AdamW."),

@@ -133,6 +133,8 @@ def with_adapter(model: PreTrainedModel, peft_config: Any, args: TRConfig) -> Pr
             "peft_config: the model has an adapter already; leave peft_config out to train that "
             "one, or pass model.merge_and_unload()"
         )
+    if getattr(peft_config, "lora_dropout", None) and args.disable_dropout:
+        warn_once("lora_dropout has no effect: disable_dropout is True")
     set_seed(args.seed)
     quantised = getattr(model, "is_quantized", False)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3

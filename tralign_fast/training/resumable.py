@@ -46,6 +46,7 @@ from tralign_fast.training.manifest import write_manifest
 from tralign_fast.training.resume import check_options, model_facts, recorded_options
 from tralign_fast.training.runs import WRITING, OpenedRun, locked, open_run, publish, run_in
 from tralign_fast.training.signals import StopOnSignal
+from tralign_fast.training.some_steps import SomeSteps, check_batches
 
 REFERENCE_FOLDER = "reference"
 _WRITE_ERRORS = (OSError, SafetensorError)
@@ -113,6 +114,11 @@ class ResumableTrainer(Trainer):
                 file=sys.stderr,
             )
             raise SystemExit(128 + signals.received)
+        if self._run.facts.get("step") == self.state.global_step >= self.state.max_steps:
+            self.accelerator.print(
+                f"{self._run.checkpoint} is the end of its run: nothing was left to train",
+                file=sys.stderr,
+            )
         return output
 
     def _open(
@@ -154,6 +160,7 @@ class ResumableTrainer(Trainer):
         self.add_callback(_EndInTime())
         self.add_callback(_CountOnce())
         self.add_callback(callback)
+        self.add_callback(SomeSteps())
         return callback
 
     def _options(self) -> dict[str, Any]:
@@ -178,9 +185,9 @@ class ResumableTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         filled = self._run.facts.get("options", {}).get("filled", False)
-        return deal_batches(
-            super().get_train_dataloader(), filled and processes_with_rows(self) == 1
-        )
+        loader = super().get_train_dataloader()
+        check_batches(loader, self.args)
+        return deal_batches(loader, filled and processes_with_rows(self) == 1)
 
     # --- writing ----------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.objective import Range
 from tralign_fast.training.option_types import (
     AT_LEAST_ONE,
@@ -127,7 +126,7 @@ _LORA = {
 }  # fmt: skip
 
 
-def adapter_of(options: TrainOptions, config: Any) -> Any:
+def adapter_of(options: TrainOptions) -> Any:
     """PEFT's configuration of the adapter that is asked for, by TRL's names or as a table.
 
     Raises:
@@ -150,8 +149,6 @@ def adapter_of(options: TrainOptions, config: Any) -> Any:
                     f"{name}: quantised weights cannot be trained, an adapter can; add --use_peft"
                 )
         return None
-    if options.lora_dropout and config.disable_dropout:
-        warn_once("lora_dropout has no effect: disable_dropout is True")
     table: dict[str, Any] = dict(_LORA.values())
     table |= {_LORA[name][0]: given[name] for name in asked}
     if table["target_modules"] in (["all-linear"], ("all-linear",)):

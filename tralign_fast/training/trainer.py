@@ -53,7 +53,7 @@ from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import GradientRelease, releases
-from tralign_fast.training.inputs import collator_of, tokenized
+from tralign_fast.training.inputs import collator_of, held_out, tokenized
 from tralign_fast.training.load_balance import add_balance
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.method import settle_method
@@ -153,13 +153,13 @@ class TRTrainer(ResumableTrainer):
             train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
         # accelerate would cut up the batches of a stream, of training or of evaluation
         args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        collator = data_collator or collator_of(args, tokenizer, vocabulary_size(policy))
+        collator = collator_of(args, tokenizer, vocabulary_size(policy), data_collator)
         super().__init__(
             model=policy,
             args=args,
             data_collator=collator,  # pyright: ignore[reportArgumentType]
             train_dataset=train_dataset,
-            eval_dataset=tokenized(eval_dataset, tokenizer, args, "eval"),
+            eval_dataset=held_out(eval_dataset, train_dataset, tokenizer, args),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -331,6 +331,9 @@ class TRTrainer(ResumableTrainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return inputs.to(self.args.device)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """`compute_loss` has counted them, whatever `include_num_input_tokens_seen` is."""
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Any) -> Any:
         return contextlib.nullcontext, inputs  # batches come divided, and long rows cut
