@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tralign_fast.ops.backend import warn_once
+from tralign_fast.reference.second import refuse_shared
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.model_kinds import model_class, where_options
 from tralign_fast.training.option_types import shown
@@ -39,6 +40,8 @@ def given_models(
     first = load_reference(ref_model, base, args, quantization_config)
     policy = with_adapter(base, peft_config, args)
     check_trainable(policy, model if isinstance(model, str) else None)
+    if first is not None:
+        refuse_shared(first, policy)
     if args.disable_dropout:
         disable_dropout(policy)
         if first is not None:
@@ -208,11 +211,15 @@ def load_pretrained(factory: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the input embedding, also inside what PEFT wraps it in."""
-    embeddings: Any = model.get_input_embeddings()
-    embeddings = getattr(embeddings, "original_module", embeddings)
-    return getattr(embeddings, "base_layer", embeddings).num_embeddings
+def vocabulary_size(*models: PreTrainedModel | None) -> int:
+    """Rows of the input embedding, also inside what PEFT wraps it in; the fewest of the models."""
+    sizes = []
+    for model in models:
+        if model is not None:
+            embeddings: Any = model.get_input_embeddings()
+            embeddings = getattr(embeddings, "original_module", embeddings)
+            sizes.append(getattr(embeddings, "base_layer", embeddings).num_embeddings)
+    return min(sizes)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -153,7 +153,7 @@ class TRTrainer(ResumableTrainer):
             train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
         # accelerate would cut up the batches of a stream, of training or of evaluation
         args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        collator = data_collator or collator_of(args, tokenizer, vocabulary_size(policy))
+        collator = data_collator or collator_of(args, tokenizer, vocabulary_size(policy, first))
         super().__init__(
             model=policy,
             args=args,
