@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tralign_fast.ops.backend import pick_backend
-from tralign_fast.ops.checks import FLOAT_NAMES, FLOATS, check_targets
+from tralign_fast.ops.checks import FLOAT_NAMES, FLOATS, check_targets, refuse_forward_mode
 from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
 from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
 from tralign_fast.ops.transform import LogitTransform
@@ -131,6 +131,7 @@ def logprobs_from_logits(
         )
     if logits.dtype not in FLOATS:
         raise ValueError(f"logprobs_from_logits: expected {FLOAT_NAMES}, got {logits.dtype}")
+    refuse_forward_mode("logprobs_from_logits", logits)
     transform = LogitTransform(temperature=temperature)
     backend = pick_backend(backend, logits.device, logits.dtype)
     flat = logits.reshape(-1, logits.shape[-1])
