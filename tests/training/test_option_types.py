@@ -329,6 +329,12 @@ REFUSED = {
         {"layer_kernels": "liger", "liger_kernel_config": {"rotary": False}},
         "expected some of rms_norm, swiglu, geglu, rope, got 'rotary'",
     ),
+    "the rows' own tensors for metrics": (
+        {"include_for_metrics": ["inputs"]}, "include_for_metrics: expected no inputs"
+    ),
+    "an order that no seed knows": (
+        {"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler true"
+    ),
     "Liger and none": (
         {"use_liger_kernel": True, "layer_kernels": "none"}, "use_liger_kernel=True contradicts"
     ),
@@ -368,6 +374,7 @@ NO_EFFECT = {
     "how many of none": (
         {"save_strategy": "no", "save_total_limit": 2}, "save_total_limit=2 has no effect"
     ),
+    "fp16 without a GPU": ({"fp16": True}, "fp16=True has no effect"),
     "Liger's options without it": (
         {"liger_kernel_config": {"rope": True}}, "liger_kernel_config={'rope': True}"
     ),
