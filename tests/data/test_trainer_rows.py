@@ -189,3 +189,21 @@ def test_an_epoch_knows_its_order_of_lengths():
         )
         assert list(theirs) == seen[epoch]
     assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("place", ["resident", "snapshot"])
+def test_batches_of_another_collator_are_refused(place, tiny_llama, small_tokenizer, tmp_path):
+    trainer = TRTrainer(
+        tiny_llama, args=TRConfig(**options(tmp_path, reference=place, ref_model_mixup_alpha=1.0)),
+        train_dataset=pair_rows(8), processing_class=small_tokenizer, data_collator=lambda rows: {"rows": rows},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"data_collator: expected .*PackedBatch, got a dict"):
+        trainer.train()
+
+
+def test_datasets_that_are_set_later_are_refused(tiny_llama, small_tokenizer, tmp_path):
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, pair_rows(8), pair_rows(4))
+    trainer.train_dataset = trainer.eval_dataset = pair_rows(8)
+    for use in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="rows with the columns prompt, chosen, rejected are"):
+            use()

@@ -275,6 +275,11 @@ class PreferenceCollator:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> PackedBatch | SplitBatch:
+        if "prompt_ids" not in examples[0]:
+            raise ValueError(
+                f"rows with the columns {', '.join(examples[0])} are not tokenised: give them to "
+                "the trainer when it is made, or to evaluate() and predict()"
+            )
         prompts = [list(e["prompt_ids"]) for e in examples]
         rows = tuple(int(e.get("row", i)) for i, e in enumerate(examples))
         if self.paired:

@@ -1,4 +1,4 @@
-"""A second model beside the policy: that the two are apart, alike, and where their weights differ."""
+"""A second model beside the policy: the two are apart and alike; where their weights differ."""
 
 from __future__ import annotations
 

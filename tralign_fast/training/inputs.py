@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tralign_fast.data.jobs import tokenizer_in
-from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.tokenization import (
     add_lengths,
     lend_in_groups,
@@ -68,3 +68,17 @@ def tokenized(
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         rows = add_lengths(rows, args.length_column_name)
     return rows
+
+
+def parts_of(batch: Any) -> tuple[PackedBatch, ...]:
+    """The parts of a batch.
+
+    Raises:
+        ValueError: it is another collator's.
+    """
+    if not isinstance(batch, (PackedBatch, SplitBatch)):
+        raise ValueError(
+            "data_collator: expected one that makes a tralign_fast.data.packing.PackedBatch, got a "
+            f"{type(batch).__name__}; leave it out"
+        )
+    return batch.parts

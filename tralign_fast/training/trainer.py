@@ -53,7 +53,7 @@ from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.gradient_release import GradientRelease, releases
-from tralign_fast.training.inputs import collator_of, tokenized
+from tralign_fast.training.inputs import collator_of, parts_of, tokenized
 from tralign_fast.training.load_balance import add_balance
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.method import settle_method
@@ -70,6 +70,7 @@ from tralign_fast.training.out_of_memory import out_of_memory_explained
 from tralign_fast.training.pretrained import given_models, vocabulary_size
 from tralign_fast.training.processing import processing_of
 from tralign_fast.training.resumable import ResumableTrainer
+from tralign_fast.training.resume import keep_own_intervals
 from tralign_fast.training.sharded_release import ShardedRelease
 
 
@@ -266,7 +267,8 @@ class TRTrainer(ResumableTrainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """Forward and backward of a micro-batch, part after part where it is split."""
-        self.largest_batch = max(self.largest_batch, *(part.num_tokens for part in inputs.parts))
+        tokens = (part.num_tokens for part in parts_of(inputs))
+        self.largest_batch = max(self.largest_batch, *tokens)
         parts = whole_batch_terms(self, model, inputs)
         losses = []
         state = self.accelerator.gradient_state
@@ -283,7 +285,7 @@ class TRTrainer(ResumableTrainer):
     def parts_of(self, batch: PackedBatch | SplitBatch) -> tuple[PackedBatch, ...]:
         """The parts of a batch that run one after the other, as many on every process."""
         if self.args.token_budget is None:
-            return batch.parts
+            return parts_of(batch)
         return even_parts(self.accelerator, batch)
 
     def compute_loss(
@@ -464,11 +466,20 @@ class _SyncReference(TrainerCallback):
     def __init__(self, reference: ReferencePolicy, lookahead: Lookahead) -> None:
         self.reference = reference
         self.lookahead = lookahead
+        self._unmoved = True  # the policy has made no step since the reference's update
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.lookahead.restart()
+        if state.global_step == 0:  # also once more, with a smaller batch (auto_find_batch_size)
+            self.reference.restart(self._unmoved)
         self.reference.settle(state.max_steps)
+        keep_own_intervals(args, state, self.reference)
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.lookahead.begin_epoch()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.reference.schedule.should_sync(state.global_step):
+        self._unmoved = self.reference.schedule.should_sync(state.global_step)
+        if self._unmoved:
             self.reference.sync()
+            keep_own_intervals(args, state, self.reference)
