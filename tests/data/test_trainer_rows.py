@@ -195,7 +195,8 @@ def test_an_epoch_knows_its_order_of_lengths():
 def test_batches_of_another_collator_are_refused(place, tiny_llama, small_tokenizer, tmp_path):
     trainer = TRTrainer(
         tiny_llama, args=TRConfig(**options(tmp_path, reference=place, ref_model_mixup_alpha=1.0)),
-        train_dataset=pair_rows(8), processing_class=small_tokenizer, data_collator=lambda rows: {"rows": rows},
+        train_dataset=pair_rows(8), processing_class=small_tokenizer,
+        data_collator=lambda rows: {"rows": rows},
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"data_collator: expected .*PackedBatch, got a dict"):
         trainer.train()
