@@ -52,6 +52,7 @@ from tralign_fast.training.block_adafactor import BlockAdafactor
 from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.finite import FiniteSteps, check_weights
+from tralign_fast.training.follow import FollowOptions
 from tralign_fast.training.gradient_release import GradientRelease, releases
 from tralign_fast.training.inputs import collator_of, parts_of, tokenized
 from tralign_fast.training.load_balance import add_balance
@@ -193,6 +194,8 @@ class TRTrainer(ResumableTrainer):
         self.add_callback(self._pace)
         self.add_callback(self._finite)
         self.add_callback(_SyncReference(self.reference, self._lookahead))
+        self._follow = FollowOptions(self)
+        self.add_callback(self._follow)
         self._means = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
 
     @property
@@ -412,6 +415,7 @@ class TRTrainer(ResumableTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._check_not_released()
+        self._follow()
         sharing = sharing_processes(self.model) * dividing_processes(self.accelerator)
         if sharing > 1:
             self.gather_function = gather_once(self.accelerator, sharing)
@@ -431,11 +435,6 @@ class TRTrainer(ResumableTrainer):
         self.largest_batch = 0  # tokens
         with out_of_memory_explained(self):
             return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _hp_search_setup(self, trial) -> None:
-        super()._hp_search_setup(trial)
-        if trial is not None:  # it may set options of the loss
-            self._objective = self.args.objective
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self._writes:  # a checkpoint, which has checked them
