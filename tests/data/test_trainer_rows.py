@@ -208,3 +208,12 @@ def test_datasets_that_are_set_later_are_refused(tiny_llama, small_tokenizer, tm
     for use in (trainer.train, trainer.evaluate):
         with pytest.raises(ValueError, match="rows with the columns prompt, chosen, rejected are"):
             use()
+
+
+@pytest.mark.parametrize("place", ["resident", "snapshot"])
+def test_rows_that_make_no_batch_are_refused(place, tiny_llama, small_tokenizer, tmp_path):
+    """A window would look for its first batch for ever."""
+    extra = {"dataloader_drop_last": True, "reference": place, "ref_model_mixup_alpha": 1.0}
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, pair_rows(3), **extra)
+    with pytest.raises(ValueError, match="the rows make no whole batch of 4 for each of 1 proc"):
+        trainer.train()

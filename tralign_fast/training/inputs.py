@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import has_length
 
 from tralign_fast.data.jobs import tokenizer_in
 from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
@@ -82,3 +83,18 @@ def parts_of(batch: Any) -> tuple[PackedBatch, ...]:
             f"{type(batch).__name__}; leave it out"
         )
     return batch.parts
+
+
+def with_batches(loader: Any, args: TRConfig) -> Any:
+    """The dataloader of training.
+
+    Raises:
+        ValueError: an epoch of it has no batch, so that a run of so many steps would never end.
+    """
+    if has_length(loader) and len(loader) == 0:
+        raise ValueError(
+            f"dataloader_drop_last=True: the rows make no whole batch of {args.train_batch_size} "
+            f"for each of {args.world_size} processes; expected more rows, or a smaller "
+            "per_device_train_batch_size"
+        )
+    return loader

@@ -54,7 +54,7 @@ from tralign_fast.training.config import TRConfig
 from tralign_fast.training.finite import FiniteSteps, check_weights
 from tralign_fast.training.follow import FollowOptions
 from tralign_fast.training.gradient_release import GradientRelease, releases
-from tralign_fast.training.inputs import collator_of, parts_of, tokenized
+from tralign_fast.training.inputs import collator_of, parts_of, tokenized, with_batches
 from tralign_fast.training.load_balance import add_balance
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.method import settle_method
@@ -342,7 +342,7 @@ class TRTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> Any:
         with dividing(self):
-            return super().get_train_dataloader()
+            return with_batches(super().get_train_dataloader(), self.args)
 
     def floating_point_ops(self, inputs: PackedBatch | SplitBatch) -> int:
         # 2 for the forward, 4 for the backward, per parameter and token
