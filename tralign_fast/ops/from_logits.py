@@ -25,7 +25,9 @@ def _from_logits_op(
 ) -> tuple[Tensor, Tensor]:
     check_targets(targets, logits.shape[1])
     logsumexp = new_logsumexp(len(targets), logits.device)
-    target_logit = torch.full(targets.shape, float("nan"), device=logits.device)
+    target_logit = torch.full(
+        targets.shape, float("nan"), dtype=torch.float32, device=logits.device
+    )
     if targets.numel():
         forward_, _ = tile_ops(backend, LogitTransform.of(transform))
         forward_(logits, targets, 0, logsumexp, target_logit)

@@ -370,7 +370,7 @@ class TRTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        loss = torch.zeros((), device=self.args.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.args.device)
         rewards, labels = [], []
         for part in whole_batch_terms(self, model, inputs):
             batch = self._prepare_inputs(part)
@@ -410,7 +410,7 @@ class TRTrainer(ResumableTrainer):
     def _tokens_seen(self) -> float:
         """Tokens trained on, of all processes; those that share layers see the same ones."""
         tokens = self.state.num_input_tokens_seen / sharing_processes(self.model)
-        tokens = torch.tensor(tokens, device=self.args.device)
+        tokens = torch.tensor(tokens, dtype=torch.float32, device=self.args.device)
         return float(self.accelerator.reduce(tokens, reduction="sum"))  # pyright: ignore[reportArgumentType]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
