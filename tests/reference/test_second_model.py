@@ -137,3 +137,15 @@ def test_a_frozen_reference_may_have_more_tokens_and_no_fewer(
     trainer = make(tiny_llama, small_tokenizer, tmp_path, ref_model=ref, **frozen)
     with pytest.raises(ValueError, match=r"row \d+: token id \d+ is outside the model's vocab"):
         trainer.train()
+
+
+def test_a_merged_adapter_is_refused(tiny_llama, small_tokenizer, tmp_path):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    policy = peft.get_peft_model(copy.deepcopy(tiny_llama), lora)
+    policy.merge_adapter()
+    with pytest.raises(
+        ValueError, match=r"the adapter of .*q_proj is merged into its base, and no"
+    ):
+        make(policy, small_tokenizer, tmp_path)
+    policy.unmerge_adapter()
+    make(policy, small_tokenizer, tmp_path, max_steps=1).train()

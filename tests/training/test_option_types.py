@@ -441,3 +441,10 @@ def test_whole_floats_are_whole_numbers(tmp_path):
     assert type(config(tmp_path, ref_model_sync_steps=8.0).ref_model_sync_steps) is int
     assert config(tmp_path, beta=numpy.float32(0.5)).beta == 0.5
     assert type(config(tmp_path, max_length=numpy.int64(9)).max_length) is int
+
+
+def test_a_path_is_a_folder(tmp_path):
+    """As `TrainingArguments` and TRL's configs take it."""
+    assert config(tmp_path).output_dir == str(tmp_path)
+    made = TRConfig(tmp_path / "run", use_cpu=True, report_to=[])
+    assert made.output_dir == str(tmp_path / "run")

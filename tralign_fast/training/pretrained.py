@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tralign_fast.ops.backend import warn_once
+from tralign_fast.reference.lora import trained_adapters
 from tralign_fast.reference.second import refuse_shared
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.model_kinds import model_class, where_options
@@ -151,6 +152,12 @@ def with_adapter(model: PreTrainedModel, peft_config: Any, args: TRConfig) -> Pr
 def check_trainable(model: PreTrainedModel, name: str | None) -> None:
     """Raises ValueError, with the remedy, where nothing of a model can be trained."""
     if any(parameter.requires_grad for parameter in model.parameters()):
+        merged = next((n for n, a, layer in trained_adapters(model) if a in _merged(layer)), None)
+        if merged is not None:
+            raise ValueError(
+                f"the adapter of {merged} is merged into its base, and no gradient reaches it: "
+                "call unmerge_adapter() before it is trained"
+            )
         return
     if name is not None and getattr(model, "peft_config", None):
         remedy = (
@@ -168,6 +175,10 @@ def check_trainable(model: PreTrainedModel, name: str | None) -> None:
             "with peft.get_peft_model"
         )
     raise ValueError(f"the model has no trainable parameter: {remedy}")
+
+
+def _merged(layer: Any) -> list[str]:
+    return getattr(layer, "merged_adapters", [])
 
 
 def load_tokenizer(
