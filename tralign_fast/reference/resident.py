@@ -107,7 +107,7 @@ class ResidentReference(ReferencePolicy):
         if self._mixed is None:
             self._mixed = apart(theirs, ours)
         self._mixed |= {name for name, p in ours.items() if p.requires_grad}
-        moving = {name: p.detach() for name, p in ours.items() if name in self._mixed}
+        moving = {name: p for name, p in ours.items() if name in self._mixed}
         ema_update_(
             [theirs[name] for name in moving],
             list(moving.values()),
