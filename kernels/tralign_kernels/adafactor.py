@@ -358,7 +358,7 @@ class _Scratch(NamedTuple):
 
 def _scratch(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
     padded = [-(-size // 4) * 4 for size in sizes]
-    return list(torch.empty(sum(padded), device=device).split(padded))
+    return list(torch.empty(sum(padded), dtype=torch.float32, device=device).split(padded))
 
 
 class _Plan(NamedTuple):

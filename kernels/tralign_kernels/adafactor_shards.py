@@ -112,8 +112,8 @@ class AdafactorShard:
         """(M·blocks,) parts of ρ²; writes `column`, and `_means`."""
         M, _, C = self._sizes()
         blocks = triton.cdiv(C, whole._COLUMNS)
-        self._means = torch.empty(M, device=column.device)
-        parts = torch.empty(M * blocks, device=column.device)
+        self._means = torch.empty(M, dtype=torch.float32, device=column.device)
+        parts = torch.empty(M * blocks, dtype=torch.float32, device=column.device)
         whole._adafactor_factors_kernel[(M, blocks)](
             column, totals.contiguous(), squares.contiguous(), partials.contiguous(), self._means,
             parts, self._rms, flag, self._left_out, M, self._shape[-2], C, 1, 1, self._numel,

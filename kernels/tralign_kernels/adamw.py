@@ -177,7 +177,7 @@ def adamw_step_(
     with device_of(weight):
         corrections = step
         if not alone:
-            corrections = torch.empty(3, device=weight.device)
+            corrections = torch.empty(3, dtype=torch.float32, device=weight.device)
             _adamw_check_kernel[(programs,)](
                 grad, step, corrections, found_inf, size, *logs,
                 CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=_WARPS,

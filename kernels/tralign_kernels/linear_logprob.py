@@ -431,5 +431,5 @@ def linear_logprob_naive(
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         logits = logits + bias.to(dtype)
-    no_grad = torch.zeros(len(targets), device=hidden.device)
+    no_grad = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
     return logprob_naive(logits, targets, no_grad, dtype=dtype, **options)[:2]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 from importlib.metadata import version
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import make_small_tokenizer, make_tiny_llama
 from tralign_fast import cli
 from tralign_fast.commands import recipes
 from tralign_fast.commands.generate import side_by_side
-from tralign_fast.commands.models import load_model
+from tralign_fast.commands.models import dtype_of, load_model
 from tralign_fast.commands.samples import complete, prompt_ids_of
 
 
@@ -124,7 +126,83 @@ def test_an_adapter_is_evaluated_against_its_base(adapter, run, capsys):
     assert figures["rewards/margins"] > 0.01
 
 
+def test_a_model_that_was_not_trained_equals_its_start_of_another_dtype(tmp_path, run, capsys):
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "model")
+    model.bfloat16().save_pretrained(tmp_path / "start")
+    model.float().save_pretrained(tmp_path / "run")  # as `train` loads and saves it
+    for folder in (tmp_path / "start", tmp_path / "run"):
+        for file in run.parent.glob("model/*token*"):
+            shutil.copy(file, folder)
+    rows = str(run.parent / "rows.jsonl")
+    for recorded in (None, "dtype: null\nmodel: START\n"):
+        if recorded:
+            text = recorded.replace("START", str(tmp_path / "start"))
+            (tmp_path / "run" / "config.yaml").write_text(text)
+        start = [] if recorded else ["--reference", str(tmp_path / "start")]
+        assert cli.main(["eval", str(tmp_path / "run"), "--dataset", rows, "--json", *start]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["rewards/chosen"] == figures["rewards/margins"] == 0.0
+        assert figures["rewards/accuracies"] == 0.0
+
+
+def test_an_adapter_is_evaluated_on_the_base_that_it_was_trained_on(tmp_path):
+    """Merged into bf16, most of a small step is rounded away."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert dtype_of(str(tmp_path)) == "auto"
+    for config, dtype in (
+        ("dtype: null", "float32"), ("dtype: bfloat16", "bfloat16"),
+        ("dtype: null\nload_in_4bit: true", "bfloat16"),
+    ):  # fmt: skip
+        (tmp_path / "config.yaml").write_text(config)
+        assert dtype_of(str(tmp_path)) == dtype
+        assert dtype_of(str(tmp_path / "checkpoint-2")) == dtype
+
+
+def test_two_models_read_their_own_tokens(run, tmp_path, capsys):
+    def said(*models):
+        words = [*map(str, models), "--prompt", "the cat", "--max_new_tokens", "6"]
+        assert cli.main(["generate", *words]) == 0
+        lines = capsys.readouterr().out.splitlines()[4:]
+        return [[cell.strip() for cell in line.split(" │ ")] for line in lines if line]
+
+    first, other = run.parent / "model", tmp_path / "other"
+    AutoModelForCausalLM.from_pretrained(first).save_pretrained(other)
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'][::-1] }}{% endfor %}"
+    tokenizer.save_pretrained(other)
+    alone = [" ".join(cell for line in said(model) for cell in line) for model in (first, other)]
+    assert alone[0] != alone[1]
+    beside = zip(*said(first, other), strict=True)
+    assert [" ".join(cells).strip() for cells in beside] == alone
+
+
+JUDGES = {
+    "nan": ("def f(prompt, completion): return float('nan')", "expected a finite number of each"),
+    "nothing": ("def f(prompt, completion): pass", "expected a finite number of each completion"),
+    "one argument": ("def f(completion): return 1", "expected a function of (prompt, completion)"),
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_a_judge_gives_numbers(judge, run, tmp_path, refused):
+    text, message = JUDGES[judge]
+    (tmp_path / "judge.py").write_text(text)
+    words = ["--judge", f"{tmp_path}/judge.py:f", "--judge_prompts", "1", "--max_new_tokens", "1"]
+    rows = str(run.parent / "rows.jsonl")
+    assert message in refused("eval", str(run), "--dataset", rows, *words)
+
+
 REFUSED = {
+    "--judge_prompts: expected a whole number ≥ 1, got 0": [
+        "eval",
+        "RUN",
+        "--dataset",
+        "d",
+        "--judge_prompts",
+        "0",
+    ],
+    "--limit: expected a whole number ≥ 1, got 0": ["eval", "RUN", "--dataset", "d", "--limit=0"],
+    "expected prompts of a token or more": ["generate", "RUN", "--raw", "--prompt", ""],
     "no such folder": ["generate", "./none", "--prompt", "a"],
     'expected --prompt "TEXT"': ["generate", "RUN"],
     "expected one or two models, got 3": ["generate", "a", "b", "c"],

@@ -280,3 +280,33 @@ def test_shared_rows_are_those_of_the_same_tokens(block, monkeypatch):
     order = [3, 3, 0, 8, *range(29, 8, -2)]
     assert overlap.count_shared(trained, held_out.select(order)) == sum(shared[i] for i in order)
     assert overlap.count_shared(trained.select([]), held_out) == 0
+
+
+@pytest.mark.parametrize("place", ["resident", "snapshot"])
+def test_batches_of_another_collator_are_refused(place, tiny_llama, small_tokenizer, tmp_path):
+    trainer = TRTrainer(
+        tiny_llama, args=TRConfig(**options(tmp_path, reference=place, ref_model_mixup_alpha=1.0)),
+        train_dataset=pair_rows(8), processing_class=small_tokenizer,
+        data_collator=lambda rows: {"rows": rows},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"data_collator: expected .*PackedBatch, got a dict"):
+        trainer.train()
+
+
+def test_datasets_that_are_set_later_are_refused(tiny_llama, small_tokenizer, tmp_path):
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, pair_rows(8), pair_rows(4))
+    trainer.train_dataset = trainer.eval_dataset = pair_rows(8)
+    for use in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="rows with the columns prompt, chosen, rejected are"):
+            use()
+
+
+@pytest.mark.parametrize("place", ["resident", "snapshot"])
+def test_a_window_of_rows_that_make_no_batch_is_refused(
+    place, tiny_llama, small_tokenizer, tmp_path
+):
+    """A window would look for its first batch for ever."""
+    extra = {"dataloader_drop_last": True, "reference": place, "ref_model_mixup_alpha": 1.0}
+    trainer = train(tiny_llama, small_tokenizer, tmp_path, pair_rows(3), **extra)
+    with pytest.raises(ValueError, match="no whole batch of per_device_train_batch_size="):
+        trainer.train()

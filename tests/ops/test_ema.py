@@ -370,3 +370,9 @@ def test_whole_weights_are_rounded_alike_beside_shards_of_any_size():
         norms.append(whole)
     assert torch.equal(*norms)
     assert norms[0].unique().numel() == 2
+
+
+def test_parameters_of_a_model_are_read_once():
+    ref, policy = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    ema_update_(ref.parameters(), policy.parameters(), 1.0)
+    assert torch.equal(ref.weight, policy.weight)

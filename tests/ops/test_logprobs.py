@@ -532,3 +532,27 @@ def test_fp64_is_pytorchs():
     ):
         with pytest.raises(ValueError, match=r'backend="triton" takes .*, got fp64'):
             call()
+
+
+def test_forward_mode_is_refused():
+    """torch would return a tangent of zeros."""
+    hidden, weight, targets = torch.randn(2, 8), torch.randn(9, 8), torch.arange(2)
+    for call in (
+        lambda hidden: linear_logprobs(hidden, weight, targets),
+        lambda hidden: linear_logprobs(
+            targets.new_zeros(2, 8).float(), weight, targets, bias=hidden.sum() * weight[:, 0]
+        ),
+        lambda hidden: logprobs_from_logits(hidden @ weight.t(), targets),
+    ):
+        with pytest.raises(RuntimeError, match=r"has no forward-mode derivative \(jvp\)"):
+            torch.func.jvp(call, (hidden,), (hidden,))
+    with torch.autograd.forward_ad.dual_level():
+        assert linear_logprobs(hidden, weight, targets).shape == (2,)
+
+
+@pytest.mark.parametrize("budget", [-1, float("nan"), float("inf")])
+def test_a_budget_that_is_none_is_refused(budget):
+    with pytest.raises(ValueError, match="logits_budget_mb must be finite and ≥ 0, got"):
+        linear_logprobs(
+            torch.randn(2, 8), torch.randn(9, 8), torch.arange(2), logits_budget_mb=budget
+        )

@@ -378,3 +378,35 @@ def test_an_alpha_near_one_is_the_reverse_kl(packed):
     out = preference_loss(tokens, reference, offsets, loss="dpo", beta=0.2, **near)
     plain = preference_loss(tokens, reference, offsets, loss="dpo", beta=0.2)
     torch.testing.assert_close(out.loss, plain.loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_numbers_do_not_depend_on_the_default_dtype(default):
+    """Scripts set it to load a model in bf16."""
+    from tralign_fast import linear_logprobs, logprobs_from_logits
+
+    generator = torch.Generator().manual_seed(0)
+    draw = {"generator": generator, "dtype": torch.float32}
+    hidden, weight = torch.randn(6, 8, **draw), torch.randn(40, 8, **draw)
+    targets, offsets = torch.arange(6), torch.tensor([0, 2, 3, 5, 6])
+    labels, ref = torch.tensor([True, False]), torch.full((4,), -7.0, dtype=torch.float32)
+
+    def results():
+        logps = linear_logprobs(hidden, weight, targets)
+        options = {"beta": 0.1, "desirable_weight": 0.3, "is_desirable": labels}
+        return [
+            logps, logprobs_from_logits(hidden @ weight.t(), targets),
+            preference_loss(logps, ref, offsets, loss="dpo", beta=0.1).loss,
+            preference_loss(logps, ref, offsets, loss="kto", **options).loss,
+        ]  # fmt: skip
+
+    expected = results()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(before)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, theirs)

@@ -372,3 +372,60 @@ def test_snapshot_refuses_what_it_cannot_do(tiny_llama, small_tokenizer, tmp_pat
             train_dataset=pair_rows(4),
             processing_class=small_tokenizer,
         )
+
+
+class Averaging(torch.optim.SGD):
+    """Shows other weights to evaluations than it trains, as schedule-free optimizers do."""
+
+    shown = 1.0
+
+    def _scale(self, to):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.data.mul_(to / self.shown)
+        self.shown = to
+
+    def eval(self):
+        self._scale(1.25)
+
+    def train(self):
+        self._scale(1.0)
+
+
+def test_an_evaluation_changes_no_loss_of_an_optimizer_that_averages(
+    tiny_llama, small_tokenizer, tmp_path
+):
+    def losses(folder, **extra):
+        hard = {"reference": "snapshot", "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
+        held_out = pair_rows(4) if extra else None
+        trainer = make(
+            tiny_llama, small_tokenizer, tmp_path / folder, held_out=held_out, **hard, **extra
+        )
+        trainer.optimizer = Averaging(trainer.model.parameters(), lr=0.05)
+        return history(trainer)
+
+    evaluating = {"eval_strategy": "steps", "eval_steps": 2}
+    assert losses("with", **evaluating) == pytest.approx(losses("without"), abs=1e-5)
+
+
+def test_a_smaller_batch_is_found_by_a_run_without_reference_weights(
+    tiny_llama, small_tokenizer, tmp_path
+):
+    hard = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2, "max_steps": 4}
+    small = make(
+        tiny_llama, small_tokenizer, tmp_path / "small", reference="snapshot",
+        per_device_train_batch_size=7, **hard,
+    )  # fmt: skip
+    trainer = make(
+        tiny_llama, small_tokenizer, tmp_path / "found", reference="snapshot",
+        per_device_train_batch_size=8, auto_find_batch_size=True, **hard,
+    )  # fmt: skip
+    step, failed = trainer.training_step, []
+
+    def training_step(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("CUDA out of memory.")
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
+    assert history(trainer) == pytest.approx(history(small), abs=1e-6)

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import make_tiny_llama
 from tests.training.test_checkpoints import HARD, PLACES, SAVING, losses_of
 from tests.training.test_trainer import make
-from tests.training.test_trl_parity import history
+from tests.training.test_trl_parity import history, pair_rows
 from tralign_fast.training.manifest import check_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:moved aside", "ignore:resumed with another")
@@ -96,3 +96,27 @@ def test_a_second_train_with_gradient_release(tiny_llama, small_tokenizer, tmp_p
         )
         losses.append([history(trainer), history(trainer)])
     assert losses[0][1] == pytest.approx(losses[1][1], rel=2e-6)
+
+
+@pytest.mark.parametrize("place", ["resident", "snapshot"])
+def test_logs_evaluations_and_checkpoints_come_as_the_run_asks_that_goes_on(
+    place, tiny_llama, small_tokenizer, tmp_path, recwarn
+):
+    hard = {
+        "reference": place, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 4,
+        "save_strategy": "steps",
+    }  # fmt: skip
+    begun = {**hard, "max_steps": 8, "logging_steps": 4, "save_steps": 2}
+    make(tiny_llama, small_tokenizer, tmp_path, **begun).train()
+    own = {**hard, "logging_steps": 1, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = make(tiny_llama, small_tokenizer, tmp_path, held_out=pair_rows(4), **own)
+    trainer.train(str(tmp_path / "checkpoint-2"))
+    logs = trainer.state.log_history
+    assert [log["step"] for log in logs if "loss" in log] == [3, 4, 5, 6, 7, 8]
+    # a window without weights has scored up to step 4 what the first run was to evaluate: nothing
+    evaluated = [log["step"] for log in logs if "eval_loss" in log]
+    assert evaluated == ([3, 6, 8] if place == "resident" else [6, 8])
+    assert (tmp_path / "checkpoint-6").is_dir()
+    assert not (tmp_path / "checkpoint-4").is_dir()
+    said = any("eval_steps=3: up to step 4 the reference" in str(w.message) for w in recwarn)
+    assert said == (place == "snapshot")

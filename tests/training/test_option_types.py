@@ -333,6 +333,12 @@ REFUSED = {
         {"layer_kernels": "liger", "liger_kernel_config": {"rotary": False}},
         "expected some of rms_norm, swiglu, geglu, rope, got 'rotary'",
     ),
+    "the rows' own tensors for metrics": (
+        {"include_for_metrics": ["inputs"]}, "include_for_metrics: expected no inputs"
+    ),
+    "an order that no seed knows": (
+        {"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler true"
+    ),
     "Liger and none": (
         {"use_liger_kernel": True, "layer_kernels": "none"}, "use_liger_kernel=True contradicts"
     ),
@@ -381,6 +387,7 @@ NO_EFFECT = {
     "how many of none": (
         {"save_strategy": "no", "save_total_limit": 2}, "save_total_limit=2 has no effect"
     ),
+    "fp16 without a GPU": ({"fp16": True}, "fp16=True has no effect"),
     "Liger's options without it": (
         {"liger_kernel_config": {"rope": True}}, "liger_kernel_config={'rope': True}"
     ),
@@ -449,3 +456,10 @@ def test_whole_floats_are_whole_numbers(tmp_path):
     assert type(config(tmp_path, ref_model_sync_steps=8.0).ref_model_sync_steps) is int
     assert config(tmp_path, beta=numpy.float32(0.5)).beta == 0.5
     assert type(config(tmp_path, max_length=numpy.int64(9)).max_length) is int
+
+
+def test_a_path_is_a_folder(tmp_path):
+    """As `TrainingArguments` and TRL's configs take it."""
+    assert config(tmp_path).output_dir == str(tmp_path)
+    made = TRConfig(tmp_path / "run", use_cpu=True, report_to=[])
+    assert made.output_dir == str(tmp_path / "run")

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from tralign_fast.command_line import PositionalParser
 from tralign_fast.commands.generate import prompt_ids, prompt_text
-from tralign_fast.commands.models import base_of, best_device, load_model, load_tokenizer
+from tralign_fast.commands.models import (
+    base_of,
+    best_device,
+    dtype_of,
+    load_model,
+    load_tokenizer,
+)
 from tralign_fast.commands.samples import complete
 
 _FIGURES = (
@@ -27,6 +37,9 @@ def run_eval(arguments: list[str]) -> int:
         ValueError: no such model, rows or judge.
     """
     given = _parser().parse_args(arguments)
+    for name in ("limit", "judge_prompts", "max_new_tokens", "max_length", "batch"):
+        if (value := getattr(given, name)) is not None and value < 1:
+            raise ValueError(f"--{name}: expected a whole number ≥ 1, got {value}")
     judge = judge_of(given.judge) if given.judge else None
     start = given.reference or base_of(given.model)
     if not start:
@@ -36,7 +49,7 @@ def run_eval(arguments: list[str]) -> int:
     rows = load_rows(given.dataset, given.split)
     rows = rows.select(range(min(given.limit or len(rows), len(rows))))
     tokenizer = load_tokenizer(given.model, start)
-    model, reference = (load_model(n, device=best_device()) for n in (given.model, start))
+    model, reference = models_alike(given.model, start)
     figures: dict[str, Any] = {"model": given.model, "reference": start, "rows": len(rows)}
     if judge is not None:  # before the trainer takes the models
         if "prompt" not in rows.column_names:
@@ -69,6 +82,15 @@ def _parser() -> PositionalParser:
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     parser.add_argument("--output", help="File of the same JSON.")
     return parser
+
+
+def models_alike(name: str, start: str) -> tuple[Any, Any]:
+    """Both in the dtype that the run trained in, or in the wider one of what they were saved in:
+    between bf16 and fp32 a model differs from itself."""
+    dtype = dtype_of(name)
+    model, start_model = (load_model(n, dtype=dtype, device=best_device()) for n in (name, start))
+    wider = torch.promote_types(model.dtype, start_model.dtype)
+    return model.to(wider), start_model.to(wider)
 
 
 def measured(model: Any, reference: Any, tokenizer: Any, rows: Any, given: Any) -> dict[str, float]:
@@ -106,6 +128,12 @@ def judge_of(place: str) -> Callable[[str, str], float]:
     function: Any = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--judge {place}: {file} has no function {name}")
+    try:
+        inspect.signature(function).bind("a prompt", "its completion")
+    except TypeError:
+        raise ValueError(f"--judge {place}: expected a function of (prompt, completion)") from None
+    except ValueError:  # a signature that Python does not know
+        pass
     return cast("Callable[[str, str], float]", function)
 
 
@@ -120,7 +148,7 @@ def judged(
     for model in models:
         texts = complete(model, tokenizer, ids, given.max_new_tokens)
         scores.append(
-            [float(judge(prompt_text(p), text)) for p, text in zip(prompts, texts, strict=True)]
+            [_number(judge(prompt_text(p), text)) for p, text in zip(prompts, texts, strict=True)]
         )
     after, before = scores
     wins = sum((a > b) + (a == b) / 2 for a, b in zip(after, before, strict=True))
@@ -129,6 +157,16 @@ def judged(
         "model": sum(after) / count, "reference": sum(before) / count, "win_rate": wins / count,
         "prompts": count,
     }  # fmt: skip
+
+
+def _number(judged: Any) -> float:
+    try:
+        number = float(judged)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"--judge: expected a finite number of each completion, got {judged!r}")
+    return number
 
 
 def _table(figures: dict[str, Any]) -> str:

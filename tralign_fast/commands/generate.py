@@ -46,18 +46,24 @@ def run_generate(arguments: list[str]) -> int:
     start = base_of(given.models[0])
     names = [start, *given.models] if len(given.models) == 1 and start else given.models
     prompts = prompts_of(given.prompt, given.prompts, given.split, given.count)
-    tokenizer = load_tokenizer(given.models[-1], start)
-    ids = [prompt_ids(tokenizer, prompt, given.raw) for prompt in prompts]
-    columns = [_completions(name, tokenizer, ids, given) for name in names]
+    # a run and its start read the same tokens, two models that are given each its own
+    sources = given.models if len(given.models) == 2 else [given.models[0]] * len(names)
+    columns = [
+        _completions(name, load_tokenizer(source, base_of(source)), prompts, given)
+        for name, source in zip(names, sources, strict=True)
+    ]
     for prompt, *texts in zip(prompts, *columns, strict=True):
         print(side_by_side(prompt_text(prompt), names, texts))
     return 0
 
 
-def _completions(name: str, tokenizer: Any, ids: list[list[int]], given: Any) -> list[str]:
+def _completions(name: str, tokenizer: Any, prompts: list[Any], given: Any) -> list[str]:
     """Of one model, which is gone before the next is loaded."""
     from transformers import set_seed
 
+    ids = [prompt_ids(tokenizer, prompt, given.raw) for prompt in prompts]
+    if not all(ids):
+        raise ValueError(f"generate: expected prompts of a token or more, got {prompts!r}")
     set_seed(given.seed)
     sampling = {"do_sample": True, "temperature": given.temperature} if given.temperature else {}
     model = load_model(name, device=best_device())

@@ -34,12 +34,23 @@ def base_of(name: str) -> str | None:
     """The model from which a run, or the adapter in its folder, started."""
     if is_adapter(name):
         return adapter_config(name).base_model_name_or_path
+    return _config_of(name).get("model")
+
+
+def dtype_of(name: str) -> str:
+    """Of the weights that a run trained, or its adapter's base; "auto" of what is no run."""
+    config = _config_of(name)
+    if not config:
+        return "auto"
+    few = any(config.get(bits) for bits in ("load_in_4bit", "load_in_8bit", "quantization_config"))
+    return config.get("dtype") or ("bfloat16" if few else "float32")
+
+
+def _config_of(name: str) -> dict[str, Any]:
     for folder in (Path(name), Path(name).parent):  # a checkpoint's run
         if (folder / CONFIG).is_file():
-            return (yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}).get(
-                "model"
-            )
-    return None
+            return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+    return {}
 
 
 def adapter_config(name: str) -> Any:

@@ -275,6 +275,11 @@ class PreferenceCollator:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> PackedBatch | SplitBatch:
+        if "prompt_ids" not in examples[0]:
+            raise ValueError(
+                f"rows with the columns {', '.join(examples[0])} are not tokenised: give them to "
+                "the trainer when it is made, or to evaluate() and predict()"
+            )
         prompts = [list(e["prompt_ids"]) for e in examples]
         rows = tuple(int(e.get("row", i)) for i, e in enumerate(examples))
         if self.paired:
@@ -450,8 +455,8 @@ class PreferenceCollator:
             targets=int64([t for own in targets for t in own]),
             scored_lengths=lengths,
             offsets=_offsets(lengths),
-            token_weights=None if weights is None else torch.tensor(weights),
-            completion_lengths=torch.tensor([float(len(c)) for _, c in sequences]),
+            token_weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+            completion_lengths=torch.tensor([len(c) for _, c in sequences], dtype=torch.float32),
             rows=rows,
             is_desirable=None if labels is None else torch.tensor(labels),
             grad_tokens=sum(lengths) if labels is None else sum(lengths[: len(prompts)]),

@@ -45,7 +45,7 @@ class CountWeights:
             return
         device = self._accelerator.device
         count = sum(part.own_examples for batch in batches for part in batch.parts)
-        own = torch.tensor(float(count), device=device)
+        own = torch.tensor(count, dtype=torch.float32, device=device)
         total: Any = self._accelerator.reduce(own, reduction="sum")
         self._scale = self._accelerator.num_processes * len(batches) / total
 

@@ -81,7 +81,7 @@ class Pace(TrainerCallback):
         if self._alone or steps <= 0 or "loss" not in (logs or {}):
             return
         seconds = [self._loading, sum(_between(*times) for times in self._forwards)]
-        own = torch.tensor(seconds, device=self._accelerator.device) / steps
+        own = torch.tensor(seconds, dtype=torch.float32, device=self._accelerator.device) / steps
         self._loading, self._forwards, self._step = 0.0, [], state.global_step
         every: Any = self._accelerator.gather(own)
         lines = self.lines(every.view(-1, 2).tolist())

@@ -19,6 +19,7 @@ from tralign_fast.ops.backend import warn_once
 from tralign_fast.ops.ema import ema_update_, is_quantised, local_shard
 from tralign_fast.reference import TrustRegion
 from tralign_fast.reference.merged import follow_merged_, has_adapters, merged_weights
+from tralign_fast.reference.second import refuse_shared
 from tralign_fast.reference.sharding import is_sharded, reshard
 
 try:
@@ -278,7 +279,7 @@ class _ModelReference:
         return is_sharded(self.model)
 
     def check(self, policy: Any) -> None:
-        _refuse_shared(self.model, policy)
+        refuse_shared(self.model, policy)
         if not self._merges(policy):
             matching_parameters(self.model, policy)
             return
@@ -413,16 +414,6 @@ def _give_back(layer: Any, merge: Any) -> None:
     del layer.merge
     if merge is not None:
         layer.merge = merge
-
-
-def _refuse_shared(ref: nn.Module, policy: nn.Module) -> None:
-    """A reference that shares a weight with the policy would be it, or move with it."""
-    ours = {id(p) for p in policy.parameters()}
-    if any(id(p) in ours for p in ref.parameters()):
-        raise ValueError(
-            "ref_model is the policy itself, or shares weights with it: pass a model of its own, "
-            "such as copy.deepcopy(model) from before training"
-        )
 
 
 def matching_parameters(ref: nn.Module, policy: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

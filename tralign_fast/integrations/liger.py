@@ -84,7 +84,7 @@ class _FusedLinearLoss(nn.Module):
     ) -> Tensor:
         """As `_logps`; zeros without a reference."""
         if not self.use_ref_model:
-            return torch.zeros(len(target), device=target.device)
+            return torch.zeros(len(target), dtype=torch.float32, device=target.device)
         if hidden is None or weight is None:
             raise ValueError("use_ref_model=True needs ref_input and ref_weight")
         return self._logps(hidden, weight, target, bias)
@@ -179,7 +179,7 @@ class FusedLinearDPOLoss(_FusedLinearLoss):
         (spec,) = self.objective.specs
         taken = mean_ratios if spec.length_normalized else own
         loss = spec.function(*taken.chunk(2), **self.objective.options).mean()
-        nll = torch.zeros((), device=loss.device)
+        nll = torch.zeros((), dtype=torch.float32, device=loss.device)
         if self.compute_nll_loss:
             nll = -sums.chunk(2)[0].sum() / lengths.chunk(2)[0].sum()
             loss = loss + self.alpha * nll
@@ -239,7 +239,7 @@ class FusedLinearKTOLoss(_FusedLinearLoss):
         if self.average_log_prob:
             lengths = (target != self.ignore_index).sum(1)
             logps, ref_logps = logps / lengths, ref_logps / lengths
-        zero = torch.zeros((), device=logps.device)
+        zero = torch.zeros((), dtype=torch.float32, device=logps.device)
         loss = kto_loss(logps - shift, ref_logps, desirable, zero, beta=self.beta).loss
         logits = _logit_sums(_input, lin_weight, bias)
         sums = [

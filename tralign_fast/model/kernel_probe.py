@@ -251,7 +251,7 @@ def _outcome(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Ten
 def _random(shape: Any, device: torch.device, scale: Any = 1.0, seed: int = 0) -> Tensor:
     """fp32 numbers that no generator of the run is asked for."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(device)
+    return (torch.randn(shape, generator=generator, dtype=torch.float32) * scale).to(device)
 
 
 def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

@@ -182,11 +182,11 @@ def _weights(batch: PackedBatch) -> Tensor:
     """
     paired, device = batch.is_desirable is None, batch.input_ids.device
     if batch.layout is None:
-        weights = torch.ones(len(batch.input_ids), device=device)
+        weights = torch.ones(len(batch.input_ids), dtype=torch.float32, device=device)
         if not paired:
             weights[len(batch) :] = 0.0
         return weights
-    weights = torch.ones(batch.input_ids.numel(), device=device)
+    weights = torch.ones(batch.input_ids.numel(), dtype=torch.float32, device=device)
     copies = len(batch.scored_lengths) // len(batch)
     for index, (start, prompt, completions) in enumerate(batch.layout.groups):
         begin, end = start + prompt, start + prompt + sum(completions)

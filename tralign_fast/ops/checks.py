@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tralign_fast.ops.backend import device_kind
 
@@ -39,12 +41,27 @@ def check_targets(targets: Tensor, vocab: int) -> None:
         raise ValueError(f"target {bad} of row {row} is outside the vocabulary [0, {vocab})")
 
 
+def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """torch gives an operator without such a derivative a tangent of zeros.
+
+    Raises:
+        RuntimeError: an argument has a tangent (`torch.func.jvp`, `forward_ad.make_dual`).
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative (jvp): take the gradient of a backward"
+        )
+
+
 def check_arguments(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     vocab_filter: float | None,
+    logits_budget_mb: float | None = None,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -70,6 +87,10 @@ def check_arguments(
         raise ValueError(
             f"linear_logprobs: expected {FLOAT_NAMES}, got hidden {hidden.dtype}, weight "
             f"{weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+        )
+    if logits_budget_mb is not None and not 0.0 <= logits_budget_mb < math.inf:
+        raise ValueError(
+            f"linear_logprobs: logits_budget_mb must be finite and ≥ 0, got {logits_budget_mb}"
         )
     if vocab_filter is not None and not 0.0 <= vocab_filter < 1.0:
         raise ValueError(f"linear_logprobs: vocab_filter must lie in [0, 1), got {vocab_filter}")

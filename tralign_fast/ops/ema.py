@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -23,8 +23,8 @@ _HALVES = (torch.bfloat16, torch.float16)  # where rounding="stochastic" has som
 
 @torch.no_grad()
 def ema_update_(
-    ref_tensors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    ref_tensors: Iterable[Tensor],
+    tensors: Iterable[Tensor],
     alpha: float,
     *,
     rounding: Literal["nearest", "stochastic"] = "stochastic",
@@ -60,6 +60,7 @@ def ema_update_(
     Source: Gorbatovski et al. 2024, arXiv 2404.09656, eq. 2 (soft update) and 3 (hard update).
     """
     _check_options("ema_update_", alpha, rounding)
+    ref_tensors, tensors = [*ref_tensors], [*tensors]  # `model.parameters()` is read once
     refs, thetas = [local_shard(t) for t in ref_tensors], [local_shard(t) for t in tensors]
     _check_match(refs, thetas)
     if any(is_quantised(t) for both in (ref_tensors, tensors) for t in both):

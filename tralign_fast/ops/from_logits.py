@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tralign_fast.ops.backend import pick_backend
-from tralign_fast.ops.checks import FLOAT_NAMES, FLOATS, check_targets
+from tralign_fast.ops.checks import FLOAT_NAMES, FLOATS, check_targets, refuse_forward_mode
 from tralign_fast.ops.consumption import Consumption, refuse_second_derivative, saved_tensors
 from tralign_fast.ops.tile_ops import log_probs, new_logsumexp, tile_ops
 from tralign_fast.ops.transform import LogitTransform
@@ -25,7 +25,9 @@ def _from_logits_op(
 ) -> tuple[Tensor, Tensor]:
     check_targets(targets, logits.shape[1])
     logsumexp = new_logsumexp(len(targets), logits.device)
-    target_logit = torch.full(targets.shape, float("nan"), device=logits.device)
+    target_logit = torch.full(
+        targets.shape, float("nan"), dtype=torch.float32, device=logits.device
+    )
     if targets.numel():
         forward_, _ = tile_ops(backend, LogitTransform.of(transform))
         forward_(logits, targets, 0, logsumexp, target_logit)
@@ -131,6 +133,7 @@ def logprobs_from_logits(
         )
     if logits.dtype not in FLOATS:
         raise ValueError(f"logprobs_from_logits: expected {FLOAT_NAMES}, got {logits.dtype}")
+    refuse_forward_mode("logprobs_from_logits", logits)
     transform = LogitTransform(temperature=temperature)
     backend = pick_backend(backend, logits.device, logits.dtype)
     flat = logits.reshape(-1, logits.shape[-1])

@@ -77,7 +77,7 @@ def columns_forward(
     head make."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     logsumexp = new_logsumexp(rows, hidden.device)
-    target_logit = torch.full((rows,), float("nan"), device=hidden.device)
+    target_logit = torch.full((rows,), float("nan"), dtype=torch.float32, device=hidden.device)
     x = hidden.to(compute_dtype)
     kept = x.new_empty(rows * keep)
     if rows == 0:
@@ -117,7 +117,7 @@ def _powers_forward(
     """What the operator returns, with powers of the scores in place of logits."""
     x, rows = hidden.to(compute_dtype), len(hidden)
     logsumexp = new_logsumexp(rows, hidden.device)
-    target_logit = torch.full((rows,), float("nan"), device=hidden.device)
+    target_logit = torch.full((rows,), float("nan"), dtype=torch.float32, device=hidden.device)
     kept = x.new_empty(rows * keep)
     running = RunningStatistics(wanted, x, scores, "triton") if wanted else None
     table = None if running is None else running.table

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tralign_fast.ops import powers, tiles
 from tralign_fast.ops.backend import pick_backend
-from tralign_fast.ops.checks import check_arguments, logits_dtype
+from tralign_fast.ops.checks import check_arguments, logits_dtype, refuse_forward_mode
 from tralign_fast.ops.head_operator import HeadOptions, is_fused, linear_logprobs_op
 from tralign_fast.ops.logits_budget import budget_bytes
 from tralign_fast.ops.statistics import STATISTICS
@@ -183,7 +183,8 @@ def checked_options(
     kept: str = "logits",
 ) -> HeadOptions:
     """How the head's products are cut, for arguments that may be wrong."""
-    check_arguments(hidden, weight, targets, bias, vocab_filter)
+    check_arguments(hidden, weight, targets, bias, vocab_filter, logits_budget_mb)
+    refuse_forward_mode("linear_logprobs", hidden, weight, bias)
     device, compute_dtype = hidden.device, logits_dtype(hidden, weight)
     backend = pick_backend(backend, device, compute_dtype)
     rows = hidden.shape[0]

@@ -168,8 +168,8 @@ def apo_zero_unpaired(
 def _labels(
     is_desirable: Tensor, desirable_weight: float, undesirable_weight: float
 ) -> tuple[Tensor, Tensor]:
-    sign = torch.where(is_desirable, 1.0, -1.0)
-    return sign, torch.where(is_desirable, desirable_weight, undesirable_weight)
+    good = is_desirable.float()
+    return 2 * good - 1, desirable_weight * good + undesirable_weight * (1 - good)
 
 
 # --- the registry ---------------------------------------------------------------------------------

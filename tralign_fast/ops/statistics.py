@@ -39,7 +39,7 @@ class RunningStatistics:
     ) -> None:
         rows = len(hidden)
         self.wanted, self.transform = tuple(wanted), transform
-        self.table = torch.zeros(5, rows, device=hidden.device)
+        self.table = torch.zeros(5, rows, dtype=torch.float32, device=hidden.device)
         self.table[PEAK] = float("-inf")
         self._on_cpu = device_kind(hidden.device) == "cpu"
         # Σ over the vocabulary of hidden · weight is hidden · Σ weight: fewer sums for many tokens,

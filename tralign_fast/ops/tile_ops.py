@@ -57,7 +57,7 @@ def _triton_forward_(
 
 def new_logsumexp(rows: int, device: torch.device) -> Tensor:
     """(N, 2) float32, of no column so far."""
-    logsumexp = torch.zeros(rows, 2, device=device)
+    logsumexp = torch.zeros(rows, 2, dtype=torch.float32, device=device)
     logsumexp[:, 0] = float("-inf")
     return logsumexp
 
@@ -92,7 +92,7 @@ def tile_forward_(
             return rows
         return transform.apply_(buffer.copy_(rows))
 
-    high, low = torch.zeros(2, len(logits), device=logits.device)
+    high, low = torch.zeros(2, len(logits), dtype=torch.float32, device=logits.device)
     for rows, buffer in row_buffers(logits):
         note = None if statistics is None else (statistics, rows)
         _logsumexp_(scores, logits[rows], buffer, high[rows], low[rows], note)

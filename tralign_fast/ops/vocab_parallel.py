@@ -105,7 +105,7 @@ def _vocab_parallel_op(
     )  # fmt: skip
     own = (targets >= first) & (targets < first + len(weight))
     # a target outside the vocabulary, which a GPU does not look for, stays NaN
-    others = torch.where((targets >= 0) & (targets < vocab), 0.0, float("nan"))
+    others = torch.where((targets >= 0) & (targets < vocab), 0.0, float("nan")).float()
     target_logit = torch.where(own, target_logit, others)
     told = [target_logit[None], logsumexp.t(), *([] if table is None else [table])]
     parts = _from_all(torch.cat(told), group)  # (R, 3 or 8, N)

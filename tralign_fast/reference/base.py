@@ -116,8 +116,16 @@ class ReferencePolicy(ABC):
         """Whether a window has to be scored (`WindowedReference`) before the step after `step`."""
         return False
 
-    def restart(self) -> None:  # noqa: B027
-        """A training starts from step 0, maybe not the first one: the reference stays as it is."""
+    def is_scored_ahead(self, step: int) -> bool:
+        """Whether only what a window has scored before `step` can be scored after it."""
+        return False
+
+    def restart(self, unmoved: bool = False) -> None:  # noqa: B027
+        """A training starts from step 0, maybe not the first one: the reference stays as it is.
+
+        Args:
+            unmoved: the policy has made no step since the last update.
+        """
 
     @abstractmethod
     def save_weights(self, folder: Path) -> None: ...

@@ -296,7 +296,7 @@ class ExpertsDelta(LayerDelta):
         down, up = self._on(parameter.device)
         up = self._weighted(up)
         if down is None:  # a view: no memory
-            down = torch.eye(up.shape[-1], device=up.device).expand(len(up), -1, -1)
+            down = torch.eye(up.shape[-1], dtype=up.dtype, device=up.device).expand(len(up), -1, -1)
         left, right = (up, down) if is_out_first(self.layer) else (down.mT, up.mT)
         scaling = self.layer.scaling[self.adapter]
         return left.to(parameter.dtype), right.to(parameter.dtype), scaling
@@ -336,7 +336,7 @@ class EmbeddingDelta(LayerDelta):
         before = [parameter.data for parameter in held]
         down, up = self._on(held[0].device)
         up = self._weighted(up)
-        down = torch.eye(len(up), device=up.device) if down is None else down
+        down = torch.eye(len(up), dtype=up.dtype, device=up.device) if down is None else down
         if self._matrix is not None:  # (H, V): the larger side is read by rows
             up, down = down, up
         for parameter, tensor in zip(held, (down, up), strict=True):

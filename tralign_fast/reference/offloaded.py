@@ -21,6 +21,7 @@ from tralign_fast.reference.base import (
     save_generator,
 )
 from tralign_fast.reference.lora import mixed_parameters
+from tralign_fast.reference.second import check_alike
 from tralign_fast.reference.sharding import named_parameters, shard_like
 from tralign_fast.reference.trust_region import TrustRegion
 from tralign_fast.reference.window import WindowedReference
@@ -58,6 +59,8 @@ class OffloadedReference(WindowedReference):
         self._generator = torch.Generator().manual_seed(seed)
         # another model's frozen weights may differ too
         source = self.mixed_parameters() if start is None else named_parameters(start)
+        if start is not None:
+            check_alike(source, named_parameters(policy))
         if name := next((name for name, p in source.items() if is_quantised(p)), None):
             raise ValueError(
                 f"reference={self.name!r}: {name} of ref_model is quantised, and cannot change "
@@ -117,8 +120,17 @@ class OffloadedReference(WindowedReference):
         if not self._host:  # as in `_swap`
             return
         self._shard_host()
-        for name, parameter in self.mixed_parameters().items():
-            host, theta = self._host[name], local_shard(parameter)
+        parameters = named_parameters(self.policy)
+        if late := min(self.mixed_parameters().keys() - self._host.keys(), default=None):
+            raise ValueError(
+                f"reference={self.name!r}: the policy trains {late}, which was frozen when the run "
+                "began, and the reference has no copy of it: unfreeze it before the trainer is "
+                'made, or use reference="resident"'
+            )
+        # all that was trained when the run began, also what has been frozen since, and all of
+        # another model: its frozen weights may differ, too
+        for name, host in self._host.items():
+            theta = local_shard(parameters[name])
             ref = host.to(theta.device)  # the tensor itself on a CPU
             ema_update_(
                 [ref],

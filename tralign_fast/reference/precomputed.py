@@ -117,7 +117,7 @@ class PrecomputedReference(OffloadedReference):
     def must_score(self, step: int) -> bool:
         return self.needs_window
 
-    def restart(self) -> None:
+    def restart(self, unmoved: bool = False) -> None:
         """Rows stay scored: the reference has not moved."""
 
     def score_window(

@@ -20,6 +20,7 @@ from tralign_fast.reference.base import (
 )
 from tralign_fast.reference.lora import mixed_parameters
 from tralign_fast.reference.merged import follow_merged_, has_adapters, merged_weights
+from tralign_fast.reference.second import apart, check_alike
 from tralign_fast.reference.sharding import is_sharded, named_parameters
 from tralign_fast.reference.trust_region import TrustRegion
 
@@ -68,6 +69,10 @@ class ResidentReference(ReferencePolicy):
                 f"ref_model has no {other}, which the policy trains: pass a model built like the "
                 "policy (with its adapter), or freeze the reference with sync_ref_model=False"
             )
+        if moving:
+            check_alike(theirs, named_parameters(policy))
+        # what of the policy may differ from this: all that it has trained, and other frozen weights
+        self._mixed: set[str] | None = None
         model.requires_grad_(False)
 
     @classmethod
@@ -98,7 +103,11 @@ class ResidentReference(ReferencePolicy):
             names = list(theirs.items())
             follow_merged_(names, self.policy, self.schedule.alpha, **options)  # pyright: ignore[reportArgumentType]
             return
-        moving = mixed_parameters(self.policy, self.schedule, self.name)
+        ours = named_parameters(self.policy)
+        if self._mixed is None:
+            self._mixed = apart(theirs, ours)
+        self._mixed |= {name for name, p in ours.items() if p.requires_grad}
+        moving = {name: p for name, p in ours.items() if name in self._mixed}
         ema_update_(
             [theirs[name] for name in moving],
             list(moving.values()),

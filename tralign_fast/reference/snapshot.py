@@ -94,6 +94,10 @@ class SnapshotReference(WindowedReference):
     def is_policy(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.needs_window  # no step since the update
 
+    def restart(self, unmoved: bool = False) -> None:
+        super().restart()
+        self.needs_window |= unmoved  # a window of a training that failed in its first step
+
     def can_score_now(self) -> bool:
         return self.is_policy or self._inside
 

@@ -77,7 +77,10 @@ class WindowedReference(ReferencePolicy):
         one that ended with a run that goes on."""
         return self.needs_window or step >= self.scored_until
 
-    def restart(self) -> None:
+    def is_scored_ahead(self, step: int) -> bool:
+        return step < self.scored_until and not self.can_score_now()
+
+    def restart(self, unmoved: bool = False) -> None:
         self._forget()
         self.scored_until = 0
 

@@ -74,7 +74,8 @@ class GradientRelease(Optimizer):
         self.optimizer = optimizer
         self._stepped: set[Tensor] = set()
         # () float32 on the device: 1 once a gradient of this backward was NaN or infinite
-        self.found_inf = torch.zeros((), device=parameters[0].device if parameters else "cpu")
+        device = parameters[0].device if parameters else "cpu"
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._flags: dict[Tensor, Tensor] = {}  # the same after each parameter
         self._kernels: KernelSteps | None = None
         self._chosen = False  # at the first gradient, for the model may still move

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from tralign_fast.data.jobs import tokenizer_in
 from tralign_fast.data.overlap import count_shared
-from tralign_fast.data.packing import PreferenceCollator
+from tralign_fast.data.packing import PackedBatch, PreferenceCollator, SplitBatch
 from tralign_fast.data.tokenization import (
     add_lengths,
     lend_in_groups,
@@ -120,3 +120,17 @@ def held_out(
                 stacklevel=3,
             )
     return found
+
+
+def parts_of(batch: Any) -> tuple[PackedBatch, ...]:
+    """The parts of a batch.
+
+    Raises:
+        ValueError: it is another collator's.
+    """
+    if not isinstance(batch, (PackedBatch, SplitBatch)):
+        raise ValueError(
+            "data_collator: expected one that makes a tralign_fast.data.packing.PackedBatch, got a "
+            f"{type(batch).__name__}; leave it out"
+        )
+    return batch.parts

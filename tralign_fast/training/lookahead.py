@@ -12,7 +12,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy
@@ -22,6 +22,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import has_length
 
 from tralign_fast.data.packing import PackedBatch, SplitBatch
+from tralign_fast.ops.backend import warn_once
 from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.precomputed import PrecomputedReference
 from tralign_fast.reference.window import WindowedReference
@@ -37,6 +38,7 @@ class LoopingTrainer(Protocol):
     train_dataset: Any
     eval_dataset: Any
     model_wrapped: Any
+    optimizer: Any
     reference: ReferencePolicy
 
     def parts_of(self, batch: PackedBatch | SplitBatch, /) -> tuple[PackedBatch, ...]: ...
@@ -53,10 +55,16 @@ class Lookahead:
     def __init__(self, trainer: LoopingTrainer) -> None:
         self._trainer = trainer
         self._ahead: deque[Any] = deque()  # fetched from the running epoch, not yet trained on
+        self._epoch = 0  # the running one; of a stream `state.epoch` tells it one step late
 
     def score_window(self, epoch_iterator: Iterator[Any]) -> None:
         """Scores the steps until the next update, and the evaluations that fall between."""
         trainer, args = self._trainer, self._trainer.args
+        if not has_length(trainer.train_dataset):
+            first = list(islice(epoch_iterator, 1))
+            if not first:  # the stream is over: the window begins with its next epoch
+                return
+            epoch_iterator = chain(first, epoch_iterator)
         step, reference = trainer.state.global_step, trainer.reference
         assert isinstance(reference, WindowedReference), reference.name
         left, schedule = trainer.state.max_steps - step, reference.schedule
@@ -74,6 +82,7 @@ class Lookahead:
             )
 
         reference.wrapped = trainer.model_wrapped
+        self._take_trained_weights()
         if isinstance(reference, PrecomputedReference):
             self._score_rows(reference)
             return
@@ -121,10 +130,18 @@ class Lookahead:
         """Scores the evaluations that may come, and no step: the window is closed."""
         trainer, reference = self._trainer, self._trainer.reference
         assert isinstance(reference, WindowedReference), reference.name
+        self._take_trained_weights()
         with trainer.compute_loss_context_manager(), reference.weights():
             for loader in [[], *self._eval_loaders()]:
                 parts = map(trainer.parts_of, loader)
                 reference.score_window(parts, None, merge=trainer.args.merged_batches)
+
+    def _take_trained_weights(self) -> None:
+        """An optimizer that averages weights (schedule-free) gives the model others to evaluate:
+        the reference is made of those that are trained."""
+        train = getattr(self._trainer.optimizer, "train", None)
+        if callable(train):
+            train()
 
     def _eval_loaders(self) -> list[Any]:
         held_out = self._trainer.eval_dataset
@@ -144,11 +161,32 @@ class Lookahead:
     def restart(self) -> None:
         """Another training begins: what an earlier one has fetched is not its."""
         self._ahead.clear()
+        self._epoch = int(self._trainer.state.epoch or 0) - 1
+
+    def begin_epoch(self) -> None:
+        self._epoch += 1
 
     def take(self, epoch_iterator: Iterator[Any], count: int) -> list[Any]:
-        """The next `count` batches of the running epoch (fewer at its end)."""
+        """The next `count` batches of the running epoch (fewer at its end; of a stream none, as
+        transformers would add their gradients to those of the next epoch's first step).
+
+        Raises:
+            ValueError: a stream that is over before the first step.
+        """
         batches = [self._ahead.popleft() for _ in range(min(count, len(self._ahead)))]
-        return [*batches, *islice(epoch_iterator, count - len(batches))]
+        batches += islice(epoch_iterator, count - len(batches))
+        if len(batches) in (0, count) or has_length(self._trainer.train_dataset):
+            return batches
+        if self._trainer.state.global_step == 0:
+            raise ValueError(
+                f"gradient_accumulation_steps={count}: a step takes {count} batches, and the "
+                f"streamed dataset has {len(batches)}; expected fewer, or more rows"
+            )
+        warn_once(
+            f"the last {len(batches)} batches of the streamed dataset make no step of "
+            f"gradient_accumulation_steps={count}, and are left out of every epoch"
+        )
+        return []
 
     def steps(self, epoch_iterator: Iterator[Any], count: int) -> Iterator[Any]:
         """The batches of the next `count` optimizer steps.
@@ -159,7 +197,7 @@ class Lookahead:
         trainer = self._trainer
         group = trainer.args.gradient_accumulation_steps
         sized = has_length(trainer.train_dataset)
-        epoch = running = int(trainer.state.epoch or 0)
+        epoch = running = self._epoch
         while True:
             while count > 0 and (batches := list(islice(epoch_iterator, group))):
                 if epoch == running:

@@ -100,7 +100,7 @@ class KernelSteps:
         starts = itertools.accumulate(needed, initial=0)
         self._counters = {p: start for (_, p), start in zip(groups, starts, strict=False)}
         device = groups[0][1].device
-        self._counts = torch.zeros(len(groups), _STRIDE, device=device)
+        self._counts = torch.zeros(len(groups), _STRIDE, dtype=torch.float32, device=device)
         ones = self._counts[:, :1].unbind()
         self._left_out = {p: one for (_, p), one in zip(groups, ones, strict=True)}
 
@@ -189,7 +189,7 @@ class KernelSteps:
         scale, rms = group["scale_parameter"], None
         if scale:
             if not isinstance(state["RMS"], Tensor):
-                state["RMS"] = torch.zeros((), device=weight.device)
+                state["RMS"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             rms = state["RMS"]
         names = ("exp_avg_sq_row", "exp_avg_sq_col") if weight.dim() >= 2 else ("exp_avg_sq",)
         squares = tuple(local_shard(state[name]) for name in names)

@@ -49,6 +49,16 @@ def _contradictions(config: Any) -> Iterator[str]:
             f"loss_type: expected each loss once, got {', '.join(losses)}: weigh "
             f"{min(twice)} by loss_weights"
         )
+    if "inputs" in (config.include_for_metrics or ()):
+        yield (
+            "include_for_metrics: expected no inputs, as batches are packed rows; label_ids tell "
+            "the completions, in the order of the rows"
+        )
+    if not config.accelerator_config.use_seedable_sampler:
+        yield (
+            "accelerator_config: expected use_seedable_sampler true, by which a resumed run and a "
+            "window that reads ahead know the order of an epoch's rows"
+        )
     if config.padding_free and not config.packing:
         yield "padding_free=True: expected packing=True, which is what it means; drop one of them"
     if config.label_smoothing_factor:
@@ -164,16 +174,16 @@ def _of_the_batches(config: Any) -> Iterator[tuple[str, str]]:
     if all("nll" in spec.inputs for spec in config.objective.specs):
         names = " + ".join(config.objective.names)
         yield "length_normalized", f"{names} has no log-ratios that are divided"
-    if device_kind(config.device) == "cpu":
-        yield "fp16", "a CPU computes in the dtype of the weights"
-        if config.cuda_graphs:
-            yield "cuda_graphs", "graphs are of a GPU"
+    if device_kind(config.device) == "cpu" and config.cuda_graphs:
+        yield "cuda_graphs", "graphs are of a GPU"
     if config.layer_kernels != "liger":
         yield "liger_kernel_config", f'layer_kernels is "{config.layer_kernels}", not "liger"'
 
 
 def _of_the_loop(config: Any) -> Iterator[tuple[str, str]]:
     evaluated, saved = _plain(config.eval_strategy), _plain(config.save_strategy)
+    if config.device.type == "cpu":
+        yield "fp16", "accelerate has no fp16 on a CPU; bf16=True is there"
     if evaluated == "no" and not config.eval_on_start:
         yield "log_kl_initial", 'eval_strategy is "no", so that only a call of evaluate() reads it'
     if evaluated != "steps":

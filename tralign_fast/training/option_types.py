@@ -18,6 +18,7 @@ import enum
 import functools
 import math
 import numbers
+import os
 import reprlib
 import sys
 import types
@@ -321,6 +322,8 @@ def _fit(value: Any, kinds: tuple[Any, ...]) -> tuple[bool, Any]:
                 return True, value
             if isinstance(value, str):  # also declared as a word, of which few are right
                 return False, value
+        elif base is str and isinstance(value, os.PathLike):  # as transformers takes output_dir
+            return True, os.fspath(value)
         elif isinstance(base, type) and isinstance(value, base):
             return True, value
     return False, value

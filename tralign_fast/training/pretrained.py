@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from tralign_fast.ops.backend import warn_once
+from tralign_fast.reference.lora import trained_adapters
+from tralign_fast.reference.second import refuse_shared
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.model_kinds import model_class, where_options
 from tralign_fast.training.option_types import shown
@@ -39,6 +41,8 @@ def given_models(
     first = load_reference(ref_model, base, args, quantization_config)
     policy = with_adapter(base, peft_config, args)
     check_trainable(policy, model if isinstance(model, str) else None)
+    if first is not None:
+        refuse_shared(first, policy)
     if args.disable_dropout:
         disable_dropout(policy)
         if first is not None:
@@ -150,6 +154,12 @@ def with_adapter(model: PreTrainedModel, peft_config: Any, args: TRConfig) -> Pr
 def check_trainable(model: PreTrainedModel, name: str | None) -> None:
     """Raises ValueError, with the remedy, where nothing of a model can be trained."""
     if any(parameter.requires_grad for parameter in model.parameters()):
+        merged = next((n for n, a, layer in trained_adapters(model) if a in _merged(layer)), None)
+        if merged is not None:
+            raise ValueError(
+                f"the adapter of {merged} is merged into its base, and no gradient reaches it: "
+                "call unmerge_adapter() before it is trained"
+            )
         return
     if name is not None and getattr(model, "peft_config", None):
         remedy = (
@@ -167,6 +177,10 @@ def check_trainable(model: PreTrainedModel, name: str | None) -> None:
             "with peft.get_peft_model"
         )
     raise ValueError(f"the model has no trainable parameter: {remedy}")
+
+
+def _merged(layer: Any) -> list[str]:
+    return getattr(layer, "merged_adapters", [])
 
 
 def load_tokenizer(
@@ -210,11 +224,15 @@ def load_pretrained(factory: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the input embedding, also inside what PEFT wraps it in."""
-    embeddings: Any = model.get_input_embeddings()
-    embeddings = getattr(embeddings, "original_module", embeddings)
-    return getattr(embeddings, "base_layer", embeddings).num_embeddings
+def vocabulary_size(*models: PreTrainedModel | None) -> int:
+    """Rows of the input embedding, also inside what PEFT wraps it in; the fewest of the models."""
+    sizes = []
+    for model in models:
+        if model is not None:
+            embeddings: Any = model.get_input_embeddings()
+            embeddings = getattr(embeddings, "original_module", embeddings)
+            sizes.append(getattr(embeddings, "base_layer", embeddings).num_embeddings)
+    return min(sizes)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, has_length
 
 from tralign_fast.data.tokenization import lend_in_groups
 from tralign_fast.distributed import other_layout, shards_on_disk
@@ -43,7 +43,12 @@ from tralign_fast.reference.base import ReferencePolicy
 from tralign_fast.reference.sharding import reshard
 from tralign_fast.reference.writes import write, writes_later
 from tralign_fast.training.manifest import write_manifest
-from tralign_fast.training.resume import check_options, model_facts, recorded_options
+from tralign_fast.training.resume import (
+    check_options,
+    model_facts,
+    place_in_stream,
+    recorded_options,
+)
 from tralign_fast.training.runs import WRITING, OpenedRun, locked, open_run, publish, run_in
 from tralign_fast.training.signals import StopOnSignal
 from tralign_fast.training.some_steps import SomeSteps, check_batches
@@ -367,6 +372,15 @@ class ResumableTrainer(Trainer):
             model.save_pretrained(output_dir or self.args.output_dir, is_main_process=False)
 
     # --- reading ----------------------------------------------------------------------------------
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        begun = super()._init_training_state(*args, **kwargs)
+        steps = self._run.facts.get("options", {}).get("max_steps", 0)
+        sized = has_length(self.train_dataset)
+        if self._run.checkpoint is None or sized or steps <= 0 or self.args.ignore_data_skip:
+            return begun
+        epochs, done = place_in_stream(self.state.epoch or 0.0, steps)
+        return epochs, done * self.args.gradient_accumulation_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.reference.load(Path(resume_from_checkpoint) / REFERENCE_FOLDER)

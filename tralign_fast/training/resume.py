@@ -91,6 +91,33 @@ def check_options(saved: dict[str, Any], present: dict[str, Any], checkpoint: st
         )
 
 
+def place_in_stream(epoch: float, max_steps: int) -> tuple[int, int]:
+    """(whole epochs, steps in the running one) of a checkpoint of a streamed dataset.
+
+    Nobody knows its length: transformers counts `max_steps` of the run as an epoch in the state,
+    and begins another one whenever the stream does.
+    """
+    whole = int(epoch)
+    return whole, round((epoch - whole) * max_steps)
+
+
+def keep_own_intervals(args: Any, state: Any, reference: Any) -> None:
+    """Logs, evaluations and checkpoints come as often as this run asks, not as the one that wrote
+    the checkpoint, whose state transformers takes over; but evaluations inside a window come where
+    it has scored them."""
+    scored = state.eval_steps
+    state.compute_steps(args, state.max_steps)
+    if state.eval_steps == scored or not reference.is_scored_ahead(state.global_step):
+        return
+    if args.eval_strategy == "steps":
+        warnings.warn(
+            f"eval_steps={state.eval_steps}: up to step {reference.scored_until} the reference has "
+            f"scored the evaluations of a run with {scored}, and until then this run has those",
+            stacklevel=3,
+        )
+    state.eval_steps = scored
+
+
 def model_facts(model: nn.Module) -> dict[str, Any]:
     """By which a model is known again: names, shapes and dtypes of its parameters, and the first
     numbers of those that are frozen and not quantised."""

@@ -61,7 +61,7 @@ class ShardedRelease(GradientRelease):
         self._group_of = {p: group for group in groups for p in group.parameters}
         self._open, self._chosen = None, False
         own = [p for group in self.param_groups for p in group["params"] if p in self._group_of]
-        self.found_inf = torch.zeros((), device=own[0].device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=own[0].device)
         super()._hook(own)
 
     def _release(self, parameter: Tensor) -> None:
@@ -152,7 +152,7 @@ def _not_finite(grads: list[Tensor]) -> Tensor:
     """() float32: 1 if any is NaN or infinite. A process may have no element of a parameter."""
     held = [grad for grad in grads if grad.numel()]
     if not held:
-        return torch.zeros((), device=grads[0].device)
+        return torch.zeros((), dtype=torch.float32, device=grads[0].device)
     largest = torch.stack(torch._foreach_norm(held, float("inf")))
     return torch.isfinite(largest).all().logical_not().float()
 

@@ -52,8 +52,9 @@ from tralign_fast.training.block_adafactor import BlockAdafactor
 from tralign_fast.training.checkpoints import check_writable, digest
 from tralign_fast.training.config import TRConfig
 from tralign_fast.training.finite import FiniteSteps, check_weights
+from tralign_fast.training.follow import FollowOptions
 from tralign_fast.training.gradient_release import GradientRelease, releases
-from tralign_fast.training.inputs import collator_of, held_out, tokenized
+from tralign_fast.training.inputs import collator_of, held_out, parts_of, tokenized
 from tralign_fast.training.load_balance import add_balance
 from tralign_fast.training.lookahead import Lookahead
 from tralign_fast.training.method import settle_method
@@ -70,6 +71,7 @@ from tralign_fast.training.out_of_memory import out_of_memory_explained
 from tralign_fast.training.pretrained import given_models, vocabulary_size
 from tralign_fast.training.processing import processing_of
 from tralign_fast.training.resumable import ResumableTrainer
+from tralign_fast.training.resume import keep_own_intervals
 from tralign_fast.training.sharded_release import ShardedRelease
 
 
@@ -153,7 +155,7 @@ class TRTrainer(ResumableTrainer):
             train_dataset = tokenized(train_dataset, tokenizer, args, "train", training=True)
         # accelerate would cut up the batches of a stream, of training or of evaluation
         args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        collator = collator_of(args, tokenizer, vocabulary_size(policy), data_collator)
+        collator = collator_of(args, tokenizer, vocabulary_size(policy, first), data_collator)
         super().__init__(
             model=policy,
             args=args,
@@ -192,6 +194,8 @@ class TRTrainer(ResumableTrainer):
         self.add_callback(self._pace)
         self.add_callback(self._finite)
         self.add_callback(_SyncReference(self.reference, self._lookahead))
+        self._follow = FollowOptions(self)
+        self.add_callback(self._follow)
         self._means = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
 
     @property
@@ -266,7 +270,8 @@ class TRTrainer(ResumableTrainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """Forward and backward of a micro-batch, part after part where it is split."""
-        self.largest_batch = max(self.largest_batch, *(part.num_tokens for part in inputs.parts))
+        tokens = (part.num_tokens for part in parts_of(inputs))
+        self.largest_batch = max(self.largest_batch, *tokens)
         parts = whole_batch_terms(self, model, inputs)
         losses = []
         state = self.accelerator.gradient_state
@@ -283,7 +288,7 @@ class TRTrainer(ResumableTrainer):
     def parts_of(self, batch: PackedBatch | SplitBatch) -> tuple[PackedBatch, ...]:
         """The parts of a batch that run one after the other, as many on every process."""
         if self.args.token_budget is None:
-            return batch.parts
+            return parts_of(batch)
         return even_parts(self.accelerator, batch)
 
     def compute_loss(
@@ -368,7 +373,7 @@ class TRTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        loss = torch.zeros((), device=self.args.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.args.device)
         rewards, labels = [], []
         for part in whole_batch_terms(self, model, inputs):
             batch = self._prepare_inputs(part)
@@ -408,11 +413,12 @@ class TRTrainer(ResumableTrainer):
     def _tokens_seen(self) -> float:
         """Tokens trained on, of all processes; those that share layers see the same ones."""
         tokens = self.state.num_input_tokens_seen / sharing_processes(self.model)
-        tokens = torch.tensor(tokens, device=self.args.device)
+        tokens = torch.tensor(tokens, dtype=torch.float32, device=self.args.device)
         return float(self.accelerator.reduce(tokens, reduction="sum"))  # pyright: ignore[reportArgumentType]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._check_not_released()
+        self._follow()
         sharing = sharing_processes(self.model) * dividing_processes(self.accelerator)
         if sharing > 1:
             self.gather_function = gather_once(self.accelerator, sharing)
@@ -432,11 +438,6 @@ class TRTrainer(ResumableTrainer):
         self.largest_batch = 0  # tokens
         with out_of_memory_explained(self):
             return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _hp_search_setup(self, trial) -> None:
-        super()._hp_search_setup(trial)
-        if trial is not None:  # it may set options of the loss
-            self._objective = self.args.objective
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self._writes:  # a checkpoint, which has checked them
@@ -467,11 +468,20 @@ class _SyncReference(TrainerCallback):
     def __init__(self, reference: ReferencePolicy, lookahead: Lookahead) -> None:
         self.reference = reference
         self.lookahead = lookahead
+        self._unmoved = True  # the policy has made no step since the reference's update
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.lookahead.restart()
+        if state.global_step == 0:  # also once more, with a smaller batch (auto_find_batch_size)
+            self.reference.restart(self._unmoved)
         self.reference.settle(state.max_steps)
+        keep_own_intervals(args, state, self.reference)
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.lookahead.begin_epoch()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.reference.schedule.should_sync(state.global_step):
+        self._unmoved = self.reference.schedule.should_sync(state.global_step)
+        if self._unmoved:
             self.reference.sync()
+            keep_own_intervals(args, state, self.reference)
