@@ -162,10 +162,8 @@ class ResumableTrainer(Trainer):
             if isinstance(callback, StopOnSignal):
                 return callback
         callback = StopOnSignal()
-        self.add_callback(_EndInTime())
-        self.add_callback(_CountOnce())
-        self.add_callback(callback)
-        self.add_callback(SomeSteps())
+        for added in (_EndInTime(), _CountOnce(), callback, SomeSteps()):
+            self.add_callback(added)
         return callback
 
     def _options(self) -> dict[str, Any]:
