@@ -214,7 +214,11 @@ def test_a_stream_without_rows_for_a_step_is_refused(
     rows = [{"prompt": "the", "chosen": " cat", "rejected": " cat"}, *pair_rows(count or 1)]
     rows = stream_of(rows if count else rows[:1])
     trainer = train(tiny_llama, small_tokenizer, tmp_path, rows, **extra)
-    expected = rf"a pass over the stream .*\(gradient_accumulation_steps={passes}\)"
+    expected = (
+        f"a step takes {passes} batches, and the streamed dataset has {passes - 1}"
+        if count
+        else "a pass over the stream has fewer batches than a step takes"
+    )
     with pytest.raises(ValueError, match=expected):
         trainer.train()
 
